@@ -196,7 +196,9 @@ def parse(text: str) -> Expr:
             near = difflib.get_close_matches(name.lower(), [k.lower() for k in (*OPERATORS, *LEAVES)], 1, 0.3)
             known = [k for k in (*OPERATORS, *LEAVES) if k.lower() in near]
             hint = f"did you mean '{known[0]}'?" if known else "known are " + " ".join((*OPERATORS, *LEAVES))
-            fail(position, f"unknown name {name!r}; {hint}" if name else "expected an operator or a leaf, found the end")
+            fail(
+                position, f"unknown name {name!r}; {hint}" if name else "expected an operator or a leaf, found the end"
+            )
         expect("(", f"after '{name}'")
         args = [read()]
         while tokens[at][1] == ",":
@@ -311,7 +313,8 @@ def python_source(expr: Expr, title: str = "A loss function found by search.") -
     mask = (label != ignore_index).unsqueeze(1)
     y = torch.zeros_like(logits).scatter_(1, label.long().unsqueeze(1) * mask, 1.0)
     p = logits.softmax(1)
-''' + "\n".join([*steps, f"    return reduce({names[expr]}, logits.shape[1], mask)"]),
+'''
+        + "\n".join([*steps, f"    return reduce({names[expr]}, logits.shape[1], mask)"]),
     ]
     return "\n\n\n".join(parts).replace("F\n\n\nEPS", "F\n\nEPS") + "\n"
 
@@ -383,9 +386,11 @@ def _simplify(expr: Expr) -> Expr:
     if op == "Neg" and negative[0]:
         return x.args[0]
     if op == "Mul" and any(negative):
-        return _simplify(Expr("Neg", (Expr("Mul", tuple(a.args[0] if n else a for a, n in zip(args, negative))),))) if (
-            negative.count(True) == 1
-        ) else _simplify(Expr("Mul", (x.args[0], z.args[0])))
+        return (
+            _simplify(Expr("Neg", (Expr("Mul", tuple(a.args[0] if n else a for a, n in zip(args, negative))),)))
+            if (negative.count(True) == 1)
+            else _simplify(Expr("Mul", (x.args[0], z.args[0])))
+        )
     if op == "Add" and all(negative):
         return _simplify(Expr("Neg", (Expr("Add", (x.args[0], z.args[0])),)))
     if op in EVEN and (negative[0] or x.op == "Abs"):

@@ -31,8 +31,8 @@ from pycocotools import mask as rle
 
 CLASSES = ("background", "disc", "box", "triangle", "ring", "stick", "person")
 FREQUENCY = (0.30, 0.26, 0.14, 0.12, 0.10, 0.08)  # of the six objects; skewed, so that class-balanced losses matter
-HUE = (105, 20, 50, 80, 140, 165)  # mean hue of a class (OpenCV: 0..180) ...
-HUE_SPREAD = 22  # ... and its standard deviation: neighbours overlap, colour alone does not tell
+HUE = (105, 15, 45, 75, 135, 165)  # mean hue of a class (OpenCV: 0..180) ...
+HUE_SPREAD = 12  # ... and its standard deviation: neighbours overlap, colour alone does not tell
 SPLITS = {"train": 2000, "val": 300, "test": 500}
 SIZE = 64
 
@@ -107,7 +107,9 @@ def draw_object(rng: np.random.Generator, kind: int, size: int) -> tuple[np.ndar
     name = CLASSES[kind]
     if name in ("disc", "ring"):
         thickness = -1 if name == "disc" else int(rng.uniform(0.18, 0.30) * scale)
-        cv2.ellipse(canvas, (x, y), (int(scale), int(scale * rng.uniform(0.75, 1))), np.degrees(angle), 0, 360, 255, thickness)
+        cv2.ellipse(
+            canvas, (x, y), (int(scale), int(scale * rng.uniform(0.75, 1))), np.degrees(angle), 0, 360, 255, thickness
+        )
     elif name in ("box", "triangle"):
         turns = np.array([0.5, 1.5, 2.5, 3.5]) * np.pi / 2 if name == "box" else np.arange(3) * 2 * np.pi / 3
         corners = np.stack([np.cos(turns), np.sin(turns)], 1) * [1, rng.uniform(0.6, 1)] * scale * 1.15
@@ -129,13 +131,13 @@ def draw_scene(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray
     An instance has `kind`, `mask` (size, size) bool of its visible pixels and `joints` (17, 3) x, y, v or None.
     """
     rng = np.random.default_rng([seed, index])
-    image = draw_texture(rng, size, rng.uniform(70, 180, 3), 20, 4, 13)
+    image = draw_texture(rng, size, rng.uniform(70, 180) + rng.normal(0, 15, 3), 13, 4, 13)
     owner = np.full((size, size), -1)  # which object is on top
     drawn = []
     for _ in range(rng.integers(3, 7)):
         kind = 1 + int(rng.choice(6, p=FREQUENCY))
         hue = (HUE[kind - 1] + rng.normal(0, HUE_SPREAD)) % 180
-        hsv = np.array([[[hue, rng.uniform(90, 220), rng.uniform(90, 240)]]], np.uint8)
+        hsv = np.array([[[hue, rng.uniform(90, 230), rng.uniform(100, 240)]]], np.uint8)
         colour = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
         coverage, joints = draw_object(rng, kind, size)
         alpha = coverage[..., None]

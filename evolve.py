@@ -1,0 +1,1108 @@
+"""Regularised evolution over the language of losses (AutoLoss-Zero, arXiv 2103.14026, Sec. 3.2-3.4).
+
+    population <- K random trees that pass the gates, each scored by a proxy training
+    repeat until the budget is spent
+        parent     <- the best of a random 5 % of the population
+        child      <- mutate(parent), again and again until one passes the gates
+        score      <- proxy training with the child, stopped at the first invalid value
+        population <- the newest P of population + child
+    closing round: the best few are re-trained for longer; the best of these is the found loss
+
+The gates stand between a child and its training, cheapest first: dead, seen, gradient, equivalent, rejected. This module
+knows no task: what a script hands over is a `Task`, a handful of tensors and two functions that train.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loss_ops import OPERATORS, Expr, canonical, evaluate, is_dead, latex, parse
+
+POPULATION = 2500  # [P] the newest P candidates stay
+INITIAL = 20  # [P] random candidates to begin with
+DEPTH = 3  # [P] operators above each leaf of a random tree
+TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent ...
+TOURNAMENT_MIN = 5  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
+FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutation
+ETA = 0.6  # [P] least gain in the rejection protocol, where the metric allows it
+REJECTION_STEPS = 500  # [P]
+REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
+FINALISTS = 5  # [D] candidates of the closing round
+
+GATES = ("dead", "seen", "gradient", "equivalent", "rejected")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task, as the search sees it
+
+
+class InvalidLoss(Exception):
+    """Training met a loss or a gradient that is not finite."""
+
+
+@dataclass
+class Branch:
+    """One searched loss: its symbols, and B samples on which a tree can show what it optimises.
+
+    prediction: (B, N, C, H, W) raw network outputs; target: (B, N, ...) in whatever form the two functions take.
+    leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target) -> (..., B), how well
+    each prediction scores. Both take leading dimensions, so that one call serves many candidates.
+    """
+
+    symbols: tuple[str, ...]
+    prediction: Tensor
+    target: Tensor
+    leaves: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    score: Callable[[Tensor, Tensor], Tensor]
+    eta: float = ETA
+
+
+class Task(Protocol):
+    """What a script gives to the search. `losses`: a tree per branch, or the name of a hand-made loss."""
+
+    branches: dict[str, Branch]
+    curve: list[tuple[int, float]]  # (step, loss) of the latest training
+
+    def train(self, losses: dict[str, Expr] | str) -> float:
+        """Proxy training; the metric on the search-validation split. Raises InvalidLoss."""
+
+    def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None) -> dict[str, dict[str, float]]:
+        """The longer schedule: all metrics on `val` and `test`; predictions drawn to `picture`. Raises InvalidLoss."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trees and mutations
+
+
+def random_tree(rng: random.Random, symbols: tuple[str, ...], depth: int = DEPTH) -> Expr:
+    """A tree with `depth` operators above each leaf; operators and leaves uniformly at random."""
+    if depth == 0:
+        return Expr(rng.choice(symbols))
+    op = rng.choice(list(OPERATORS))
+    return Expr(op, tuple(random_tree(rng, symbols, depth - 1) for _ in range(OPERATORS[op].arity)))
+
+
+def nodes(expr: Expr) -> list[Expr]:
+    """Every node of `expr` in preorder, repeated subtrees repeatedly."""
+    return [expr] + [node for arg in expr.args for node in nodes(arg)]
+
+
+def replace_node(expr: Expr, index: int, new: Expr) -> Expr:
+    """`expr` with its node number `index` (in preorder) replaced by `new`."""
+    if index == 0:
+        return new
+    args, start = [], 1
+    for arg in expr.args:
+        size = len(nodes(arg))
+        args.append(replace_node(arg, index - start, new) if start <= index < start + size else arg)
+        start += size
+    return Expr(expr.op, tuple(args))
+
+
+def insert(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+    """Put a random operator between a random node and its parent; a second operand is a random leaf."""
+    everything = nodes(expr)
+    index = rng.randrange(len(everything))
+    op = rng.choice(list(OPERATORS))
+    args = [everything[index]] + [Expr(rng.choice(symbols)) for _ in range(OPERATORS[op].arity - 1)]
+    rng.shuffle(args)
+    return replace_node(expr, index, Expr(op, tuple(args)))
+
+
+def delete(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+    """Remove a random operator; one of its operands, at random, takes its place."""
+    index, node = rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if node.args])
+    return replace_node(expr, index, rng.choice(node.args))
+
+
+def replace(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+    """Exchange a random operator; surplus operands are dropped at random, missing ones are random leaves."""
+    index, node = rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if node.args])
+    op = rng.choice([name for name in OPERATORS if name != node.op])
+    args, arity = list(node.args), OPERATORS[op].arity
+    while len(args) > arity:
+        args.pop(rng.randrange(len(args)))
+    while len(args) < arity:
+        args.insert(rng.randrange(len(args) + 1), Expr(rng.choice(symbols)))
+    return replace_node(expr, index, Expr(op, tuple(args)))
+
+
+def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+    """One of the three mutations, equally likely [D]; a bare leaf can only grow."""
+    kind = rng.choice((insert, delete, replace)) if expr.args else insert
+    return kind(rng, expr, symbols)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates that look at tensors
+
+
+def first_gradient(branch: Branch, expr: Expr) -> Tensor | None:
+    """dL/d(prediction) at the start, (B, D) float64; None where nothing can be learned from it.
+
+    That is: a gradient that is not finite, that is zero on every sample, or that stays the same (to a thousandth of its
+    norm, on every sample) when the targets are exchanged between samples and when they are shifted within each.
+    """
+    x, y = branch.prediction, branch.target
+    targets = torch.stack([y, y.roll(1, 0), y.flatten(2).roll(y[0, 0].numel() // 3 + 1, -1).view_as(y)])
+    x = x.expand(3, *x.shape).clone().requires_grad_()  # (3, B, N, C, H, W)
+    value = evaluate(expr, branch.leaves(x, targets))  # (3, B)
+    if not value.requires_grad:
+        return None
+    gradient = torch.autograd.grad(value.sum(), x)[0].flatten(2).double()  # (3, B, D)
+    norm = gradient[0].norm(dim=-1)
+    if not (value.isfinite().all() and gradient.isfinite().all()) or not norm.any():
+        return None
+    change = (gradient[1:] - gradient[0]).norm(dim=-1)
+    return gradient[0] if (change > 1e-3 * norm).any() else None
+
+
+def equivalence_key(gradient: Tensor) -> str:
+    """What losses with the same gradient share: per sample the norm to two significant digits [P] and a sign [D].
+
+    Norms alone confuse cross entropy with its negative, so the key also carries the side of a fixed random direction on
+    which the gradient lies.
+    """
+    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    side = (gradient * direction.to(gradient.device)).sum(-1)
+    return " ".join(f"{s:+.0f}{n:.1e}" for s, n in zip(side.sign().tolist(), gradient.norm(dim=-1).tolist()))
+
+
+# Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
+# shares of eta. Measured, not guessed: tests/bench_gates.py counts the verdicts that differ from the full protocol.
+EARLY = ((10, 0.02, 1.30), (25, 0.10, 1.25), (50, 0.25, 1.20), (100, 0.45, 1.15), (200, 0.70, 1.10))
+
+
+def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, early=EARLY) -> float:
+    """The loss-rejection protocol [P]: how much the predictions improve when the loss itself is minimised on them.
+
+    Each of the B raw predictions is optimised on its own. The step rule is Adam's: its step does not depend on the scale
+    of the loss, and neither does that of the proxy training, so a loss is not turned away for a factor [D].
+
+    Returns: mean over samples of score(after) - score(before); -inf if the loss became invalid on the way.
+    """
+    x = branch.prediction.clone().requires_grad_()
+    before = branch.score(branch.prediction, branch.target).mean()
+    adam = torch.optim.Adam([x], lr=REJECTION_LR, eps=1e-16)
+    limits = {step: (low * branch.eta, high * branch.eta) for step, low, high in early}
+    gain = -math.inf
+    for step in range(1, steps + 1):
+        (x.grad,) = torch.autograd.grad(evaluate(expr, branch.leaves(x, branch.target)).sum(), x)
+        adam.step()
+        if step in limits or step == steps:
+            with torch.no_grad():
+                gain = (branch.score(x, branch.target).mean() - before).item() if x.isfinite().all() else -math.inf
+            low, high = limits.get(step, (-math.inf, math.inf))
+            if not low <= gain < high:
+                break
+    return gain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a search: a fold over its records
+
+
+class Member(NamedTuple):
+    losses: dict[str, Expr]
+    score: float | None  # None: invalid
+
+
+class Fate(NamedTuple):
+    """What became of one tree of one branch."""
+
+    branch: str
+    text: str  # canonical
+    gate: str  # the gate that turned it away, or "passed"
+    key: str = ""  # equivalence key
+    gain: float | None = None
+
+
+@dataclass
+class Search:
+    """Everything a search knows. It changes by `learn`, `reuse` and `add` alone, live as well as on resume."""
+
+    task: Task | None
+    gates: frozenset[str] = frozenset(GATES)
+    evolving: bool = True  # False: random search
+    population: deque[Member] = field(default_factory=lambda: deque(maxlen=POPULATION))
+    counts: Counter = field(default_factory=Counter)
+    fates: dict[tuple[str, str], Fate] = field(default_factory=dict)  # by branch and canonical text
+    keys: dict[tuple[str, str], Fate] = field(default_factory=dict)  # by branch and equivalence key
+    scores: dict[tuple[str, ...], float | None] = field(default_factory=dict)  # by the keys of all branches
+    evaluated: int = 0
+    best: Member | None = None
+    hall: dict[str, tuple[float, dict]] = field(default_factory=dict)  # score and record by text, evaluated ones only
+
+    @property
+    def explored(self) -> int:
+        """Candidates looked at: those that a gate decided and those that were trained."""
+        return sum(self.counts[gate] for gate in GATES) + self.evaluated
+
+    def text(self, expr: Expr) -> str:
+        """What a tree is remembered by."""
+        return str(canonical(expr)) if "seen" in self.gates else str(expr)
+
+    def learn(self, fate: Fate) -> None:
+        self.fates[fate.branch, fate.text] = fate
+        if fate.key:
+            self.keys.setdefault((fate.branch, fate.key), fate)
+
+    def reuse(self, member: Member) -> None:
+        self.population.append(member)
+
+    def add(self, record: dict) -> None:
+        """A finished evaluation: enters population, score cache and hall of fame."""
+        losses = {branch: parse(text) for branch, text in record["losses"].items()}
+        member = Member(losses, record["score"])
+        self.population.append(member)
+        self.evaluated += 1
+        self.counts["invalid"] += member.score is None
+        if record["identity"]:
+            self.scores.setdefault(tuple(record["identity"]), member.score)
+        if member.score is not None:
+            self.hall.setdefault(losses_text(losses), (member.score, record))
+            if self.best is None or member.score > self.best.score:
+                self.best = member
+
+    def absorb(self, record: dict) -> None:
+        """All that a record of another worker, or of an earlier life of this one, has to tell."""
+        self.counts.update(record["tried"]["counts"])
+        for fate in record["tried"]["fates"]:
+            self.learn(Fate(*fate))
+        for losses, score in record["tried"]["reused"]:
+            self.reuse(Member({branch: parse(text) for branch, text in losses.items()}, score))
+        self.add(record)
+
+    def ranking(self) -> list[tuple[float, dict]]:
+        """Score and record of the distinct evaluated candidates, best first."""
+        return sorted(self.hall.values(), key=lambda entry: -entry[0])
+
+
+def losses_text(losses: dict[str, Expr]) -> str:
+    """One line for one or several losses."""
+    if len(losses) == 1:
+        return str(next(iter(losses.values())))
+    return "; ".join(f"{branch}={expr}" for branch, expr in losses.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One turn of the search: propose a child that passes the gates, train it
+
+
+def select_parent(search: Search, rng: random.Random) -> Member | None:
+    """The best of a random 5 % of the population; None while no candidate of it is valid."""
+    size = max(TOURNAMENT_MIN, math.ceil(TOURNAMENT * len(search.population)))
+    valid = [member for member in search.population if member.score is not None]
+    if not valid:
+        return None
+    return max(rng.choices(valid, k=size), key=lambda member: member.score)
+
+
+def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:
+    """A child, its parent (None for a fresh one) and the branches of it that are new."""
+    branches = search.task.branches
+    parent = None
+    if search.evolving and search.evaluated >= INITIAL and rng.random() >= FRESH:
+        parent = select_parent(search, rng)
+    if parent is None:
+        return {name: random_tree(rng, branch.symbols) for name, branch in branches.items()}, None, list(branches)
+    name = rng.choice(list(branches))
+    child = mutate(rng, parent.losses[name], branches[name].symbols)
+    return {**parent.losses, name: child}, parent.losses, [name]
+
+
+def judge(search: Search, name: str, expr: Expr) -> tuple[Fate, str | None]:
+    """The fate of one tree, and the gate that decided it (None: it passed them all). New knowledge is not stored yet."""
+    branch, gates = search.task.branches[name], search.gates
+    text = search.text(expr)
+    if "dead" in gates and is_dead(canonical(expr)):
+        return Fate(name, text, "dead"), "dead"
+    if "seen" in gates and (name, text) in search.fates:
+        return search.fates[name, text], "seen"
+    key = text
+    if gates & {"gradient", "equivalent"}:
+        gradient = first_gradient(branch, expr)
+        if gradient is None and "gradient" in gates:
+            return Fate(name, text, "gradient"), "gradient"
+        if gradient is not None and "equivalent" in gates:
+            key = equivalence_key(gradient)
+            if (name, key) in search.keys:
+                known = search.keys[name, key]
+                return Fate(name, text, known.gate, key, known.gain), "equivalent"
+    gain = None
+    if "rejected" in gates:
+        gain = rejection_gain(branch, expr)
+        if not gain >= branch.eta:
+            return Fate(name, text, "rejected", key, round(gain, 4) if math.isfinite(gain) else None), "rejected"
+        gain = round(gain, 4)
+    return Fate(name, text, "passed", key, gain), None
+
+
+def next_candidate(search: Search, rng: random.Random, deadline: float):
+    """Propose until a candidate deserves a training; (losses, parent, identity, gains, tried), or None at the deadline.
+
+    A child whose equivalent was trained before takes over that score and joins the population at once [P].
+    """
+    tried = {"counts": Counter(), "fates": [], "reused": []}
+
+    def tally(gate: str) -> None:
+        tried["counts"][gate] += 1
+        search.counts[gate] += 1
+
+    while time.time() < deadline:
+        losses, parent, new = propose(search, rng)
+        verdicts = {name: judge(search, name, losses[name]) for name in new}
+        for fate, gate in verdicts.values():
+            if gate not in ("dead", "seen"):
+                search.learn(fate)
+                tried["fates"].append(fate)
+        blocking = [gate for fate, gate in verdicts.values() if fate.gate != "passed"]
+        if blocking:
+            tally(min(blocking, key=GATES.index))
+            continue
+        identity, gains = [], {}
+        for name, expr in losses.items():
+            fate = verdicts[name][0] if name in verdicts else search.fates[name, search.text(expr)]
+            identity.append(fate.key)
+            gains[name] = fate.gain
+        if search.gates & {"seen", "equivalent"}:
+            if tuple(identity) in search.scores:
+                known = [gate for _, gate in verdicts.values() if gate is not None]
+                tally(min(known, key=GATES.index) if known else "equivalent")
+                member = Member(losses, search.scores[tuple(identity)])
+                search.reuse(member)
+                tried["reused"].append([{k: str(v) for k, v in losses.items()}, member.score])
+                continue
+        else:
+            identity = []
+        return losses, parent, identity, gains, tried
+    return None
+
+
+def evaluation(search: Search, rng: random.Random, deadline: float) -> dict | None:
+    """One turn of the search, as the record that goes into the journal; None if the deadline came first."""
+    candidate = next_candidate(search, rng, deadline)
+    if candidate is None:
+        return None
+    losses, parent, identity, gains, tried = candidate
+    start = time.time()
+    try:
+        score = search.task.train(losses)
+    except InvalidLoss:
+        score = None
+    return {
+        "losses": {name: str(expr) for name, expr in losses.items()},
+        "parent": parent and {name: str(expr) for name, expr in parent.items()},
+        "score": score,
+        "gain": gains,
+        "identity": identity,
+        "tried": tried,
+        "curve": [[step, float(f"{loss:.4g}")] for step, loss in search.task.curve],
+        "seconds": round(time.time() - start, 3),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+#
+# There is no master. Every worker keeps its own copy of the search, publishes each record in a log of its own in
+# torch.distributed's store and reads the others' logs before it proposes its next child. No call waits for another
+# worker, so a slow or dead one holds nobody up. Whoever reports (the process that launched the workers, or rank 0) reads
+# the same logs and mirrors them to files.
+
+
+class Board:
+    """The store, seen as one append-only log per worker, tickets for evaluations, and jobs that workers claim."""
+
+    def __init__(self, store: dist.Store, rank: int, world: int):
+        self.store, self.rank, self.written, self.read = store, rank, 0, [0] * world
+
+    def publish(self, **message) -> None:
+        self.store.set(f"log/{self.rank}/{self.written}", json.dumps(message))
+        self.written += 1
+
+    def news(self) -> Iterator[tuple[int, dict]]:
+        """(rank, message) of all that was published and not read here before, this worker's own messages included."""
+        for rank in range(len(self.read)):
+            while self.store.check([f"log/{rank}/{self.read[rank]}"]):
+                yield rank, json.loads(self.store.get(f"log/{rank}/{self.read[rank]}"))
+                self.read[rank] += 1
+
+    def claim(self, name: str) -> int:
+        """How many have claimed `name`, this claim included."""
+        return self.store.add(f"claim/{name}", 1)
+
+    def post_jobs(self, phase: int, jobs: list | None) -> None:
+        """Offer jobs to the workers; None sends them home."""
+        self.store.set(f"jobs/{phase}", json.dumps(jobs))
+
+    def wait_for_jobs(self, phase: int) -> list | None:
+        while not self.store.check([f"jobs/{phase}"]):
+            time.sleep(0.1)
+        return json.loads(self.store.get(f"jobs/{phase}"))
+
+
+def search_loop(search: Search, board: Board, args, elapsed: float, finished: int, hear: Callable) -> None:
+    """Evaluate candidates until the budget is spent. `finished` of this worker's evaluations are in the journal."""
+    deadline = time.time() + 60 * args.minutes - elapsed
+    for number in count(finished):
+        hear()
+        if time.time() >= deadline or board.claim("evaluations") > args.evals:
+            break
+        # A generator of its own for each evaluation: a resumed search needs no generator state to go on exactly.
+        record = evaluation(search, random.Random(f"{args.seed}/{board.rank}/{number}"), deadline)
+        if record is None:
+            break
+        search.add(record)
+        board.publish(record=record)
+    board.publish(idle="search")
+    hear()
+
+
+def serve(task: Task, board: Board, phase: int, jobs: list[dict]) -> None:
+    """Re-train what nobody else has claimed; publish each result."""
+    for k, job in enumerate(jobs):
+        if board.claim(f"{phase}/{k}") == 1:
+            losses = job["losses"]
+            if isinstance(losses, dict):
+                losses = {name: parse(text) for name, text in losses.items()}
+            start = time.time()
+            try:
+                scores = task.retrain(losses, job["seed"], Path(job["picture"]) if job["picture"] else None)
+            except InvalidLoss:
+                scores = None
+            board.publish(retrained={**job, "scores": scores, "seconds": round(time.time() - start, 2)})
+    board.publish(idle=phase)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run directory
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a .jsonl file; a last line torn by a kill is cut off, with a warning."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole, _, torn = content.rpartition(b"\n")
+    if torn:
+        print(f"warning: {path}: the last line is torn and was skipped", file=sys.stderr)
+        with path.open("r+b") as file:
+            file.truncate(len(content) - len(torn))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+class Reporter:
+    """Mirrors what the workers publish to the run directory, the console and TensorBoard."""
+
+    def __init__(self, directory: Path, search: Search, args, story: "Story"):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+
+        self.directory, self.search, self.args, self.story = directory, search, args, story
+        self.journal = (directory / "journal.jsonl").open("a")
+        self.retrained = read_lines(directory / "retrain.jsonl")
+        self.retrain_log = (directory / "retrain.jsonl").open("a")
+        self.board = SummaryWriter(str(directory))
+        self.start = time.time()
+        self.earlier = 0.0  # seconds of search before a resume
+        self.explored_earlier = 0
+        self.baseline = None
+        self.idle: dict[int, object] = {}
+
+    def begin(self, lines: list[dict]) -> None:
+        """Take up where the journal ends."""
+        if lines:
+            self.earlier, self.explored_earlier = lines[-1]["elapsed"], self.search.explored
+        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(self.args).items()))
+        self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
+
+    @property
+    def elapsed(self) -> float:
+        return self.earlier + time.time() - self.start
+
+    def hear(self, rank: int, message: dict) -> None:
+        if "idle" in message:
+            self.idle[rank] = message["idle"]
+        elif "baseline" in message:
+            self.baseline = message["baseline"]
+            shown = "invalid" if self.baseline is None else f"{self.baseline:.3f}"
+            print(f"baseline {self.story.baseline}: {self.args.metric} {shown} in the same proxy training", flush=True)
+        elif "retrained" in message:
+            self.hear_retrained(message["retrained"])
+        else:
+            self.hear_record(message["record"] | {"worker": rank})
+
+    def hear_record(self, record: dict) -> None:
+        search, args = self.search, self.args
+        n, score = search.evaluated, record["score"]
+        gates = {gate: search.counts[gate] for gate in (*GATES, "invalid")}
+        line = {"n": n, **record, "explored": search.explored, "gates": gates, "elapsed": round(self.elapsed, 3)}
+        self.journal.write(json.dumps(line) + "\n")
+        self.journal.flush()
+
+        rate = (search.explored - self.explored_earlier) / max(1e-9, time.time() - self.start)
+        share = max(n / args.evals, self.elapsed / (60 * args.minutes))
+        left = int(self.elapsed * (1 / max(share, 1e-9) - 1))
+        best = f"{search.best.score:.3f}" if search.best else "  -  "
+        improved = score is not None and search.best.score == score and search.ranking()[0][1] is record
+        print(
+            f"eval {n:>3}/{args.evals}  {args.metric} {'  -  ' if score is None else f'{score:.3f}'}  best {best}  "
+            f"explored {search.explored:,} ({rate:,.0f}/s)  equivalent {gates['equivalent']}  invalid {gates['invalid']}  "
+            f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            + (f"  * {losses_text(search.best.losses)}" if improved else ""),
+            flush=True,
+        )
+
+        add, x = self.board.add_scalar, search.explored
+        if score is not None:
+            add("search/score", score, x)
+        if search.best:
+            scores = [member.score for member in search.population if member.score is not None]
+            add("search/best", search.best.score, x)
+            add("search/best_by_minute", search.best.score, int(self.elapsed))
+            add("search/population_mean", sum(scores) / len(scores), x)
+        add("search/explored_per_second", rate, x)
+        add("search/evaluated", n, x)
+        if self.baseline is not None:
+            add("search/baseline", self.baseline, x)
+        for gate, number in gates.items():
+            add(f"gates/{gate}", number / max(1, search.explored), x)
+        add("proxy/seconds", record["seconds"], x)
+        if improved:
+            for step, loss in record["curve"]:
+                add(f"proxy_curve/{n:04d}", loss, step)
+            formulas = [(name, parse(text)) for name, text in record["losses"].items()]
+            shown = "\n\n".join(f"{name}: `{expr}`\n\n$${latex(expr)}$$" for name, expr in formulas)
+            self.board.add_text("search/formula", shown, x)
+            write_atomically(self.directory / "best_loss.py", self.story.export(search.best.losses))
+        self.write_hall_of_fame()
+
+    def write_hall_of_fame(self) -> None:
+        retrained = {json.dumps(r["losses"]): r for r in self.retrained if r["scores"] and r["seed"] == self.args.seed}
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["rank", f"proxy_{self.args.metric}", f"retrained_{self.args.metric}", "gain", "loss"])
+        for rank, (score, record) in enumerate(self.search.ranking()[:50], 1):
+            again = retrained.get(json.dumps(record["losses"]))
+            gain = min((g for g in record["gain"].values() if g is not None), default="")
+            text = losses_text({name: parse(text) for name, text in record["losses"].items()})
+            writer.writerow([rank, score, again["scores"]["val"][self.args.metric] if again else "", gain, text])
+        write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
+
+    def hear_retrained(self, result: dict) -> None:
+        self.retrained.append(result)
+        self.retrain_log.write(json.dumps(result) + "\n")
+        self.retrain_log.flush()
+        name, scores = result["losses"], result["scores"]
+        text = name if isinstance(name, str) else losses_text({k: parse(v) for k, v in name.items()})
+        shown = "invalid" if scores is None else " ".join(f"{k} {v[self.args.metric]:.3f}" for k, v in scores.items())
+        print(
+            f"re-trained, seed {result['seed']}: {self.args.metric} {shown}  {result['seconds']:.1f} s  {text}",
+            flush=True,
+        )
+
+    def scores_of(self, losses, seed: int) -> dict | None:
+        """All metrics by split of a re-training; None if it became invalid. KeyError if it was not done yet."""
+        for result in self.retrained:
+            if result["losses"] == losses and result["seed"] == seed:
+                return result["scores"]
+        raise KeyError((losses, seed))
+
+    def show_end(self, found, finalists: list, closing_score: Callable, test: dict, pictures: dict[str, Path]) -> None:
+        """The end of a run, on the console and in TensorBoard."""
+        args, story, search = self.args, self.story, self.search
+        print(f"\n{'':6}{'proxy':>7} {'re-trained':>10}  loss ({args.metric} on the search-validation split)")
+        proxy = {json.dumps(record["losses"]): score for score, record in search.ranking()}
+        for losses in finalists:
+            text = losses_text({name: parse(formula) for name, formula in losses.items()})
+            mark = ">>>>" if losses == found else "    "
+            print(f"{mark}  {proxy[json.dumps(losses)]:>7.3f} {closing_score(losses):>10.3f}  {text}")
+        named = {("found" if name == "found" else story.baseline): column for name, column in test.items()}
+        show_table(named, story.metrics, args.metric)
+        print(f"\nexplored {search.explored:,} losses, trained {search.evaluated}; everything is in {self.directory}")
+        if found is None:
+            print("no valid loss was found; give the search more --minutes or --evals")
+        else:
+            print(f"take the found loss with you: {self.directory / 'best_loss.py'}")
+
+        for name, column in test.items():
+            for metric, values in column.items():
+                if values:
+                    self.board.add_scalar(f"test/{metric}/{name}", sum(values) / len(values), search.explored)
+        for name, losses in (("found", found), ("baseline", story.baseline)):
+            picture = pictures.get(json.dumps(losses))
+            if picture and picture.exists():
+                import torchvision
+
+                self.board.add_image(f"predictions/{name}", torchvision.io.decode_image(str(picture)), search.explored)
+        flags = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
+        final = test["found"][args.metric] if found else []
+        self.board.add_hparams(flags, {"hparam/test": sum(final) / len(final) if final else 0.0}, run_name=".")
+
+
+class Crew:
+    """The workers as whoever reports sees them: its own process, child processes, or the other ranks of torchrun."""
+
+    def __init__(self, board: Board, reporter: Reporter, task: Task | None, children: list[subprocess.Popen]):
+        self.board, self.reporter, self.task, self.children, self.phase = board, reporter, task, children, 0
+
+    def hear(self) -> None:
+        for rank, message in self.board.news():
+            if "record" in message and not (self.task and rank == self.board.rank):
+                self.reporter.search.absorb(message["record"])
+            self.reporter.hear(rank, message)
+
+    def wait_until_idle(self, phase, patience: float = 1800) -> None:
+        """Listen until every living worker has nothing left to do in `phase`."""
+        end = time.time() + patience
+        while True:
+            self.hear()
+            busy = [rank for rank in range(len(self.board.read)) if self.reporter.idle.get(rank) != phase]
+            if self.children:
+                busy = [rank for rank in busy if self.children[rank].poll() is None]
+                if all(child.poll() is not None for child in self.children):
+                    self.hear()
+                    raise ChildProcessError("all workers have ended")
+            if not busy or time.time() > end:
+                return
+            time.sleep(0.05)
+
+    def retrain(self, jobs: list[tuple]) -> None:
+        """Have (losses, seed, picture) re-trained, once each; what a dying worker leaves undone is offered again."""
+        for _ in range(3):
+            done = {(json.dumps(r["losses"]), r["seed"]) for r in self.reporter.retrained}
+            left = [
+                {"losses": losses, "seed": seed, "picture": str(picture) if picture else None}
+                for losses, seed, picture in jobs
+                if (json.dumps(losses), seed) not in done
+            ]
+            if not left:
+                return
+            self.board.post_jobs(self.phase, left)
+            if self.task:
+                serve(self.task, self.board, self.phase, left)
+            self.wait_until_idle(self.phase)
+            self.phase += 1
+        raise ChildProcessError("workers keep ending while they re-train")
+
+    def dismiss(self) -> None:
+        self.board.post_jobs(self.phase, None)
+        for child in self.children:
+            child.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line that all scripts share
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line: flag, value and cure; exit code 2."""
+
+    def error(self, message: str):
+        fail(message.removeprefix("argument "))
+
+
+def fail(message: str):
+    """End the program because of what the user gave it."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def at_least(least, kind=int):
+    """An argparse type: a number that is not below `least`."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (value >= least and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is too small; give at least {least}")
+        return value
+
+    return convert
+
+
+def one_of(names):
+    """An argparse type: one of `names`."""
+
+    def convert(text: str):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text}: unknown; choose one of {' '.join(names)}")
+        return text
+
+    return convert
+
+
+SEARCHES = ("evolve", "random", "naive")
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the search itself, the same in every script."""
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--search",
+        type=one_of(SEARCHES),
+        default="evolve",
+        metavar="NAME",
+        help="evolve: all gates; random: the same gates, no evolution; naive: evolution without gates (%(default)s)",
+    )
+    group.add_argument(
+        "--without",
+        type=gate_list,
+        default=[],
+        metavar="GATES",
+        help="gates to switch off, comma-separated, for ablations: dead,seen,gradient,equivalent,rejected,invalid",
+    )
+    group.add_argument(
+        "--evals", type=at_least(1), default=500, metavar="N", help="budget: proxy trainings (%(default)s)"
+    )
+    group.add_argument(
+        "--minutes",
+        type=at_least(0.01, float),
+        default=6.0,
+        metavar="M",
+        help="budget: minutes of searching, before the closing round (%(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="processes that search; 0: one per core on the CPU, one per GPU on CUDA (%(default)s)",
+    )
+    group.add_argument(
+        "--seeds", type=at_least(1), default=3, metavar="N", help="re-training seeds of the closing table (%(default)s)"
+    )
+    group.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="S",
+        help="seed of the search; one worker on the CPU with the same seed gives the same journal (%(default)s)",
+    )
+    group.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="folder in which the run directory is made (%(default)s)",
+    )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="go on with an interrupted run; only --evals, --minutes and --workers may differ from its own flags",
+    )
+
+
+def gate_list(text: str) -> list[str]:
+    names = [one_of((*GATES, "invalid"))(name) for name in text.split(",") if name]
+    return names
+
+
+def settle_device_and_workers(args) -> None:
+    """Resolve --device for this process and the number of workers; end with one line where the device is not there."""
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device}: not available here; choose cpu" + " or cuda" * torch.cuda.is_available())
+    cuda = device.type == "cuda"
+    if cuda and device.index is None:
+        args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if not args.workers:  # a further worker pays once there is an initial population for each
+        most = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
+        args.workers = max(1, min(most, args.evals // INITIAL))
+
+
+def read_found(directory: Path, task_name: str) -> dict[str, Expr]:
+    """The losses that a finished run has found; of an unfinished one the best so far."""
+    result, journal = directory / "result.json", directory / "journal.jsonl"
+    if result.is_file():
+        content = json.loads(result.read_text())
+        if content["task"] != task_name:
+            fail(f"--loss {directory}: a run of search_{content['task']}.py, not of search_{task_name}.py")
+        found = content["losses"]
+    elif journal.is_file():
+        valid = [line for line in read_lines(journal) if line["score"] is not None]
+        found = max(valid, key=lambda line: line["score"], default={"losses": {}})["losses"]
+    else:
+        fail(f"--loss {directory}: not a run directory (neither result.json nor journal.jsonl in it)")
+    if not found:
+        fail(f"--loss {directory}: that run has found no valid loss")
+    return {name: parse(text) for name, text in found.items()}
+
+
+RESUMABLE = ("evals", "minutes", "workers", "resume", "runs")  # flags that may change when a run goes on
+
+
+def resume_arguments(args, given: set[str], task_name: str):
+    """The arguments of the run to go on with, with the budget flags that were given now."""
+    path = args.resume / "args.json"
+    if not path.is_file():
+        fail(f"--resume {args.resume}: not a run directory (no args.json in it); give one that a search has made")
+    try:
+        saved = json.loads(path.read_text())
+        known = saved["arguments"]
+    except (ValueError, KeyError):
+        fail(f"--resume {args.resume}: its args.json cannot be read; give a run directory that a search has made")
+    if saved["task"] != task_name:
+        fail(
+            f"--resume {args.resume}: a run of search_{saved['task']}.py, not of search_{task_name}.py; use that script"
+        )
+    for name in sorted(given - set(RESUMABLE)):
+        if str(getattr(args, name)) != str(known.get(name)):
+            fail(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: the run was made with {known.get(name)}; leave the flag out"
+            )
+    for name, value in known.items():
+        if name not in RESUMABLE or (name not in given and name in ("evals", "minutes")):
+            setattr(args, name, Path(value) if isinstance(getattr(args, name, None), Path) else value)
+    return args
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
+    """The names of the arguments that stand on the command line."""
+    bare = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for action in parser._actions:
+        switch = {"action": "store_true"} if action.nargs == 0 else {}
+        if action.dest != "help":
+            bare.add_argument(*action.option_strings, dest=action.dest, **switch)
+    return set(vars(bare.parse_known_args(argv)[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole run
+
+
+@dataclass
+class Story:
+    """What a script tells `run` about its task without loading anything."""
+
+    name: str  # seg, det, pose
+    baseline: str  # the hand-made loss to beat, a name that `Task.retrain` knows
+    metrics: tuple[str, ...]
+    make_task: Callable[[], Task]
+    export: Callable[[dict[str, Expr]], str]  # the losses as one standalone Python file
+
+
+def run(args, story: Story) -> None:
+    """Search, close, compare, report. In a child or in rank > 0 of torchrun: only work."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    under_torchrun, is_child = "TORCHELASTIC_RUN_ID" in os.environ, "AUTOLOSS_RUN_DIR" in os.environ
+    if under_torchrun or is_child:
+        own_server = under_torchrun and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, None, own_server, wait_for_workers=False)
+        if under_torchrun and rank == 0:
+            directory = Path(store.get("run_dir").decode()) if store.check(["run_dir"]) else open_run(args, story)
+            store.set("run_dir", str(directory))
+        else:
+            directory = Path(os.environ.get("AUTOLOSS_RUN_DIR") or store.get("run_dir").decode())
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic restart begins with fresh logs
+        board = Board(dist.PrefixStore(f"attempt{attempt}", store), rank, world)
+    else:
+        world = args.workers
+        store = dist.HashStore() if world == 1 else dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        board = Board(store, rank, world)
+        directory = open_run(args, story)
+
+    lines = read_lines(directory / "journal.jsonl")
+    search = Search(None, frozenset(GATES) - set(args.without), args.search != "random")
+    if args.search == "naive":
+        search.gates = frozenset()
+    for line in lines:
+        search.absorb(line)
+    finished = sum(line["worker"] == rank for line in lines)
+    elapsed = lines[-1]["elapsed"] if lines else 0.0
+
+    if is_child or (under_torchrun and rank > 0):
+        work(args, story, search, board, elapsed, finished)
+        return
+
+    board.store.add("claim/evaluations", search.evaluated)
+    launching = world > 1 and not under_torchrun
+    children = launch(world, store.port, directory) if launching else []
+    reporter = Reporter(directory, search, args, story)
+    reporter.begin(lines)
+    search.task = None if launching else story.make_task()
+    crew = Crew(board, reporter, search.task, children)
+    try:
+        if search.task:
+            publish_baseline(args, story, search.task, board)
+            search_loop(search, board, args, elapsed, finished, crew.hear)
+        crew.wait_until_idle("search")
+        close(args, story, crew)
+        crew.dismiss()
+    except KeyboardInterrupt:
+        crew.hear()
+        print(f"\ninterrupted; go on with: python search_{story.name}.py --resume {directory}")
+        raise SystemExit(130) from None
+    except ChildProcessError as error:
+        print(f"error: {error}; go on with: python search_{story.name}.py --resume {directory}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        for child in children:
+            child.kill()
+        reporter.board.close()
+
+
+def launch(world: int, port: int, directory: Path) -> list[subprocess.Popen]:
+    """Start the same command once per worker, with the environment that torchrun would give it."""
+    print(f"starting {world} workers", flush=True)
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["AUTOLOSS_RUN_DIR"] = str(directory)
+    return [
+        subprocess.Popen(
+            [sys.executable, *sys.argv], env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}
+        )
+        for r in range(world)
+    ]
+
+
+def work(args, story: Story, search: Search, board: Board, elapsed: float, finished: int) -> None:
+    """The life of a worker: search, then re-train what is asked for, until sent home."""
+
+    def hear() -> None:
+        for rank, message in board.news():
+            if "record" in message and rank != board.rank:
+                search.absorb(message["record"])
+
+    try:
+        search.task = story.make_task()
+        if board.rank == 0:
+            publish_baseline(args, story, search.task, board)
+        search_loop(search, board, args, elapsed, finished, hear)
+        for phase in count():
+            jobs = board.wait_for_jobs(phase)
+            if jobs is None:
+                return
+            serve(search.task, board, phase, jobs)
+    except (KeyboardInterrupt, dist.DistError):  # whoever reports has gone, and has said what there is to say
+        os._exit(1)
+
+
+def publish_baseline(args, story: Story, task: Task, board: Board) -> None:
+    try:
+        score = task.train(story.baseline)
+    except InvalidLoss:
+        score = None
+    board.publish(baseline=score)
+
+
+def open_run(args, story: Story) -> Path:
+    """Make a run directory, or go on in the given one."""
+    if args.resume:
+        print(f"going on in {args.resume}")
+        return args.resume
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{story.name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
+    for suffix in ("", *(f"-{k}" for k in range(2, 100))):
+        directory = args.runs / (name + suffix)
+        try:
+            directory.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    about = {
+        "task": story.name,
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "git": git.stdout.strip() or None,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if str(args.device).startswith("cuda") else "cpu",
+    }
+    write_atomically(directory / "args.json", json.dumps(about, indent=1))
+    print(f"run directory: {directory}", flush=True)
+    return directory
+
+
+def close(args, story: Story, crew: Crew) -> None:
+    """The closing round, the comparison on the test split, and everything that is written at the end."""
+    reporter, search = crew.reporter, crew.reporter.search
+    directory = reporter.directory
+    seconds = reporter.elapsed
+    finalists = [record["losses"] for _, record in search.ranking()[:FINALISTS]]
+    print(f"closing round: the best {len(finalists)} by proxy and {story.baseline}, re-trained", flush=True)
+    seeds = [args.seed + k for k in range(args.seeds)]
+    pictures = {json.dumps(losses): directory / f"finalist_{k}.png" for k, losses in enumerate(finalists, 1)}
+    pictures[json.dumps(story.baseline)] = directory / "baseline.png"
+    jobs = [(losses, args.seed, pictures[json.dumps(losses)]) for losses in finalists]
+    jobs += [
+        (story.baseline, seed, pictures[json.dumps(story.baseline)] if seed == seeds[0] else None) for seed in seeds
+    ]
+    crew.retrain(jobs)
+
+    def closing_score(losses) -> float:
+        scores = reporter.scores_of(losses, args.seed)
+        return -math.inf if scores is None else scores["val"][args.metric]
+
+    found = max(finalists, key=closing_score, default=None)
+    if found is not None and closing_score(found) == -math.inf:
+        found = None
+    names = {"baseline": story.baseline}
+    if found is not None:
+        names = {"found": found, **names}
+        crew.retrain([(found, seed, None) for seed in seeds[1:]])
+        write_atomically(directory / "best_loss.py", story.export({k: parse(v) for k, v in found.items()}))
+    reporter.write_hall_of_fame()
+
+    test = {}
+    for name, losses in names.items():
+        runs = [reporter.scores_of(losses, seed) for seed in seeds]
+        test[name] = {m: [run["test"][m] for run in runs if run is not None] for m in story.metrics}
+    result = {
+        "task": story.name,
+        "metric": args.metric,
+        "losses": found or {},
+        "explored": search.explored,
+        "evaluated": search.evaluated,
+        "gates": {gate: search.counts[gate] for gate in (*GATES, "invalid")},
+        "seconds": round(seconds, 1),
+        "test": {"found": {}, **test},
+    }
+    write_atomically(directory / "result.json", json.dumps(result, indent=1))
+    reporter.show_end(found, finalists, closing_score, test, pictures)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    if not values:
+        return "invalid"
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+    return f"{mean:.3f} +- {spread:.3f}"
+
+
+def show_table(test: dict[str, dict[str, list[float]]], metrics: tuple[str, ...], chosen: str | None) -> None:
+    """One column per loss, one row per metric; the metric that was searched for is marked."""
+    number = max((len(values) for column in test.values() for values in column.values()), default=0)
+    print(f"\ntest split, mean and spread over {number} re-training seed{'s' * (number != 1)}")
+    print(" " * 16 + "".join(f"{name:>18}" for name in test))
+    for metric in metrics:
+        mark = ">>>>" if metric == chosen else "    "
+        print(f"{mark}  {metric:<10}" + "".join(f"{mean_and_spread(column[metric]):>18}" for column in test.values()))

@@ -366,14 +366,21 @@ def next_candidate(search: Search, rng: random.Random, deadline: float):
         tried["counts"][gate] += 1
         search.counts[gate] += 1
 
+    draft: dict[str, Expr] = {}  # branches of a fresh candidate that have passed; only the others are drawn again
     while time.time() < deadline:
         losses, parent, new = propose(search, rng)
+        if parent is None:
+            losses |= draft
+            new = [name for name in new if name not in draft]
         verdicts = {name: judge(search, name, losses[name]) for name in new}
         for fate, gate in verdicts.values():
             if gate not in ("dead", "seen"):
                 search.learn(fate)
                 tried["fates"].append(fate)
         blocking = [gate for fate, gate in verdicts.values() if fate.gate != "passed"]
+        if parent is None:
+            passed = {name: losses[name] for name, (fate, _) in verdicts.items() if fate.gate == "passed"}
+            draft = draft | passed if blocking else {}
         if blocking:
             tally(min(blocking, key=GATES.index))
             continue

@@ -299,7 +299,7 @@ def python_source(expr: Expr, title: str = "A loss function found by search.") -
     used |= {max_pool3} if min_pool3 in used else set()
     functions = [op.function for op in OPERATORS.values() if op.function in used] + [reduce]
     parts = [
-        f'"""{title}\n\n    {expr}\n\nIn LaTeX (log and sqrt extended to negative x as odd functions):\n\n    {latex(expr)}\n"""',
+        f'r"""{title}\n\n    {expr}\n\nIn LaTeX (log and sqrt extended to negative x as odd functions):\n\n    {latex(expr)}\n"""',
         "import torch\nimport torch.nn.functional as F\n\nEPS = 1e-12",
         *(inspect.getsource(function).strip() for function in functions),
         f'''def loss(logits, label, ignore_index=255):

@@ -1,0 +1,343 @@
+"""The search, on a toy task that needs no data: mutations, gates, state, resume, workers' log, a planted formula."""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import evolve
+from evolve import Branch, Fate, InvalidLoss, Member, Search, Story
+from loss_ops import OPERATORS, canonical, evaluate, is_dead, parse
+
+SYMBOLS = ("y", "p", "1")
+CE = parse("Neg(Mul(y, Log(p)))")
+
+
+def toy_branch(C=4, size=8, eta=0.6):
+    g = torch.Generator().manual_seed(0)
+    label = torch.randint(0, C, (5, size, size), generator=g)
+    logits = 0.1 * torch.randn(5, 1, C, size, size, generator=g)
+    onehot = F.one_hot(label, C).movedim(-1, 1).float().unsqueeze(1)
+    return Branch(
+        SYMBOLS,
+        logits,
+        onehot,
+        lambda x, y: {"y": y.expand_as(x), "p": x.softmax(-3)},
+        lambda x, y: (x.argmax(-3) == y.argmax(-3)).float().mean((-3, -2, -1)),
+        eta,
+    )
+
+
+class ToyTask:
+    """The score of a loss is the cosine of its first gradient with that of a planted formula."""
+
+    def __init__(self, planted="Neg(Mul(y, p))", invalid=False, branches=("loss",)):
+        self.branches = {name: toy_branch() for name in branches}
+        self.curve = [(0, 1.0)]
+        self.invalid = invalid
+        self.trained = []
+        self.want = self.gradient(parse(planted))
+
+    def gradient(self, expr):
+        branch = self.branches[next(iter(self.branches))]
+        x = branch.prediction.clone().requires_grad_()
+        value = evaluate(expr, branch.leaves(x, branch.target)).sum()
+        return torch.autograd.grad(value, x)[0].flatten() if value.requires_grad else torch.zeros(x.numel())
+
+    def train(self, losses):
+        if isinstance(losses, str):
+            return 0.5
+        self.trained.append(evolve.losses_text(losses))
+        gradient = sum(self.gradient(expr) for expr in losses.values())
+        if self.invalid or not gradient.isfinite().all():
+            raise InvalidLoss("step 0")
+        return round(F.cosine_similarity(gradient, self.want, dim=0).item(), 6)
+
+    def retrain(self, losses, seed, picture=None):
+        score = self.train(losses) + 0.001 * seed
+        return {"val": {"toy": score}, "test": {"toy": score}}
+
+
+def arguments(tmp_path, *argv):
+    parser = evolve.Parser()
+    evolve.add_search_arguments(parser)
+    args = parser.parse_args(["--runs", str(tmp_path), "--minutes", "5", "--workers", "1", *argv])
+    args.metric, args.data, args.device = "toy", "none", "cpu"
+    return args
+
+
+def story(**options):
+    return Story("toy", "ce", ("toy",), lambda: ToyTask(**options), lambda losses: str(losses))
+
+
+def run(tmp_path, *argv, **options):
+    evolve.run(arguments(tmp_path, *argv), story(**options))
+    (directory,) = tmp_path.iterdir()
+    return directory
+
+
+def journal(directory):
+    """The journal without what times say."""
+    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
+
+
+# Trees and mutations
+
+
+def test_random_trees_have_their_depth_and_use_everything():
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(2000):
+        expr = evolve.random_tree(rng, SYMBOLS)
+        node, depth = expr, 0
+        while node.args:
+            node, depth = node.args[-1], depth + 1
+        assert depth == evolve.DEPTH
+        seen |= {node.op for node in evolve.nodes(expr)}
+    assert seen == set(OPERATORS) | set(SYMBOLS)
+
+
+def test_mutations_change_what_they_say():
+    rng = random.Random(1)
+    for _ in range(500):
+        expr = evolve.random_tree(rng, SYMBOLS)
+        count = len(evolve.nodes(expr))
+        grown = evolve.insert(rng, expr, SYMBOLS)
+        assert count < len(evolve.nodes(grown)) <= count + 2
+        cut = evolve.delete(rng, expr, SYMBOLS)
+        assert len(evolve.nodes(cut)) < count
+        other = evolve.replace(rng, expr, SYMBOLS)
+        assert other != expr and abs(len(evolve.nodes(other)) - count) < count
+        for new in (grown, cut, other):
+            assert all(len(n.args) == OPERATORS[n.op].arity for n in evolve.nodes(new) if n.args)
+
+
+def test_a_leaf_can_only_grow():
+    rng = random.Random(2)
+    assert all(evolve.mutate(rng, parse("p"), SYMBOLS).args for _ in range(50))
+
+
+def test_mutations_are_equally_likely(monkeypatch):
+    drawn = []
+    for name in ("insert", "delete", "replace"):
+        monkeypatch.setattr(evolve, name, lambda rng, expr, symbols, name=name: drawn.append(name) or expr)
+    rng = random.Random(3)
+    for _ in range(3000):
+        evolve.mutate(rng, CE, SYMBOLS)
+    assert all(900 < drawn.count(name) < 1100 for name in ("insert", "delete", "replace"))
+
+
+# Gates
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mul(p, MeanC(y))",  # y sums to one over the classes: alive on paper, blind in fact
+        "Inv(Add(Exp(Exp(Exp(Inv(Mul(y, p))))), y))",  # not finite
+        "Add(y, MeanC(Mul(1, p)))",  # softmax sums to one: zero gradient
+    ],
+)
+def test_first_gradient_turns_away(text):
+    assert evolve.first_gradient(toy_branch(), parse(text)) is None
+
+
+@pytest.mark.parametrize("text", [str(CE), "Square(Add(p, Neg(y)))", "Neg(Mul(Sqrt(MeanNHW(y)), Mul(y, p)))"])
+def test_first_gradient_lets_pass(text):
+    assert evolve.first_gradient(toy_branch(), parse(text)) is not None
+
+
+def key(text):
+    return evolve.equivalence_key(evolve.first_gradient(toy_branch(), parse(text)))
+
+
+def test_equivalence_key():
+    assert key("Neg(Mul(y, Log(p)))") == key("Mul(y, Neg(Log(Abs(p))))") == key("Add(Neg(Mul(y, Log(p))), y)")
+    assert key("Neg(Mul(y, Log(p)))") != key("Mul(y, Log(p))"), "a loss and its negative have the same norms"
+    assert key("Neg(Mul(y, Log(p)))") != key("Neg(Mul(y, p))")
+    assert key("Mul(Add(1, 1), Neg(Mul(y, p)))") != key("Neg(Mul(y, p))"), "the scale matters"
+
+
+def test_rejection_protocol():
+    branch = toy_branch()
+    assert evolve.rejection_gain(branch, CE) > 0.6
+    assert evolve.rejection_gain(branch, CE, early=()) == pytest.approx(0.75, abs=0.15)
+    assert evolve.rejection_gain(branch, parse("Mul(y, Log(p))")) < 0.1
+    tiny = "Mul(Mul(Inv(Exp(Exp(Add(1, 1)))), Inv(Exp(Exp(Add(1, 1))))), Neg(Mul(y, Log(p))))"
+    assert evolve.rejection_gain(branch, parse(tiny)) > 0.6, "a factor of 4e-7 is no reason to reject"
+
+
+def test_gates_come_in_order():
+    search = Search(ToyTask())
+
+    def verdict(text):
+        fate, gate = evolve.judge(search, "loss", parse(text))
+        if gate not in ("dead", "seen"):
+            search.learn(fate)
+        return gate
+
+    assert verdict("Add(p, y)") == "dead"
+    assert verdict("Mul(p, MeanC(y))") == "gradient"
+    assert verdict("Mul(MeanC(y), p)") == "seen"
+    assert verdict("Mul(y, Log(p))") == "rejected"
+    assert verdict("Neg(Mul(y, Log(p)))") is None
+    assert verdict("Mul(Neg(Log(p)), y)") == "seen"
+    assert verdict("Neg(Mul(y, Log(Abs(p))))") == "equivalent"
+    assert search.fates["loss", str(canonical(parse("Neg(Mul(y, Log(Abs(p))))")))].gate == "passed"
+
+
+@pytest.mark.parametrize("gate", evolve.GATES)
+def test_a_gate_switched_off_never_decides(tmp_path, gate):
+    directory = run(tmp_path, "--evals", "12", "--without", gate)
+    lines = journal(directory)
+    assert len(lines) == 12 and lines[-1]["gates"][gate] == 0
+    assert all(lines[-1]["gates"][other] > 0 for other in ("gradient", "rejected") if other != gate)
+
+
+def test_naive_has_no_gates(tmp_path):
+    directory = run(tmp_path, "--evals", "60", "--search", "naive")
+    gates = journal(directory)[-1]["gates"]
+    assert all(gates[gate] == 0 for gate in evolve.GATES)
+    assert any(is_dead(parse(line["losses"]["loss"])) for line in journal(directory))
+
+
+# Evolution
+
+
+def test_parent_is_the_best_of_its_tournament():
+    search = Search(ToyTask())
+    for k in range(200):
+        search.population.append(Member({"loss": CE}, k / 200 if k % 4 else None))
+    rng = random.Random(4)
+    scores = [evolve.select_parent(search, rng).score for _ in range(300)]
+    assert sum(scores) / len(scores) > 0.85  # the mean of the best of ten uniform draws is 10/11
+    assert min(scores) > 0.3
+    search.population.extend([Member({"loss": CE}, None)] * evolve.POPULATION)
+    assert len(search.population) == evolve.POPULATION, "the oldest leave"
+    assert evolve.select_parent(search, rng) is None, "nobody valid is left"
+
+
+def test_planted_formula_is_found(tmp_path):
+    directory = run(tmp_path, "--evals", "150", planted="Neg(Mul(Sqrt(MeanNHW(y)), Mul(y, p)))")
+    result = json.loads((directory / "result.json").read_text())
+    assert result["test"]["found"]["toy"][0] > 0.995
+    lines = journal(directory)
+    best_of_first = max(line["score"] for line in lines[: evolve.INITIAL])
+    assert max(line["score"] for line in lines) > best_of_first, "evolution improved on the random start"
+
+
+def test_every_candidate_invalid(tmp_path):
+    directory = run(tmp_path, "--evals", "25", invalid=True)
+    result = json.loads((directory / "result.json").read_text())
+    assert result["evaluated"] == 25 and result["gates"]["invalid"] == 25 and result["losses"] == {}
+
+
+def test_several_branches(tmp_path):
+    directory = run(tmp_path, "--evals", "30", branches=("cls", "reg"))
+    lines = journal(directory)
+    assert all(set(line["losses"]) == {"cls", "reg"} for line in lines)
+    mutated = [line for line in lines if line["parent"]]
+    assert mutated
+    for line in mutated:
+        assert sum(line["losses"][name] != line["parent"][name] for name in ("cls", "reg")) == 1
+
+
+def test_nothing_is_trained_twice(tmp_path):
+    search = Search(ToyTask())
+    for n in range(60):
+        record = evolve.evaluation(search, random.Random(n), math.inf)
+        search.add(record)
+    assert len({tuple(record["identity"]) for _, record in search.hall.values()}) == 60 == len(search.scores)
+    assert len(search.population) > 60, "equivalents of trained losses join with the known score"
+
+
+# Journal, resume, workers
+
+
+def test_same_seed_same_journal_and_exact_resume(tmp_path):
+    straight = run(tmp_path / "a", "--evals", "40", "--seed", "5")
+    again = run(tmp_path / "b", "--evals", "40", "--seed", "5")
+    other = run(tmp_path / "c", "--evals", "40", "--seed", "6")
+    assert journal(straight) == journal(again) != journal(other)
+
+    stopped = run(tmp_path / "d", "--evals", "23", "--seed", "5")
+    with (stopped / "journal.jsonl").open("a") as file:
+        file.write('{"n": 24, "losses": {"lo')  # the kill came in the middle of a line
+    args = arguments(tmp_path, "--evals", "40", "--seed", "5")
+    args.resume = stopped
+    evolve.run(args, story())
+    assert journal(stopped) == journal(straight)
+
+
+def test_torn_line_is_skipped_with_a_warning(tmp_path, capsys):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n": ')
+    assert evolve.read_lines(path) == [{"n": 1}, {"n": 2}]
+    assert "torn" in capsys.readouterr().err
+    assert path.read_text() == '{"n": 1}\n{"n": 2}\n'
+
+
+def test_a_worker_learns_everything_from_the_log():
+    store = dist.HashStore()
+    boards = [evolve.Board(store, rank, 2) for rank in (0, 1)]
+    first, second = Search(ToyTask()), Search(ToyTask())
+    for n in range(30):
+        record = evolve.evaluation(first, random.Random(n), math.inf)
+        first.add(record)
+        boards[0].publish(record=record)
+    for rank, message in boards[1].news():
+        assert rank == 0
+        second.absorb(message["record"])
+    assert list(boards[1].news()) == []
+    assert second.fates == first.fates and second.keys == first.keys and second.scores == first.scores
+    assert list(second.population) == list(first.population) and second.counts == first.counts
+    assert second.explored == first.explored and second.best == first.best
+
+
+def test_tickets_and_jobs_are_claimed_once():
+    store = dist.HashStore()
+    boards = [evolve.Board(store, rank, 2) for rank in (0, 1)]
+    assert [boards[k % 2].claim("evaluations") for k in range(4)] == [1, 2, 3, 4]
+    jobs = [{"losses": {"loss": str(CE)}, "seed": s, "picture": None} for s in range(3)]
+    task = ToyTask()
+    evolve.serve(task, boards[0], 0, jobs)
+    evolve.serve(task, boards[1], 0, jobs)
+    assert len(task.trained) == 3
+
+
+def test_files_of_a_run(tmp_path):
+    directory = run(tmp_path, "--evals", "25", "--seeds", "2")
+    for name in ("args.json", "journal.jsonl", "retrain.jsonl", "hall_of_fame.csv", "best_loss.py", "result.json"):
+        assert (directory / name).stat().st_size > 0, name
+    result = json.loads((directory / "result.json").read_text())
+    last = journal(directory)[-1]
+    assert result["explored"] == last["explored"] == sum(last["gates"][g] for g in evolve.GATES) + result["evaluated"]
+    assert len(result["test"]["found"]["toy"]) == len(result["test"]["baseline"]["toy"]) == 2
+    first = (directory / "hall_of_fame.csv").read_text().splitlines()[1].split(",")
+    assert float(first[1]) == max(line["score"] for line in journal(directory))
+    assert evolve.read_found(directory, "toy") == {k: parse(v) for k, v in result["losses"].items()}
+
+
+def test_equivalent_scores_are_reused():
+    search = Search(SimpleNamespace(branches={"loss": toy_branch()}))
+    k = key("Neg(Mul(y, Log(p)))")
+    search.learn(Fate("loss", str(canonical(CE)), "passed", k, 0.7))
+    search.scores[(k,)] = 0.9
+    fate, gate = evolve.judge(search, "loss", parse("Neg(Mul(y, Log(Abs(p))))"))
+    assert gate == "equivalent" and fate.key == k and fate.gain == 0.7
+
+
+def test_minutes_end_a_search_that_nothing_passes(tmp_path):
+    args = arguments(tmp_path, "--evals", "5")
+    args.minutes = 0.02
+    hopeless = ToyTask()
+    hopeless.branches = {"loss": toy_branch(eta=2.0)}  # no gain reaches it
+    evolve.run(args, Story("toy", "ce", ("toy",), lambda: hopeless, str))
+    (directory,) = tmp_path.iterdir()
+    assert json.loads((directory / "result.json").read_text())["evaluated"] == 0

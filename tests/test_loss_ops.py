@@ -1,0 +1,322 @@
+"""The language: values and gradients against float64 definitions, text, algebra, and the exported file."""
+
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evolve import random_tree
+from loss_ops import (
+    LEAVES,
+    OPERATORS,
+    Expr,
+    canonical,
+    evaluate,
+    is_dead,
+    latex,
+    parse,
+    python_source,
+    softmax_leaves,
+    subtrees,
+)
+
+EPS = 1e-12
+SEG = ("y", "p", "1")
+
+
+def trees(number, symbols=SEG, seed=0):
+    rng = random.Random(seed)
+    return [random_tree(rng, symbols, rng.randint(0, 4)) for _ in range(number)]
+
+
+def sample(seed=0, N=2, C=4, H=5, W=6, ignored=True, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N, C, H, W, generator=g, dtype=dtype)
+    label = torch.randint(0, C, (N, H, W), generator=g)
+    if ignored:
+        label[torch.rand(label.shape, generator=g) < 0.2] = 255
+    return logits, label
+
+
+# One scalar (or plain loop) definition per operator, independent of the code under test.
+SCALAR = {
+    "Add": lambda x, z: x + z,
+    "Mul": lambda x, z: x * z,
+    "Neg": lambda x: -x,
+    "Abs": abs,
+    "Inv": lambda x: 1 / (x + EPS),
+    "Log": lambda x: math.copysign(1, x) * math.log(abs(x) + EPS) if x else 0.0,
+    "Exp": math.exp,
+    "Tanh": math.tanh,
+    "Square": lambda x: x**2,
+    "Sqrt": lambda x: math.copysign(1, x) * math.sqrt(abs(x) + EPS) if x else 0.0,
+}
+
+
+def slow(op, x, z, mask):
+    """The full (N, C, H, W) value of one operator, element by element."""
+    N, C, H, W = x.shape
+    out = torch.zeros_like(x)
+    for n in range(N):
+        for c in range(C):
+            for h in range(H):
+                for w in range(W):
+                    if op in SCALAR:
+                        args = [x[n, c, h, w].item()] + ([z[n, c, h, w].item()] if OPERATORS[op].arity == 2 else [])
+                        out[n, c, h, w] = SCALAR[op](*args)
+                    elif op == "MeanC":
+                        out[n, c, h, w] = sum(x[n, k, h, w] for k in range(C)) / C
+                    elif op == "MeanNHW":
+                        out[n, c, h, w] = x[:, c][mask[:, 0]].mean()
+                    else:
+                        window = [
+                            x[n, c, a, b].item()
+                            for a in range(max(0, h - 1), min(H, h + 2))
+                            for b in range(max(0, w - 1), min(W, w + 2))
+                            if mask[n, 0, a, b]
+                        ]
+                        out[n, c, h, w] = (max if op == "MaxPool3" else min)(window, default=0.0)
+    return out
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_operator_value(op, masked):
+    x, label = sample(1, C=3, H=4, W=5)
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    mask = (label != 255).unsqueeze(1) if masked else torch.ones(2, 1, 4, 5, dtype=torch.bool)
+    expr = Expr(op, (Expr("p"), Expr("y"))[: OPERATORS[op].arity])
+    want = slow(op, x, z, mask)
+    want = sum(want[:, c][mask[:, 0]].mean() for c in range(3))
+    got = evaluate(expr, {"p": x, "y": z}, mask if masked else None)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    single = evaluate(expr, {"p": x.float(), "y": z.float()}, mask if masked else None)
+    torch.testing.assert_close(single, want.float(), rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_operator_gradient(op, masked):
+    x, label = sample(3, C=2, H=4, W=3)
+    x = x.sign() * (x.abs() + 0.1)  # away from the kinks at zero
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+    mask = (label != 255).unsqueeze(1) if masked else None
+    weigh = parse("Mul(y, p)")  # unequal weights, so that a wrong position shows
+    expr = Expr("Mul", (Expr("y"), Expr(op, (weigh, Expr("p"))[: OPERATORS[op].arity])))
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: evaluate(expr, {"p": p, "y": z}, mask), (x,))
+
+
+def test_operators_at_zero_are_finite():
+    zero = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    for op in OPERATORS:
+        value = evaluate(Expr(op, (Expr("p"),) * OPERATORS[op].arity), {"p": zero})
+        gradient = torch.autograd.grad(value, zero)[0]
+        assert value.isfinite() and gradient.isfinite().all(), op
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_cross_entropy_is_a_tree(ignored):
+    logits, label = sample(5, ignored=ignored)
+    logits.requires_grad_()
+    want = F.cross_entropy(logits, label, ignore_index=255)
+    leaves, mask = softmax_leaves(logits, label)
+    got = evaluate(parse("Neg(Mul(y, Log(p)))"), leaves, mask)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (got, want)), rtol=1e-9, atol=1e-9)
+
+
+def test_dice_is_a_tree():
+    logits, label = sample(6)
+    logits.requires_grad_()
+    leaves, mask = softmax_leaves(logits, label)
+    # -2/(2C) sum_c |yp| / (|y| + |p|): Dice without its constant, up to the factor C / 2 of the class mean
+    got = evaluate(parse("Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))"), leaves, mask)
+    valid = label != 255
+    y = F.one_hot(label[valid], 4).double()
+    p = logits.softmax(1).movedim(1, -1)[valid]
+    dice = (2 * (y * p).sum(0) / (y + p).sum(0)).mean()
+    torch.testing.assert_close(got, -2 * dice, rtol=1e-9, atol=1e-9)
+
+
+def test_ignored_positions_have_no_influence():
+    logits, label = sample(7)
+    other = torch.where((label == 255).unsqueeze(1), torch.randn_like(logits) * 30, logits)
+    for expr in trees(300, seed=8):
+        values = [evaluate(expr, *softmax_leaves(x, label)) for x in (logits, other)]
+        torch.testing.assert_close(*values, equal_nan=True, msg=str(expr))
+
+
+def test_all_ignored_gives_a_connected_zero():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    label = torch.full((1, 4, 4), 255)
+    for text in ("Neg(Mul(y, Log(p)))", "Mul(MaxPool3(y), Square(MeanNHW(p)))"):
+        value = evaluate(parse(text), *softmax_leaves(logits, label))
+        gradient = torch.autograd.grad(value, logits)[0]
+        assert value == 0 and not gradient.any()
+
+
+def test_leading_dimensions_are_independent_losses():
+    logits, label = sample(9, N=6, ignored=False)
+    leaves, _ = softmax_leaves(logits, label)
+    stacked = {name: x.view(3, 2, *x.shape[1:]) for name, x in leaves.items()}
+    for expr in trees(100, seed=10):
+        want = torch.stack([evaluate(expr, {name: x[k] for name, x in stacked.items()}) for k in range(3)])
+        torch.testing.assert_close(evaluate(expr, stacked), want, equal_nan=True)
+
+
+def test_text_round_trip():
+    for expr in trees(3000, LEAVES, seed=11):
+        assert parse(str(expr)) == expr
+    assert parse(" Neg ( Mul(y ,Log(p)) )") == parse("Neg(Mul(y, Log(p)))")
+
+
+@pytest.mark.parametrize(
+    "text, position, word",
+    [
+        ("Neg(Mul(y, Lgo(p)))", 11, "Log"),
+        ("neg(p)", 0, "Neg"),
+        ("Mul(y)", 0, "takes 2 operands, got 1"),
+        ("Neg(y, p)", 0, "takes 1 operand, got 2"),
+        ("Neg(p", 5, "expected ')'"),
+        ("Neg", 3, "expected '('"),
+        ("Neg(p))", 6, "unexpected ')'"),
+        ("Neg(p) + 1", 7, "unexpected '+'"),
+        ("Add(p, @)", 7, "unknown name '@'"),
+        ("__import__('os')", 0, "unknown name '__import__'"),
+        ("2", 0, "unknown name '2'"),
+        ("", 0, "found the end"),
+        ("Neg(" * 5000, None, "nested too deeply"),
+    ],
+)
+def test_parse_errors_name_position_and_cure(text, position, word):
+    with pytest.raises(ValueError) as error:
+        parse(text)
+    assert word in str(error.value)
+    assert position is None or str(error.value).startswith(f"position {position}:")
+
+
+def test_common_subtrees_are_listed_once():
+    expr = parse("Add(Mul(y, Log(p)), Square(Mul(y, Log(p))))")
+    assert [str(node) for node in subtrees(expr)] == [
+        "y", "p", "Log(p)", "Mul(y, Log(p))", "Square(Mul(y, Log(p)))", str(expr),
+    ]  # fmt: skip
+
+
+def test_canonical_keeps_the_value():
+    logits, label = sample(12)
+    leaves, mask = softmax_leaves(logits, label)
+    changed = 0
+    for expr in trees(4000, seed=13):
+        short = canonical(expr)
+        changed += short != expr
+        assert canonical(short) == short
+        value = evaluate(expr, leaves, mask)
+        torch.testing.assert_close(evaluate(short, leaves, mask), value, rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert changed > 1000
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Mul(y, p)", "Mul(p, y)"),
+        ("Neg(Neg(p))", "p"),
+        ("Mul(Neg(y), Neg(p))", "Mul(y, p)"),
+        ("Square(Neg(p))", "Square(Abs(p))"),
+        ("Tanh(Neg(p))", "Neg(Tanh(p))"),
+        ("MaxPool3(Neg(p))", "Neg(MinPool3(p))"),
+        ("Mul(Square(1), p)", "p"),
+        ("Add(p, Add(1, Neg(1)))", "p"),
+        ("Neg(MeanNHW(Mul(y, Log(p))))", "Neg(Mul(y, MeanC(Log(p))))".replace("MeanC(Log(p))", "Log(p)")),
+        ("MeanC(Square(p))", "Square(p)"),
+        ("Square(MeanNHW(MeanNHW(p)))", "Square(MaxPool3(MeanNHW(p)))"),
+        ("Abs(Exp(p))", "Exp(p)"),
+    ],
+)
+def test_canonical_meets(one, other):
+    assert canonical(parse(one)) == canonical(parse(other))
+
+
+@pytest.mark.parametrize("one, other", [("Neg(p)", "p"), ("Inv(Neg(p))", "Neg(Inv(p))"), ("MeanC(p)", "MaxPool3(p)")])
+def test_canonical_keeps_apart(one, other):
+    assert canonical(parse(one)) != canonical(parse(other))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["y", "1", "p", "Add(p, y)", "Neg(Add(Exp(p), Square(y)))", "MeanNHW(Add(p, Mul(1, y)))", "Mul(Add(y, p), Exp(1))",
+     "Mul(Add(1, Neg(1)), Mul(y, p))"],
+)  # fmt: skip
+def test_dead(text):
+    assert is_dead(parse(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["Mul(y, p)", "Square(Add(p, y))", "Abs(Add(y, Neg(p)))", "MaxPool3(Add(p, y))", "Neg(i)", "Mul(1, u)"]
+)
+def test_not_dead(text):
+    assert not is_dead(parse(text))
+
+
+def test_dead_means_what_it_says():
+    """Whatever is called dead has the same gradient for another target."""
+    logits, label = sample(14, ignored=False)
+    logits.requires_grad_()
+    other = (label + 1) % 4
+    dead = [expr for expr in trees(1500, seed=15) if is_dead(expr)]
+    assert len(dead) > 500
+    for expr in dead:
+        gradients = []
+        for target in (label, other):
+            value = evaluate(expr, *softmax_leaves(logits, target))
+            gradients.append(torch.autograd.grad(value, logits)[0] if value.requires_grad else torch.zeros_like(logits))
+        torch.testing.assert_close(*gradients, equal_nan=True, rtol=1e-6, atol=1e-12, msg=str(expr))
+
+
+def test_latex_has_every_part():
+    text = latex(parse("Neg(Mul(Add(y, Neg(1)), Log(MeanNHW(p))))"))
+    assert text == r"-\left(y - 1\right) \cdot \log \left(\mathrm{mean}_{NHW} p\right)"
+    for expr in trees(300, seed=16):
+        shown = latex(expr)
+        assert shown.count("{") == shown.count("}") and shown.count(r"\left") == shown.count(r"\right")
+
+
+CHECK = """
+import sys, torch
+assert not any(name in sys.modules for name in ("loss_ops", "evolve", "numpy.testing"))
+from best_loss import loss
+data = torch.load("data.pt", weights_only=True)
+logits = data["logits"].requires_grad_()
+value = loss(logits, data["label"])
+value.backward()
+torch.save({"value": value.detach(), "gradient": logits.grad}, "out.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Neg(Mul(y, Log(p)))", "Add(Square(Add(1, Neg(MaxPool3(Mul(y, p))))), MeanC(MinPool3(Inv(Add(p, 1)))))", "Mul(y, p)"],
+)
+def test_exported_file_stands_alone(tmp_path, text):
+    logits, label = sample(17, dtype=torch.float32)
+    torch.save({"logits": logits, "label": label}, tmp_path / "data.pt")
+    (tmp_path / "best_loss.py").write_text(python_source(parse(text)))
+    subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1"})
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    logits.requires_grad_()
+    value = evaluate(parse(text), *softmax_leaves(logits, label))
+    assert torch.equal(out["value"], value)
+    assert torch.equal(out["gradient"], torch.autograd.grad(value, logits)[0])
+
+
+def test_exported_random_trees():
+    logits, label = sample(18, dtype=torch.float32)
+    for expr in trees(200, seed=19):
+        scope: dict = {}
+        exec(compile(python_source(expr), "best_loss.py", "exec"), scope)
+        want = evaluate(expr, *softmax_leaves(logits, label))
+        torch.testing.assert_close(scope["loss"](logits, label), want, rtol=0, atol=0, equal_nan=True)

@@ -29,6 +29,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import cv2
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -662,9 +663,8 @@ class Reporter:
         for name, losses in (("found", found), ("baseline", story.baseline)):
             picture = pictures.get(json.dumps(losses))
             if picture and picture.exists():
-                import torchvision
-
-                self.board.add_image(f"predictions/{name}", torchvision.io.decode_image(str(picture)), search.explored)
+                pixels = cv2.imread(str(picture))[..., ::-1]  # BGR to RGB
+                self.board.add_image(f"predictions/{name}", pixels, search.explored, dataformats="HWC")
         flags = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
         final = test["found"][args.metric] if found else []
         self.board.add_hparams(flags, {"hparam/test": sum(final) / len(final) if final else 0.0}, run_name=".")

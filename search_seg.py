@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image  # comes with torchvision
 from torch import Tensor, nn
-from torchvision.io import ImageReadMode, decode_image
 
 import evolve
 from data import shapes
@@ -190,16 +191,17 @@ def read_split(pairs: list[tuple[Path, Path]], num_classes: int, lookup: Tensor 
 
     Raises DataError naming the file that is missing, cannot be read, does not fit its image or has an unknown class.
     """
-    sizes = torch.tensor([picture_size(image_path) for image_path, _ in pairs])  # (M, 2)
+    sizes = torch.tensor([open_picture(path).size[::-1] for path, _ in pairs])  # (M, 2); reads the headers alone
     H, W = sizes.amax(0).tolist()
     images = torch.zeros(len(pairs), 3, H, W, dtype=torch.uint8)
     labels = torch.full((len(pairs), H, W), IGNORE, dtype=torch.uint8)
     for k, (image_path, label_path) in enumerate(pairs):
         h, w = sizes[k].tolist()
-        images[k, :, :h, :w] = decode(image_path, ImageReadMode.RGB)
-        label = decode(label_path, ImageReadMode.UNCHANGED)[0]
+        images[k, :, :h, :w] = decode(image_path, "RGB").movedim(-1, 0)
+        label = decode(label_path)
         if label.shape != (h, w):
-            raise DataError(f"{label_path}: mask of {label.shape[1]}x{label.shape[0]}, its image has {w}x{h} pixels")
+            size = "x".join(map(str, label.shape[1::-1]))
+            raise DataError(f"{label_path}: mask of {size} pixels, its image has {w}x{h}")
         label = label if lookup is None else lookup[label.long()]
         if ((label >= num_classes) & (label != IGNORE)).any():
             raise DataError(f"{label_path}: class {label[label != IGNORE].max()}; expected 0..{num_classes - 1} or 255")
@@ -207,21 +209,24 @@ def read_split(pairs: list[tuple[Path, Path]], num_classes: int, lookup: Tensor 
     return Split(images, labels, sizes.float())
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    from PIL import Image  # comes with torchvision; reads the header alone
-
+def open_picture(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
+        return Image.open(path)
     except OSError as error:
-        raise DataError(f"{path}: {'not found' if not path.exists() else 'not a readable image'}") from error
+        raise unreadable(path) from error
 
 
-def decode(path: Path, mode: ImageReadMode) -> Tensor:
-    try:
-        return decode_image(str(path), mode)
-    except RuntimeError as error:
-        raise DataError(f"{path}: {'not found' if not path.exists() else 'not a readable image'}") from error
+def decode(path: Path, mode: str | None = None) -> Tensor:
+    """The pixels of a picture, (H, W) or (H, W, 3) uint8; without `mode` as stored: palette PNGs give their indices."""
+    with open_picture(path) as picture:
+        try:
+            return torch.from_numpy(np.array(picture.convert(mode) if mode else picture, dtype=np.uint8))
+        except OSError as error:
+            raise unreadable(path) from error
+
+
+def unreadable(path: Path) -> "DataError":
+    return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
 
 
 def voc_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -595,7 +600,8 @@ BASELINE = "ce"
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor:
     """Inverse frequency of each class, scaled so that the mean weight over all pixels is 1; absent classes weigh 0."""
-    frequency = count(labels, labels != IGNORE, num_classes).float()
+    valid = labels != IGNORE
+    frequency = count(torch.where(valid, labels, 0), valid, num_classes).float()
     present = frequency > 0
     return torch.where(present, frequency.sum() / (present.sum() * frequency.clamp(min=1)), 0.0)
 
@@ -697,7 +703,7 @@ def draw_predictions(net: nn.Module, split: Split, path: Path, device: str, numb
     pred = predict(net, split.images[:number].to(device)).cpu()
     coloured = [palette[label.long()].movedim(-1, 1) for label in (split.labels[:number].cpu(), pred)]
     grid = torchvision.utils.make_grid(torch.cat([images, *coloured]), nrow=len(images), pad_value=255)
-    torchvision.io.write_png(grid, str(path))
+    Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
 
 
 # =====================================================================================================================

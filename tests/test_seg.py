@@ -1,0 +1,431 @@
+"""Segmentation, piece by piece: metrics and losses against slow, obvious versions; loader; networks; training."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import search_seg
+from data import shapes
+from loss_ops import parse
+from search_seg import DataError, InvalidLoss, SegMetrics, Split, seg_metrics
+
+# Metrics, from their definitions
+
+
+def slow_boundary(mask):
+    """Pixels of a boolean mask whose 3x3 neighbourhood inside the image is not wholly in it."""
+    H, W = mask.shape
+    out = np.zeros_like(mask)
+    for h in range(H):
+        for w in range(W):
+            if mask[h, w]:
+                out[h, w] = not mask[max(0, h - 1) : h + 2, max(0, w - 1) : w + 2].all()
+    return out
+
+
+def slow_metrics(pred, label, C, tolerance=5):
+    pred, label = pred.numpy(), label.numpy()
+    valid = label != 255
+    kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)
+
+    def within(mask):
+        return cv2.dilate(mask.astype(np.uint8), kernel) > 0
+
+    def ious(where):
+        out = {}
+        for c in range(C):
+            union = (((pred == c) | (label == c)) & where).sum()
+            if union:
+                out[c] = ((pred == c) & (label == c) & where).sum() / union
+        return out
+
+    iou = ious(valid)
+    frequency = {c: ((label == c) & valid).sum() / valid.sum() for c in range(C)}
+    accuracy = [((pred == c) & (label == c)).sum() / (label == c).sum() for c in range(C) if (label == c).any()]
+    near = np.zeros_like(valid)
+    f1 = []
+    for c in range(C):
+        hit_pred = all_pred = hit_label = all_label = 0
+        for k in range(len(label)):
+            bp, bl = (slow_boundary(x[k] == c) & valid[k] for x in (pred, label))
+            hit_pred, all_pred = hit_pred + (bp & within(bl)).sum(), all_pred + bp.sum()
+            hit_label, all_label = hit_label + (bl & within(bp)).sum(), all_label + bl.sum()
+            if c:
+                near[k] |= within(bl)
+        if all_label:
+            precision, recall = hit_pred / max(1, all_pred), hit_label / all_label
+            f1.append(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
+    return {
+        "miou": np.mean(list(iou.values())),
+        "fwiou": sum(frequency[c] * iou[c] for c in iou),
+        "macc": np.mean(accuracy),
+        "gacc": ((pred == label) & valid).sum() / valid.sum(),
+        "biou": np.mean(list(ious(valid & near).values())),
+        "bf1": np.mean(f1),
+    }
+
+
+def blobs(rng, N, C, H, W, ignored=True):
+    """Random label maps with regions of some size, so that boundaries mean something."""
+    small = rng.integers(0, C, (N, H // 6 + 1, W // 6 + 1)).astype(np.uint8)
+    maps = np.stack([cv2.resize(m, (W, H), interpolation=cv2.INTER_NEAREST) for m in small])
+    maps = np.where(rng.random(maps.shape) < 0.02, rng.integers(0, C, maps.shape), maps)
+    if ignored:
+        maps[:, : H // 8] = 255
+        maps[rng.random(maps.shape) < 0.05] = 255
+    return torch.from_numpy(maps.astype(np.int64))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_metrics_equal_their_definitions(seed):
+    rng = np.random.default_rng(seed)
+    C, H, W = int(rng.integers(2, 8)), int(rng.integers(20, 45)), int(rng.integers(20, 45))
+    label = blobs(rng, 3, C, H, W, ignored=seed % 2 == 0)
+    pred = torch.where(torch.rand(label.shape) < 0.6, label, blobs(rng, 3, C, H, W, False)) % 255
+    if seed >= 3:  # class 1 is absent from the target, class 0 from both
+        label = torch.where(label <= 1, C, label)
+        label = torch.where((label == C), C - 1, label)
+        pred = pred.clamp(min=1)
+    want = slow_metrics(pred, label, C)
+    got = seg_metrics(pred, label, C)
+    assert set(got) == {"miou", "fwiou", "macc", "gacc", "biou", "bf1"}
+    for name in want:
+        assert got[name] == pytest.approx(want[name], abs=1e-9), name
+
+
+def test_metrics_accumulate_and_group():
+    rng = np.random.default_rng(9)
+    label, pred = blobs(rng, 6, 5, 30, 30), blobs(rng, 6, 5, 30, 30, False)
+    whole, parts = seg_metrics(pred, label, 5), SegMetrics(5)
+    for k in range(0, 6, 2):
+        parts.update(pred[k : k + 2], label[k : k + 2])
+    assert {k: v.item() for k, v in parts.compute().items()} == pytest.approx(whole)
+    groups = SegMetrics(5, groups=3)
+    groups.update(pred, label)
+    for g in range(3):
+        one = seg_metrics(pred[2 * g : 2 * g + 2], label[2 * g : 2 * g + 2], 5)
+        assert {k: v[g].item() for k, v in groups.compute().items()} == pytest.approx(one)
+
+
+def test_perfect_prediction_scores_one():
+    label = blobs(np.random.default_rng(1), 2, 4, 24, 24)
+    pred = torch.where(label == 255, 0, label)
+    assert seg_metrics(torch.where(label == 255, label.roll(1, 0) % 4, pred), label, 4)["miou"] == 1
+    clean = blobs(np.random.default_rng(1), 2, 4, 24, 24, False)
+    assert all(value == pytest.approx(1) for value in seg_metrics(clean, clean, 4).values())
+
+
+def test_too_many_classes_for_the_bits():
+    with pytest.raises(ValueError, match="63"):
+        SegMetrics(64)
+
+
+# Losses
+
+
+def sample(seed=0, N=2, C=4, H=6, W=7):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N, C, H, W, generator=g, dtype=torch.float64)
+    label = torch.randint(0, C, (N, H, W), generator=g)
+    label[torch.rand(label.shape, generator=g) < 0.2] = 255
+    return logits, label
+
+
+def flat(logits, label):
+    """Probabilities (M, C) and classes (M,) of the pixels that count."""
+    valid = label != 255
+    return logits.softmax(1).movedim(1, -1)[valid], label[valid]
+
+
+def slow_ce(logits, label):
+    p, c = flat(logits, label)
+    return -p[torch.arange(len(c)), c].log().mean()
+
+
+def slow_wce(logits, label):
+    p, c = flat(logits, label)
+    return -(WEIGHT[c] * p[torch.arange(len(c)), c].log()).mean()
+
+
+def slow_dice(logits, label):
+    p, c = flat(logits, label)
+    terms = []
+    for k in c.unique():
+        y = (c == k).double()
+        terms.append(1 - 2 * (y * p[:, k]).sum() / (y.sum() + p[:, k].sum()))
+    return torch.stack(terms).mean()
+
+
+def slow_lovasz(logits, label):
+    """The Lovasz extension of the Jaccard loss, summed set by set along the sorted errors (Berman 2018, Eq. 3)."""
+    p, c = flat(logits, label)
+    terms = []
+    for k in c.unique():
+        y = c == k
+        error = torch.where(y, 1 - p[:, k], p[:, k])
+        order = error.argsort(descending=True)
+
+        def jaccard_loss(wrong, y=y):
+            missed = torch.zeros_like(y)
+            missed[wrong] = True
+            return 1 - (y & ~missed).sum() / (y | missed).sum()
+
+        terms.append(
+            sum(
+                error[order[n]] * (jaccard_loss(order[: n + 1]) - jaccard_loss(order[:n])) for n in range(len(order))
+            )
+        )
+    return torch.stack(terms).mean()
+
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+SLOW = {"ce": slow_ce, "wce": slow_wce, "dice": slow_dice, "lovasz": slow_lovasz}
+
+
+def call(name, logits, label):
+    options = {"weight": WEIGHT.to(logits.dtype)} if name == "wce" else {}
+    return search_seg.LOSSES[name](logits, label, **options)
+
+
+@pytest.mark.parametrize("name", search_seg.LOSSES)
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_equal_slow_versions(name, seed):
+    logits, label = sample(seed)
+    if seed == 2:
+        label[label == 1] = 0  # an absent class
+    logits.requires_grad_()
+    got, want = call(name, logits, label), SLOW[name](logits, label)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (got, want)), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", search_seg.LOSSES)
+def test_losses_without_any_valid_pixel(name):
+    logits, label = sample()
+    logits.requires_grad_()
+    value = call(name, logits, torch.full_like(label, 255))
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert value == 0 and not gradient.any()
+
+
+def test_class_weights():
+    label = torch.tensor([[[0, 0, 0, 2], [0, 0, 255, 2]]], dtype=torch.uint8)
+    weight = search_seg.class_weights(label, 4)
+    assert weight[1] == weight[3] == 0
+    assert weight[2] / weight[0] == pytest.approx(5 / 2)
+    assert weight[label[label != 255].long()].mean() == pytest.approx(1)
+
+
+# Data
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    return shapes.write_shapes(tmp_path_factory.mktemp("data") / "shapes", splits={"train": 40, "val": 12, "test": 12})
+
+
+def arguments(root, *argv):
+    return search_seg.parse_arguments(["--data-root", str(root), "--device", "cpu", "--workers", "1", *argv])
+
+
+def test_splits_are_what_was_drawn(root):
+    data = search_seg.read_data(arguments(root))
+    assert {name: len(split.images) for name, split in data.items()} == {"train": 40, "val": 12, "test": 12}
+    image, label, _ = shapes.draw_scene(0, 40, shapes.SIZE)  # the first of val
+    assert torch.equal(data["val"].labels[0], torch.from_numpy(label))
+    difference = data["val"].images[0].float() - torch.from_numpy(image[:, :, ::-1].copy()).movedim(-1, 0)
+    assert difference.abs().mean() < 8, "only JPEG stands between the drawing and the split, and channels are RGB"
+
+
+def test_crop_is_an_affine_cut():
+    """Without scaling, a window is a plain cut (mirrored or not) of image and label alike."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 20, 24), generator=g, dtype=torch.uint8)
+    labels = torch.randint(0, 7, (4, 20, 24), generator=g, dtype=torch.uint8)
+    split = Split(images, labels, torch.tensor([[20.0, 24.0]] * 4))
+    index = torch.arange(4).repeat(8)
+    got, got_label = search_seg.batch_scale_crop_flip(split, index, 24, (1.0, 1.0), g)
+    # A window as wide as the picture leaves no room sideways; it is 4 pixels higher than the picture: 2 rows above.
+    mirrored = 0
+    for k, source in enumerate(index):
+        want, want_label = images[source].float(), labels[source]
+        flipped = not torch.allclose(got[k, :, 2:22], want, atol=1e-2)
+        mirrored += flipped
+        if flipped:
+            want, want_label = want.flip(-1), want_label.flip(-1)
+        torch.testing.assert_close(got[k, :, 2:22], want, atol=1e-2, rtol=0)
+        assert torch.equal(got_label[k, 2:22], want_label)
+        assert (got_label[k, :2] == 255).all() and (got_label[k, 22:] == 255).all() and not got[k, :, :2].any()
+    assert 6 <= mirrored <= 26
+
+
+def test_crops_stay_inside_and_scale():
+    label = torch.arange(40).repeat(1, 40, 1).to(torch.uint8)  # the label of a pixel is its column
+    split = Split(torch.zeros(1, 3, 40, 40, dtype=torch.uint8), label, torch.tensor([[40.0, 40.0]]))
+    g = torch.Generator().manual_seed(1)
+    _, labels = search_seg.batch_scale_crop_flip(split, torch.zeros(200, dtype=torch.long), 16, (0.5, 2.0), g)
+    assert (labels != 255).all(), "no window reaches beyond the picture"
+    width = (labels[:, 0, -1].float() - labels[:, 0, 0].float()).abs()
+    assert 6 <= width.min() <= 9 and 27 <= width.max() <= 32, "16 pixels show 8 to 32 columns"
+    assert labels.min() <= 1 and labels.max() >= 38, "every part of the picture is drawn"
+
+
+def test_smaller_pictures_are_padded_with_ignore(tmp_path):
+    write_voc(tmp_path, {"a": (20, 30), "b": (26, 18)}, {"train": ["a", "b"] * 8, "val": ["a"]})
+    data = search_seg.read_data(arguments(tmp_path, "--data", "voc"))
+    train = data["train"]
+    assert train.images.shape[-2:] == (26, 30) and train.sizes[0].tolist() == [26, 18]
+    assert (train.labels[0, :, 18:] == 255).all() and (train.labels[0, :, :18] != 255).all()
+    assert len(data["val"]) == 3 and len(data["train"].images) == 14 and len(data["val"].images) == 2
+
+
+def save(pixels, path):
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(path)
+
+
+def write_voc(root, sizes, splits, aug=False):
+    """A VOC folder with random pictures of the given (height, width)."""
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, (h, w) in sizes.items():
+        save(np.random.default_rng(0).integers(0, 256, (h, w, 3)), root / f"JPEGImages/{name}.jpg")
+        save(np.full((h, w), 3), root / f"SegmentationClass/{name}.png")
+        save(np.full((h, w), 5), root / f"SegmentationClassAug/{name}.png")
+    for split, names in splits.items():
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+
+
+def test_sbd_aug_lists_are_used_when_present(tmp_path):
+    write_voc(tmp_path, {"a": (8, 8)}, {"train": ["a"], "trainaug": ["a"] * 16, "val": ["a"]})
+    data = search_seg.read_data(arguments(tmp_path, "--data", "voc"))
+    assert len(data["train"].images) == 14
+    assert (data["train"].labels == 5).all() and (data["test"].labels == 3).all()
+
+
+def test_cityscapes_layout(tmp_path):
+    for split, number in (("train", 8), ("val", 1)):
+        for k in range(number):
+            for folder in ("leftImg8bit", "gtFine"):
+                (tmp_path / folder / split / "ulm").mkdir(parents=True, exist_ok=True)
+            save(np.zeros((8, 8, 3)), tmp_path / f"leftImg8bit/{split}/ulm/{k}_leftImg8bit.png")
+            ids = np.tile([0, 7, 8, 26, 33, 4, 11, 5], (8, 1))
+            save(ids, tmp_path / f"gtFine/{split}/ulm/{k}_gtFine_labelIds.png")
+    data = search_seg.read_data(arguments(tmp_path, "--data", "cityscapes"))
+    assert data["test"].labels[0, 0].tolist() == [255, 0, 1, 13, 18, 255, 2, 255]
+
+
+@pytest.mark.parametrize("broken", ["no list", "empty list", "no image", "torn image", "other size", "unknown class"])
+def test_broken_data_is_named(tmp_path, broken):
+    write_voc(tmp_path, {"a": (8, 9)}, {"train": ["a"] * 8, "val": ["a"]})
+    listing, image, mask = (
+        tmp_path / "ImageSets/Segmentation/train.txt", tmp_path / "JPEGImages/a.jpg", tmp_path / "SegmentationClass/a.png"
+    )  # fmt: skip
+    if broken == "no list":
+        listing.unlink()
+    elif broken == "empty list":
+        listing.write_text("")
+    elif broken == "no image":
+        image.unlink()
+    elif broken == "torn image":
+        image.write_bytes(b"not a picture")
+    elif broken == "other size":
+        save(np.zeros((9, 8)), mask)
+    else:
+        save(np.full((8, 9), 99), mask)
+    with pytest.raises(DataError) as error:
+        search_seg.read_data(arguments(tmp_path, "--data", "voc"))
+    culprit = {"no list": listing, "empty list": listing, "no image": image, "torn image": image}.get(broken, mask)
+    assert str(culprit) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_foreign_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match="something other"):
+        search_seg.read_data(arguments(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# Networks and training
+
+
+@pytest.mark.parametrize(
+    "name, stride", [("small", None), *((m, s) for m in search_seg.MODELS[1:] for s in (8, 16) if "101" not in m)]
+)
+def test_networks_forward_and_backward(name, stride):
+    net = search_seg.build_model(name, 5, output_stride=stride)
+    images = torch.randn(2, 3, 65, 48)
+    logits = net(images)
+    assert logits.shape == (2, 5, 65, 48)
+    logits.square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in net.parameters())
+    head = {id(w) for module in net.head() for w in module.parameters()}
+    assert 0 < len(head) < len(list(net.parameters()))
+    if stride:
+        assert net.backbone(images)[1].shape[-1] == 48 // stride
+
+
+@pytest.mark.parametrize("name", ["r101-dlv3p", "r101-psp"])
+def test_deep_networks(name):
+    net = search_seg.build_model(name, 3)
+    assert sum(1 for m in net.modules() if isinstance(m, torch.nn.Conv2d)) > 100
+    with torch.no_grad():
+        assert net.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def task(root):
+    return search_seg.SegTask(arguments(root, "--proxy-steps", "8", "--retrain-steps", "8", "--batch", "8"))
+
+
+def test_scoring_twice_gives_the_same_number(task):
+    assert task.train("ce") == task.train("ce")
+    assert task.train({"loss": parse("Neg(Mul(y, Log(p)))")}) == pytest.approx(task.train("ce"), abs=2e-3)
+    assert len(task.curve) == 8 and task.curve[-1][1] < task.curve[0][1]
+
+
+@pytest.mark.parametrize("text", ["Mul(y, Exp(Inv(Add(p, Neg(p)))))", "Mul(Exp(Exp(Exp(Inv(p)))), y)"])
+def test_invalid_values_stop_the_training(task, text):
+    with pytest.raises(InvalidLoss):
+        task.train({"loss": parse(text)})
+
+
+def test_hand_made_losses_pass_the_gates(task):
+    import evolve
+
+    branch = task.branches["loss"]
+    for text in ("Neg(Mul(y, Log(p)))", "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))", "Square(Add(p, Neg(y)))"):
+        expr = parse(text)
+        assert evolve.first_gradient(branch, expr) is not None
+        assert evolve.rejection_gain(branch, expr, early=()) > 1.2 * branch.eta, text
+
+
+def test_gate_scores_are_the_metric(task):
+    branch = task.branches["loss"]
+    scores = branch.score(branch.prediction, branch.target)
+    assert scores.shape == (5,)
+    stacked = torch.stack([branch.prediction, branch.target.expand_as(branch.prediction)])
+    assert torch.equal(branch.score(stacked, branch.target)[0], scores)
+    assert (branch.score(stacked, branch.target)[1] == 1).all()
+    want = seg_metrics(branch.prediction[2].argmax(1), branch.target[2].argmax(1), 7)["miou"]
+    assert scores[2].item() == pytest.approx(want)
+
+
+def test_training_learns(root):
+    task = search_seg.SegTask(arguments(root, "--proxy-steps", "40", "--metric", "gacc"))
+    start = search_seg.test_network(task.network(task.proxy, 0), task.data["val"], 7, "cpu")["gacc"]
+    assert task.train("ce") > max(start, 0.65)
+
+
+def test_weighted_class_matters(task):
+    logits, label = sample()
+    uniform = search_seg.wce(logits, label, torch.ones(4, dtype=logits.dtype))
+    assert uniform == pytest.approx(F.cross_entropy(logits, label, ignore_index=255).item())
+
+
+def test_predictions_are_drawn(task, tmp_path):
+    search_seg.draw_predictions(task.network(task.proxy, 0), task.data["test"], tmp_path / "p.png", "cpu", number=3)
+    height, width = cv2.imread(str(tmp_path / "p.png")).shape[:2]
+    assert height > 3 * shapes.SIZE and width > 3 * shapes.SIZE

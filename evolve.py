@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -537,13 +538,15 @@ class Reporter:
         self.start = time.time()
         self.earlier = 0.0  # seconds of search before a resume
         self.explored_earlier = 0
-        self.baseline = None
+        self.baseline: float | None = None
+        self.best: float | None = None  # best score reported so far
         self.idle: dict[int, object] = {}
 
     def begin(self, lines: list[dict]) -> None:
         """Take up where the journal ends."""
         if lines:
             self.earlier, self.explored_earlier = lines[-1]["elapsed"], self.search.explored
+            self.best = self.search.best.score if self.search.best else None
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(self.args).items()))
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
@@ -573,9 +576,10 @@ class Reporter:
 
         rate = (search.explored - self.explored_earlier) / max(1e-9, time.time() - self.start)
         share = max(n / args.evals, self.elapsed / (60 * args.minutes))
-        left = int(self.elapsed * (1 / max(share, 1e-9) - 1))
+        left = max(0, int(self.elapsed * (1 / max(share, 1e-9) - 1)))
         best = f"{search.best.score:.3f}" if search.best else "  -  "
-        improved = score is not None and search.best.score == score and search.ranking()[0][1] is record
+        improved = search.best is not None and (self.best is None or search.best.score > self.best)
+        self.best = search.best.score if search.best else None
         print(
             f"eval {n:>3}/{args.evals}  {args.metric} {'  -  ' if score is None else f'{score:.3f}'}  best {best}  "
             f"explored {search.explored:,} ({rate:,.0f}/s)  equivalent {gates['equivalent']}  invalid {gates['invalid']}  "
@@ -733,8 +737,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str):
-    """End the program because of what the user gave it."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the program because of what the user gave it; of several workers the first one says why."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -887,7 +892,7 @@ def resume_arguments(args, given: set[str], task_name: str):
                 f"--{name.replace('_', '-')} {getattr(args, name)}: the run was made with {known.get(name)}; leave the flag out"
             )
     for name, value in known.items():
-        if name not in RESUMABLE or (name not in given and name in ("evals", "minutes")):
+        if name not in RESUMABLE or (name not in given and name in ("evals", "minutes", "workers")):
             setattr(args, name, Path(value) if isinstance(getattr(args, name, None), Path) else value)
     return args
 
@@ -921,6 +926,8 @@ def run(args, story: Story) -> None:
     """Search, close, compare, report. In a child or in rank > 0 of torchrun: only work."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     under_torchrun, is_child = "TORCHELASTIC_RUN_ID" in os.environ, "AUTOLOSS_RUN_DIR" in os.environ
+    launching = not under_torchrun and not is_child and args.workers > 1
+    task = None if launching else story.make_task()  # first: what is wrong with the data shall leave nothing behind
     if under_torchrun or is_child:
         own_server = under_torchrun and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         port = int(os.environ["MASTER_PORT"])
@@ -930,18 +937,16 @@ def run(args, story: Story) -> None:
             store.set("run_dir", str(directory))
         else:
             directory = Path(os.environ.get("AUTOLOSS_RUN_DIR") or store.get("run_dir").decode())
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic restart begins with fresh logs
-        board = Board(dist.PrefixStore(f"attempt{attempt}", store), rank, world)
     else:
         world = args.workers
         store = dist.HashStore() if world == 1 else dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        board = Board(store, rank, world)
         directory = open_run(args, story)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic restart begins with fresh logs
+    board = Board(dist.PrefixStore(f"attempt{attempt}", store), rank, world)
 
     lines = read_lines(directory / "journal.jsonl")
-    search = Search(None, frozenset(GATES) - set(args.without), args.search != "random")
-    if args.search == "naive":
-        search.gates = frozenset()
+    gates = frozenset() if args.search == "naive" else frozenset(GATES) - set(args.without)
+    search = Search(task, gates, args.search != "random")
     for line in lines:
         search.absorb(line)
     finished = sum(line["worker"] == rank for line in lines)
@@ -952,15 +957,13 @@ def run(args, story: Story) -> None:
         return
 
     board.store.add("claim/evaluations", search.evaluated)
-    launching = world > 1 and not under_torchrun
     children = launch(world, store.port, directory) if launching else []
     reporter = Reporter(directory, search, args, story)
     reporter.begin(lines)
-    search.task = None if launching else story.make_task()
-    crew = Crew(board, reporter, search.task, children)
+    crew = Crew(board, reporter, task, children)
     try:
-        if search.task:
-            publish_baseline(args, story, search.task, board)
+        if task:
+            publish_baseline(story, task, board)
             search_loop(search, board, args, elapsed, finished, crew.hear)
         crew.wait_until_idle("search")
         close(args, story, crew)
@@ -970,6 +973,9 @@ def run(args, story: Story) -> None:
         print(f"\ninterrupted; go on with: python search_{story.name}.py --resume {directory}")
         raise SystemExit(130) from None
     except ChildProcessError as error:
+        if all(child.returncode == 2 for child in children) and not search.evaluated:
+            shutil.rmtree(directory)  # the data set was broken; a worker has said so
+            raise SystemExit(2) from None
         print(f"error: {error}; go on with: python search_{story.name}.py --resume {directory}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
@@ -1000,9 +1006,8 @@ def work(args, story: Story, search: Search, board: Board, elapsed: float, finis
                 search.absorb(message["record"])
 
     try:
-        search.task = story.make_task()
         if board.rank == 0:
-            publish_baseline(args, story, search.task, board)
+            publish_baseline(story, search.task, board)
         search_loop(search, board, args, elapsed, finished, hear)
         for phase in count():
             jobs = board.wait_for_jobs(phase)
@@ -1013,7 +1018,7 @@ def work(args, story: Story, search: Search, board: Board, elapsed: float, finis
         os._exit(1)
 
 
-def publish_baseline(args, story: Story, task: Task, board: Board) -> None:
+def publish_baseline(story: Story, task: Task, board: Board) -> None:
     try:
         score = task.train(story.baseline)
     except InvalidLoss:

@@ -255,13 +255,13 @@ def cityscapes_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label id of class 0..18
 
 
-def read_data(args) -> dict[str, Split]:
-    """The three splits: train, val (what the search sees) and test (what is reported).
+def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
+    """The files of three splits: train, val (what the search sees) and test (what is reported).
 
     Where a data set has no third labelled split, every eighth training picture is held out for the search, and the
-    official validation split is the test split [D].
+    official validation split is the test split [D]. Draws shapes and downloads VOC if need be.
     """
-    root, lookup = args.data_root, None
+    root = args.data_root
     if args.data == "shapes":
         if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
             raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
@@ -276,12 +276,20 @@ def read_data(args) -> dict[str, Split]:
         train = voc_pairs(root, "trainaug" if aug else "train")
         pairs = {"train": train, "test": voc_pairs(root, "val")}
     else:
-        lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
-        lookup[list(CITYSCAPES_IDS)] = torch.arange(19, dtype=torch.uint8)
         pairs = {"train": cityscapes_pairs(root, "train"), "test": cityscapes_pairs(root, "val")}
     if "val" not in pairs:
         pairs["val"] = pairs["train"][::8]
         pairs["train"] = [pair for k, pair in enumerate(pairs["train"]) if k % 8]
+    return pairs
+
+
+def read_data(args) -> dict[str, Split]:
+    """The three splits of `list_data`, decoded and on the device."""
+    lookup = None
+    if args.data == "cityscapes":
+        lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
+        lookup[list(CITYSCAPES_IDS)] = torch.arange(19, dtype=torch.uint8)
+    pairs = list_data(args)
     return {name: place(read_split(chosen, CLASSES[args.data], lookup), args.device) for name, chosen in pairs.items()}
 
 
@@ -831,6 +839,7 @@ def main() -> None:
     args = parse_arguments(sys.argv[1:])
     torch.set_num_threads(1)  # a second thread of one process costs more than a second process gains
     try:
+        list_data(args)
         if args.loss:
             compare(args)
         else:

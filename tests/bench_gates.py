@@ -1,0 +1,94 @@
+"""The gates against the plain protocol: speed, agreement of verdicts, and what early decisions are worth.
+
+    python tests/bench_gates.py [--trees 400]
+
+Half of the trees are random, half are mutations of good losses. The plain protocol is what one would write first: for every
+tree 500 optimisation steps on the five rejection samples, no symbolic test, no cache, no early decision. This project's
+code judges the same trees in the same order. Rejected is rejected, for whatever reason; verdicts are compared tree by tree.
+One thread; the ratio is the mean over trees, both sides timed in the same run.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import evolve  # noqa: E402
+import search_seg  # noqa: E402
+from loss_ops import evaluate, parse  # noqa: E402
+
+GOOD = (
+    "Neg(Mul(y, Log(p)))",
+    "Square(Add(p, Neg(y)))",
+    "Neg(Sqrt(MeanNHW(Mul(p, y))))",
+    "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))",
+    "Square(Mul(Tanh(y), Log(p)))",
+)
+
+
+def plain_protocol(branch: evolve.Branch, expr, steps: int = 500) -> float:
+    """The gain after all steps; -inf if the loss has no gradient or becomes invalid."""
+    x = branch.prediction.clone().requires_grad_()
+    before = branch.score(x.detach(), branch.target).mean()
+    adam = torch.optim.Adam([x], lr=evolve.REJECTION_LR, eps=1e-16)
+    for _ in range(steps):
+        value = evaluate(expr, branch.leaves(x, branch.target)).sum()
+        if not value.requires_grad:
+            return float("-inf")
+        (x.grad,) = torch.autograd.grad(value, x)
+        adam.step()
+    if not x.isfinite().all():
+        return float("-inf")
+    return (branch.score(x.detach(), branch.target).mean() - before).item()
+
+
+def some_trees(number: int, seed: int):
+    rng = random.Random(seed)
+    for k in range(number):
+        if k % 2:
+            yield evolve.random_tree(rng, ("y", "p", "1"))
+        else:
+            expr = parse(rng.choice(GOOD))
+            for _ in range(rng.randint(1, 3)):
+                expr = evolve.mutate(rng, expr, ("y", "p", "1"))
+            yield expr
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--trees", type=int, default=400)
+    parser.add_argument("--metric", default="miou")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    task = search_seg.SegTask(search_seg.parse_arguments(["--metric", args.metric]))
+    branch, search = task.branches["loss"], evolve.Search(task)
+    counts, differ, seconds = Counter(), [], Counter()
+    for expr in some_trees(args.trees, 0):
+        start = time.perf_counter()
+        fate, gate = evolve.judge(search, "loss", expr)
+        if gate not in ("dead", "seen"):
+            search.learn(fate)
+        seconds["ours"] += time.perf_counter() - start
+        counts[gate or "passed"] += 1
+        start = time.perf_counter()
+        gain = plain_protocol(branch, expr)
+        seconds["plain"] += time.perf_counter() - start
+        if (gain >= branch.eta) != (fate.gate == "passed"):
+            differ.append((gate, fate.gain, gain, str(expr)))
+    for gate, early, gain, text in differ:
+        print(f"differs: {gate or 'passed'}, gain {early} here, {gain:.3f} after all steps: {text}")
+    print(f"\n{args.trees} trees, {args.metric}, torch {torch.__version__}, one thread: " + ", ".join(
+        f"{gate} {number}" for gate, number in counts.most_common()))  # fmt: skip
+    print(f"{'':24}{'seconds':>9}{'trees/s':>9}")
+    for side in ("plain", "ours"):
+        print(f"{side:<24}{seconds[side]:>9.1f}{args.trees / seconds[side]:>9.1f}")
+    print(f"ratio {seconds['plain'] / seconds['ours']:.1f}, verdicts agree {1 - len(differ) / args.trees:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The real command: files, table, TensorBoard, resume after kills, workers, and what wrong input is told."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import search_seg
+from data import shapes
+
+REPOSITORY = Path(__file__).parent.parent
+SMALL = ("--proxy-steps", "3", "--retrain-steps", "3", "--batch", "4", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return shapes.write_shapes(tmp_path_factory.mktemp("data") / "shapes", splits={"train": 40, "val": 10, "test": 10})
+
+
+def command(root, runs, *argv):
+    return [sys.executable, "search_seg.py", "--data-root", str(root), "--runs", str(runs), *SMALL, *argv]
+
+
+def call(root, runs, *argv, **options):
+    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run(command(root, runs, *argv), **options)
+
+
+def journal(directory):
+    """The journal without what times say."""
+    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """One finished run: its directory and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = call(root, runs, "--metric", "macc", "--evals", "6", "--seed", "3", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    (directory,) = runs.iterdir()
+    return directory, done.stdout
+
+
+def test_run_writes_what_it_promises(finished):
+    directory, printed = finished
+    assert re.match(r"seg_macc_shapes_3_\d{8}-\d{6}$", directory.name)
+    assert len(re.findall(r"^eval +\d+/6  macc ", printed, re.M)) == 6
+    assert ">>>>" in printed and str(directory) in printed
+    result = json.loads((directory / "result.json").read_text())
+    assert set(result) == {"task", "metric", "losses", "explored", "evaluated", "gates", "seconds", "test"}
+    assert (result["task"], result["metric"], result["evaluated"]) == ("seg", "macc", 6)
+    assert set(result["gates"]) == {"dead", "seen", "gradient", "equivalent", "rejected", "invalid"}
+    for side in ("found", "baseline"):
+        assert set(result["test"][side]) == set(search_seg.METRICS)
+        assert all(len(values) == 3 for values in result["test"][side].values())
+    about = json.loads((directory / "args.json").read_text())
+    assert about["arguments"]["seed"] == 3 and about["versions"]["torch"] == torch.__version__
+    rows = (directory / "hall_of_fame.csv").read_text().splitlines()
+    assert rows[0].startswith("rank,proxy_macc") and 2 <= len(rows) <= 7
+
+
+def test_found_loss_stands_alone(finished, tmp_path):
+    directory, _ = finished
+    shutil.copy(directory / "best_loss.py", tmp_path)
+    code = (
+        "import torch; from best_loss import loss;"
+        "x = torch.randn(2, 7, 8, 8, requires_grad=True); y = torch.randint(0, 7, (2, 8, 8)); y[0, 0] = 255;"
+        "loss(x, y).backward(); assert x.grad.isfinite().all() and x.grad.any() and not x.grad[0, :, 0].any()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1"})
+
+
+def test_tensorboard_shows_what_the_readme_explains(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory, _ = finished
+    events = EventAccumulator(str(directory), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+    kinds = events.Tags()
+    tags = {tag for kind in ("scalars", "images", "tensors") for tag in kinds[kind]} - {"_hparams_/session_start_info"}
+    general = {
+        re.sub(r"proxy_curve/\d+", "proxy_curve/<n>", re.sub(r"test/\w+/", "test/<metric>/", tag)).replace(
+            "/text_summary", ""
+        )
+        for tag in tags
+    }
+    glossary = (REPOSITORY / "README.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
+    explained = set(re.findall(r"^\| `([^`]+)` \|", glossary, re.M))
+    assert general - {tag for tag in general if tag.startswith("_hparams_")} == explained
+    best = [event.value for event in events.Scalars("search/best")]
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(max(line["score"] for line in journal(directory)), abs=1e-6)
+    assert len(events.Scalars("search/score")) == 6
+
+
+def test_same_seed_same_journal_across_a_kill(root, finished, tmp_path):
+    flags = ("--metric", "macc", "--evals", "6", "--seed", "3", "--workers", "1")
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command(root, tmp_path / "runs", *flags), cwd=REPOSITORY, stdout=out)
+        while "eval   3/6" not in (tmp_path / "out").read_text():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert 3 <= len(journal(directory)) < 6
+    done = call(root, tmp_path / "runs", "--resume", str(directory))
+    assert done.returncode == 0, done.stderr
+    assert journal(directory) == journal(finished[0])
+    results = [json.loads((path / "result.json").read_text()) for path in (directory, finished[0])]
+    assert results[0]["test"] == results[1]["test"]
+
+
+def test_interrupt_says_how_to_go_on(root, tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            command(root, tmp_path / "runs", "--evals", "500", "--workers", "1"), cwd=REPOSITORY, stdout=out, stderr=out
+        )
+        while "eval   2/500" not in (tmp_path / "out").read_text():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    (directory,) = (tmp_path / "runs").iterdir()
+    printed = (tmp_path / "out").read_text()
+    assert f"--resume {directory}" in printed and "Traceback" not in printed
+    assert (directory / "best_loss.py").exists() and len(journal(directory)) >= 2
+
+
+def test_two_workers_survive_the_loss_of_one(root, tmp_path):
+    runs = tmp_path / "runs"
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            command(root, runs, "--evals", "40", "--workers", "2", "--seeds", "1"), cwd=REPOSITORY, stdout=out, stderr=out
+        )
+        while "eval   6/40" not in (tmp_path / "out").read_text():
+            assert process.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.02)
+        children = [
+            int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
+        assert len(children) == 2
+        os.kill(children[0], signal.SIGKILL)
+        assert process.wait(300) == 0, (tmp_path / "out").read_text()
+    (directory,) = runs.iterdir()
+    lines = journal(directory)
+    assert {line["worker"] for line in lines} == {0, 1}
+    assert 38 <= len(lines) <= 40, "the survivor went on to the end of the budget"
+    done = call(root, runs, "--resume", str(directory), "--evals", "44")
+    assert done.returncode == 0, done.stderr
+    assert len(journal(directory)) == 44
+
+
+def test_torchrun_enters_the_same_way(root, tmp_path):
+    flags = ["--data-root", str(root), "--runs", str(tmp_path / "runs"), *SMALL, "--evals", "8", "--seeds", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
+    done = subprocess.run(
+        [*launcher, "search_seg.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    lines = journal(directory)
+    assert len(lines) == 8 and {line["worker"] for line in lines} == {0, 1}
+    assert (directory / "result.json").exists()
+
+
+@pytest.mark.parametrize("loss", ["dice", "Neg(Mul(y, Log(p)))", "RUN_DIR"])
+def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypatch, loss):
+    loss = str(finished[0]) if loss == "RUN_DIR" else loss
+    flags = ["--data-root", str(root), *SMALL, "--loss", loss, "--seeds", "2", "--metric", "bf1"]
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags])
+    search_seg.main()
+    printed = capsys.readouterr().out
+    assert ">>>>  bf1" in printed and printed.count("+-") == 6
+
+
+# Bad input: one line, the flag, the value, the cure; exit code 2; nothing written
+
+
+def bad(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        search_seg.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--metric", "mIOU"], ["--metric", "mIOU", "miou fwiou macc gacc biou bf1"]),
+        (["--loss", "Neg(Mul(y, Lg(p)))"], ["--loss", "position 11", "Log"]),
+        (["--loss", "Neg(Mul(y, Log(p))"], ["--loss", "position 18", "expected ')'"]),
+        (["--loss", "focal"], ["--loss focal", "ce wce dice lovasz"]),
+        (["--loss", "Add(i, u)"], ["--loss", "'i'", "y, p and 1"]),
+        (["--loss", "Add(p, y)"], ["--loss", "cannot teach"]),
+        (["--evals", "-3"], ["--evals", "-3", "at least 1"]),
+        (["--evals", "many"], ["--evals", "many", "not a number"]),
+        (["--minutes", "0"], ["--minutes", "0", "at least"]),
+        (["--minutes", "nan"], ["--minutes", "nan", "at least"]),
+        (["--workers", "-1"], ["--workers", "-1"]),
+        (["--search", "grid"], ["--search", "grid", "evolve random naive"]),
+        (["--without", "dead,foo"], ["--without", "foo", "equivalent"]),
+        (["--data", "coco"], ["--data", "coco", "shapes voc cityscapes"]),
+        (["--data", "voc"], ["--data voc", "--data-root"]),
+        (["--model", "resnet"], ["--model", "resnet", "small"]),
+        (["--device", "tpu9"], ["--device tpu9", "cpu"]),
+        (["--metrc", "miou"], ["--metrc"]),
+    ],
+)
+def test_bad_flags(monkeypatch, capsys, argv, words):
+    error = bad(monkeypatch, capsys, *argv)
+    assert all(word in error for word in words), error
+
+
+def test_bad_data(monkeypatch, capsys, tmp_path):
+    missing = tmp_path / "nowhere"
+    assert str(missing) in bad(monkeypatch, capsys, "--data", "voc", "--data-root", missing)
+    (tmp_path / "JPEGImages").mkdir()
+    assert str(tmp_path) in bad(monkeypatch, capsys, "--data-root", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["JPEGImages"]
+
+
+def test_unreadable_picture_is_named_by_one_of_several_workers(root, tmp_path):
+    broken = tmp_path / "shapes"
+    shutil.copytree(root, broken)
+    picture = next((broken / "JPEGImages").iterdir())
+    picture.write_bytes(b"not a picture")
+    done = call(broken, tmp_path / "runs", "--workers", "2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(picture) in done.stderr and "not a readable image" in done.stderr
+    assert not any((tmp_path / "runs").iterdir())
+
+
+def test_bad_resume(monkeypatch, capsys, finished, tmp_path):
+    assert "not a run directory" in bad(monkeypatch, capsys, "--resume", tmp_path)
+    assert "not a run directory" in bad(monkeypatch, capsys, "--loss", tmp_path)
+    (tmp_path / "args.json").write_text("{")
+    assert "cannot be read" in bad(monkeypatch, capsys, "--resume", tmp_path)
+    (tmp_path / "args.json").write_text(json.dumps({"task": "pose", "arguments": {}}))
+    assert "search_pose.py" in bad(monkeypatch, capsys, "--resume", tmp_path)
+    error = bad(monkeypatch, capsys, "--resume", finished[0], "--metric", "miou")
+    assert "--metric miou" in error and "macc" in error
+
+
+def test_readme_commands_parse(monkeypatch):
+    text = (REPOSITORY / "README.md").read_text()
+    commands = re.findall(r"^python search_seg\.py(.*?)(?:#.*)?$", text, re.M)
+    assert len(commands) >= 5
+    for line in commands:
+        argv = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
+        if not any("RUN_DIR" in word for word in argv):
+            search_seg.parse_arguments(argv)
+    for path in re.findall(r"python (tests/bench_\w+\.py)", text):
+        assert (REPOSITORY / path).exists()

@@ -8,8 +8,8 @@
         population <- the newest P of population + child
     closing round: the best few are re-trained for longer; the best of these is the found loss
 
-The gates stand between a child and its training, cheapest first: dead, seen, gradient, equivalent, rejected. This module
-knows no task: what a script hands over is a `Task`, a handful of tensors and two functions that train.
+The gates stand between a child and its training, cheapest first: dead, seen, gradient, equivalent, rejected. This
+module knows no task: what a script hands over is a `Task`, a handful of tensors and two functions that train.
 """
 
 import argparse
@@ -64,8 +64,8 @@ class Branch:
     """One searched loss: its symbols, and B samples on which a tree can show what it optimises.
 
     prediction: (B, N, C, H, W) raw network outputs; target: (B, N, ...) in whatever form the two functions take.
-    leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target) -> (..., B), how well
-    each prediction scores. Both take leading dimensions, so that one call serves many candidates.
+    leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target) -> (..., B), how
+    well each prediction scores. Both take leading dimensions.
     """
 
     symbols: tuple[str, ...]
@@ -195,8 +195,8 @@ EARLY = ((10, 0.02, 1.30), (25, 0.10, 1.25), (50, 0.25, 1.20), (100, 0.45, 1.15)
 def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, early=EARLY) -> float:
     """The loss-rejection protocol [P]: how much the predictions improve when the loss itself is minimised on them.
 
-    Each of the B raw predictions is optimised on its own. The step rule is Adam's: its step does not depend on the scale
-    of the loss, and neither does that of the proxy training, so a loss is not turned away for a factor [D].
+    Each of the B raw predictions is optimised on its own. The step rule is Adam's: its step does not depend on the
+    scale of the loss, and neither does that of the proxy training, so a loss is not turned away for a factor [D].
 
     Returns: mean over samples of score(after) - score(before); -inf if the loss became invalid on the way.
     """
@@ -314,7 +314,7 @@ def select_parent(search: Search, rng: random.Random) -> Member | None:
     valid = [member for member in search.population if member.score is not None]
     if not valid:
         return None
-    return max(rng.choices(valid, k=size), key=lambda member: member.score)
+    return max(rng.sample(valid, min(size, len(valid))), key=lambda member: member.score)
 
 
 def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:
@@ -331,7 +331,7 @@ def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[s
 
 
 def judge(search: Search, name: str, expr: Expr) -> tuple[Fate, str | None]:
-    """The fate of one tree, and the gate that decided it (None: it passed them all). New knowledge is not stored yet."""
+    """The fate of one tree, and the gate that decided it (None: it passed them all). Nothing is stored yet."""
     branch, gates = search.task.branches[name], search.gates
     text = search.text(expr)
     if "dead" in gates and is_dead(canonical(expr)):
@@ -433,8 +433,8 @@ def evaluation(search: Search, rng: random.Random, deadline: float) -> dict | No
 #
 # There is no master. Every worker keeps its own copy of the search, publishes each record in a log of its own in
 # torch.distributed's store and reads the others' logs before it proposes its next child. No call waits for another
-# worker, so a slow or dead one holds nobody up. Whoever reports (the process that launched the workers, or rank 0) reads
-# the same logs and mirrors them to files.
+# worker, so a slow or dead one holds nobody up. Whoever reports (the process that launched the workers, or rank 0)
+# reads the same logs and mirrors them to files.
 
 
 class Board:
@@ -582,7 +582,8 @@ class Reporter:
         self.best = search.best.score if search.best else None
         print(
             f"eval {n:>3}/{args.evals}  {args.metric} {'  -  ' if score is None else f'{score:.3f}'}  best {best}  "
-            f"explored {search.explored:,} ({rate:,.0f}/s)  equivalent {gates['equivalent']}  invalid {gates['invalid']}  "
+            f"explored {search.explored:,} ({rate:,.0f}/s)  "
+            f"equivalent {gates['equivalent']}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
             + (f"  * {losses_text(search.best.losses)}" if improved else ""),
             flush=True,
@@ -888,9 +889,8 @@ def resume_arguments(args, given: set[str], task_name: str):
         )
     for name in sorted(given - set(RESUMABLE)):
         if str(getattr(args, name)) != str(known.get(name)):
-            fail(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: the run was made with {known.get(name)}; leave the flag out"
-            )
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            fail(f"--{flag} {value}: the run was made with {known.get(name)}; leave the flag out")
     for name, value in known.items():
         if name not in RESUMABLE or (name not in given and name in ("evals", "minutes", "workers")):
             setattr(args, name, Path(value) if isinstance(getattr(args, name, None), Path) else value)

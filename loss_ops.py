@@ -20,7 +20,7 @@ Marks, here and in the other files: [P] published by AutoLoss-Zero, [A] read off
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -220,7 +220,7 @@ def parse(text: str) -> Expr:
 
 
 def latex(expr: Expr) -> str:
-    """`expr` in LaTeX. Log and Sqrt stand for their odd extensions, sign(x) log(|x| + eps) and sign(x) sqrt(|x| + eps)."""
+    """`expr` in LaTeX. Log and Sqrt are odd: sign(x) log(|x| + eps) and sign(x) sqrt(|x| + eps)."""
 
     def show(node: Expr) -> str:
         if not node.args:
@@ -244,6 +244,10 @@ def reduce(x, channels, mask):
     """Sum over C, mean over N, H, W of the valid positions; `x` may have dimensions of size one."""
     x = mean_nhw(x, mask)
     return x.expand(*x.shape[:-3], channels, 1, 1).sum((-4, -3, -2, -1))
+
+
+# What `python_source` writes, read while the file is still the one that runs.
+SOURCES = {f: inspect.getsource(f).strip() for f in (*(op.function for op in OPERATORS.values()), reduce)}
 
 
 def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
@@ -270,6 +274,55 @@ def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = Non
     return reduce(values[expr], some.shape[-3], mask).expand(some.shape[:-4])
 
 
+def evaluate_batch(exprs: Sequence[Expr], leaves: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
+    """The values of K losses, each on predictions of its own, with one call per operator and level of the trees.
+
+    Equal operators whose operands are at hand and have equal shapes are stacked into one tensor and computed together:
+    the number of kernel launches grows with the depth of the deepest tree, not with the number of trees.
+
+    Args:
+        exprs: K losses.
+        leaves: tensors (K, ..., N, C, H, W), the k-th slice for the k-th loss.
+        mask: (..., N, 1, H, W) bool, shared by all; or None.
+
+    Returns: (K, ...), equal to `evaluate` of each loss up to rounding, and as differentiable.
+    """
+    some = next(iter(leaves.values()))
+    one = some.new_ones((1,) * (some.dim() - 1))
+    values: dict[tuple[int, Expr], Tensor] = {}
+    levels: dict[int, dict[str, list[tuple[int, Expr]]]] = {}
+    for k, expr in enumerate(exprs):
+        level: dict[Expr, int] = {}
+        for node in subtrees(expr):
+            if node.args:
+                level[node] = 1 + max(level[arg] for arg in node.args)
+                levels.setdefault(level[node], {}).setdefault(node.op, []).append((k, node))
+            else:
+                level[node] = 0
+                values[k, node] = one if node == ONE else leaves[node.op][k]
+    for height in sorted(levels):
+        for op, wanted in levels[height].items():
+            operator = OPERATORS[op]
+            for group in by_shape(wanted, lambda kn: [values[kn[0], arg].shape for arg in kn[1].args]):
+                args = [torch.stack([values[k, node.args[a]] for k, node in group]) for a in range(operator.arity)]
+                result = operator.function(*args, mask) if operator.masked else operator.function(*args)
+                values.update(zip(group, result.unbind()))
+    losses: list[Tensor | None] = [None] * len(exprs)
+    for group in by_shape(list(enumerate(exprs)), lambda kn: [values[kn].shape]):
+        result = reduce(torch.stack([values[kn] for kn in group]), some.shape[-3], mask)
+        for (k, _), value in zip(group, result.unbind()):
+            losses[k] = value.expand(some.shape[1:-4])
+    return torch.stack(losses)
+
+
+def by_shape(items: list, shapes: Callable) -> list[list]:
+    """Items grouped by what `shapes` says of them."""
+    groups: dict[tuple, list] = {}
+    for item in items:
+        groups.setdefault(tuple(shapes(item)), []).append(item)
+    return list(groups.values())
+
+
 def softmax_leaves(logits: Tensor, label: Tensor, ignore_index: int = 255) -> tuple[dict[str, Tensor], Tensor | None]:
     """Leaves and mask of a classification: logits (N, C, H, W), label (N, H, W) of 0..C-1 or `ignore_index`.
 
@@ -281,7 +334,7 @@ def softmax_leaves(logits: Tensor, label: Tensor, ignore_index: int = 255) -> tu
 
 
 def python_source(expr: Expr, title: str = "A loss function found by search.") -> str:
-    """A standalone Python file with `loss(logits, label, ignore_index=255)` that computes the same number as `evaluate`.
+    """A standalone Python file with `loss(logits, label, ignore_index=255)`; it computes the same number as `evaluate`.
 
     The file imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
     """
@@ -298,10 +351,11 @@ def python_source(expr: Expr, title: str = "A loss function found by search.") -
     used = {OPERATORS[node.op].function for node in order} | {mean_nhw}
     used |= {max_pool3} if min_pool3 in used else set()
     functions = [op.function for op in OPERATORS.values() if op.function in used] + [reduce]
+    pools = "import torch.nn.functional as F\n" * (max_pool3 in used)
     parts = [
-        f'r"""{title}\n\n    {expr}\n\nIn LaTeX (log and sqrt extended to negative x as odd functions):\n\n    {latex(expr)}\n"""',
-        "import torch\nimport torch.nn.functional as F\n\nEPS = 1e-12",
-        *(inspect.getsource(function).strip() for function in functions),
+        f'r"""{title}\n\n    {expr}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {latex(expr)}\n"""',
+        f"import torch\n{pools}\nEPS = {EPS}",
+        *(SOURCES[function] for function in functions),
         f'''def loss(logits, label, ignore_index=255):
     """{expr}
 
@@ -316,7 +370,7 @@ def python_source(expr: Expr, title: str = "A loss function found by search.") -
 '''
         + "\n".join([*steps, f"    return reduce({names[expr]}, logits.shape[1], mask)"]),
     ]
-    return "\n\n\n".join(parts).replace("F\n\n\nEPS", "F\n\nEPS") + "\n"
+    return "\n\n\n".join(parts).replace('"""\n\n\nimport', '"""\n\nimport') + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,11 +440,8 @@ def _simplify(expr: Expr) -> Expr:
     if op == "Neg" and negative[0]:
         return x.args[0]
     if op == "Mul" and any(negative):
-        return (
-            _simplify(Expr("Neg", (Expr("Mul", tuple(a.args[0] if n else a for a, n in zip(args, negative))),)))
-            if (negative.count(True) == 1)
-            else _simplify(Expr("Mul", (x.args[0], z.args[0])))
-        )
+        bare = Expr("Mul", tuple(arg.args[0] if minus else arg for arg, minus in zip(args, negative)))
+        return _simplify(bare if all(negative) else Expr("Neg", (bare,)))
     if op == "Add" and all(negative):
         return _simplify(Expr("Neg", (Expr("Add", (x.args[0], z.args[0])),)))
     if op in EVEN and (negative[0] or x.op == "Abs"):

@@ -50,9 +50,9 @@ class Schedule(NamedTuple):
     model: str = "small"
 
 
-# The proxy on shapes was chosen by its rank correlation with re-training and by its cost (README, "The proxy") [D]. AdamW
-# makes it blind to the scale of a loss, so that its ranking is about the shape of the loss alone. On the real data sets:
-# the published settings [A]; the batch of re-training and the crop on Cityscapes are ours [D].
+# The proxy on shapes was chosen by its rank correlation with re-training and by its cost (README, "The proxy") [D].
+# AdamW makes it blind to the scale of a loss, so that its ranking is about the shape of the loss alone. On the real
+# data sets: the published settings [A]; the batch of re-training and the crops of Cityscapes are ours [D].
 PROXY = {
     "shapes": Schedule(60, 16, 48, (0.75, 1.5), "adamw", 0.01),
     "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, model="r50-dlv3p"),
@@ -317,8 +317,8 @@ def batch_scale_crop_flip(
 ) -> tuple[Tensor, Tensor]:
     """Scale, flip and cut a (crop, crop) window out of each picture, in one affine sampling for images, one for labels.
 
-    Returns images (N, 3, crop, crop) float in 0..255 and labels (N, crop, crop) uint8, IGNORE outside of the picture, on
-    the generator's device. The scale is log-uniform in `scale`; half of the pictures are mirrored.
+    Returns images (N, 3, crop, crop) float in 0..255 and labels (N, crop, crop) uint8, IGNORE outside of the picture,
+    on the generator's device. The scale is log-uniform in `scale`; half of the pictures are mirrored.
     """
     N, (H, W), device = len(index), split.images.shape[-2:], generator.device
     u = torch.rand(4, N, generator=generator, device=device)
@@ -631,7 +631,7 @@ def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def batches(split: Split, plan: Schedule, seed: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """`plan.steps` batches (images normalised, labels), drawn with replacement; order and augmentation have own seeds."""
+    """`plan.steps` batches (images normalised, labels), drawn with replacement; order and augmentation seeded apart."""
     order = torch.Generator().manual_seed(2 * seed)
     augmentation = torch.Generator(device).manual_seed(2 * seed + 1)
     for _ in range(plan.steps):
@@ -656,8 +656,8 @@ def train_network(
 ) -> list[tuple[int, float]]:
     """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
 
-    Raises InvalidLoss as soon as the loss or its gradient is not finite [P]. On CUDA the test is read ten steps late, so
-    that the host never waits for the device.
+    Raises InvalidLoss as soon as the loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
+    only, so that the host seldom waits for the device.
     """
     cuda = next(net.parameters()).is_cuda
     optimizer = make_optimizer(net, plan)

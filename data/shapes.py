@@ -7,7 +7,7 @@ proxy training of a second or two on one CPU core and hard enough that losses di
 frequencies are skewed, sticks and rings are thin, objects occlude each other, and colour only hints at the class.
 
     root/JPEGImages/000000.jpg                      images
-    root/SegmentationClass/000000.png               VOC: class of every pixel (palette PNG), no 255 (drawn, not annotated)
+    root/SegmentationClass/000000.png               VOC: class of every pixel (palette PNG); no 255
     root/ImageSets/Segmentation/{train,val,test}.txt
     root/annotations/instances_{train,val,test}2017.json          COCO: boxes, RLE masks, areas
     root/annotations/person_keypoints_{train,val,test}2017.json   COCO: the figure's 17 joints
@@ -227,8 +227,8 @@ def write_split(root: Path, split: str, indices: range, seed: int, size: int, sh
 def write_shapes(root: str | Path, seed: int = 0, size: int = SIZE, splits: dict[str, int] = SPLITS, show=None) -> Path:
     """Write the data set below `root`, unless it is already there; a few seconds for the default 2,800 images.
 
-    It is drawn in a folder beside `root` and moved there when complete, so that an interrupted run leaves nothing behind
-    that looks like a data set. `show(split, done, total)` is called after each image.
+    It is drawn in a folder beside `root` and moved there when complete: an interrupted run leaves nothing behind that
+    looks like a data set. `show(split, done, total)` is called after each image.
     """
     root = Path(root)
     if (root / "annotations").is_dir():

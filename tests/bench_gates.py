@@ -2,10 +2,10 @@
 
     python tests/bench_gates.py [--trees 400]
 
-Half of the trees are random, half are mutations of good losses. The plain protocol is what one would write first: for every
-tree 500 optimisation steps on the five rejection samples, no symbolic test, no cache, no early decision. This project's
-code judges the same trees in the same order. Rejected is rejected, for whatever reason; verdicts are compared tree by tree.
-One thread; the ratio is the mean over trees, both sides timed in the same run.
+Half of the trees are random, half are mutations of good losses. The plain protocol is what one would write first: for
+every tree 500 optimisation steps on the five rejection samples, no symbolic test, no cache, no early decision. This
+project's code judges the same trees in the same order. Rejected is rejected, for whatever reason; verdicts are
+compared tree by tree. One thread; both sides are timed in the same run.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from loss_ops import (
     Expr,
     canonical,
     evaluate,
+    evaluate_batch,
     is_dead,
     latex,
     parse,
@@ -169,6 +170,27 @@ def test_leading_dimensions_are_independent_losses():
         torch.testing.assert_close(evaluate(expr, stacked), want, equal_nan=True)
 
 
+@pytest.mark.parametrize("leading", [(), (3,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_batch_equals_one_by_one(leading, masked):
+    exprs = trees(60, seed=20)
+    g = torch.Generator().manual_seed(21)
+    shape = (60, *leading, 2, 4, 5, 6)
+    logits = torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+    label = torch.randint(0, 4, (60, *leading, 2, 5, 6), generator=g)
+    y = F.one_hot(label, 4).movedim(-1, -3).double()
+    mask = torch.rand((2, 1, 5, 6), generator=g) < 0.8 if masked else None
+    got = evaluate_batch(exprs, {"y": y, "p": logits.softmax(-3)}, mask)
+    assert got.shape == (60, *leading)
+    want = [
+        evaluate(expr, {"y": y[k], "p": logits[k].softmax(-3)}, mask).expand(leading) for k, expr in enumerate(exprs)
+    ]
+    torch.testing.assert_close(got, torch.stack(want), equal_nan=True)
+    finite = torch.stack(want).isfinite()
+    gradients = [torch.autograd.grad(v[finite].sum(), logits)[0] for v in (got, torch.stack(want))]
+    torch.testing.assert_close(*gradients, equal_nan=True)
+
+
 def test_text_round_trip():
     for expr in trees(3000, LEAVES, seed=11):
         assert parse(str(expr)) == expr
@@ -299,7 +321,11 @@ torch.save({"value": value.detach(), "gradient": logits.grad}, "out.pt")
 
 @pytest.mark.parametrize(
     "text",
-    ["Neg(Mul(y, Log(p)))", "Add(Square(Add(1, Neg(MaxPool3(Mul(y, p))))), MeanC(MinPool3(Inv(Add(p, 1)))))", "Mul(y, p)"],
+    [
+        "Neg(Mul(y, Log(p)))",
+        "Add(Square(Add(1, Neg(MaxPool3(Mul(y, p))))), MeanC(MinPool3(Inv(Add(p, 1)))))",
+        "Mul(y, p)",
+    ],
 )
 def test_exported_file_stands_alone(tmp_path, text):
     logits, label = sample(17, dtype=torch.float32)

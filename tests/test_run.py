@@ -139,14 +139,15 @@ def test_two_workers_survive_the_loss_of_one(root, tmp_path):
     runs = tmp_path / "runs"
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(
-            command(root, runs, "--evals", "40", "--workers", "2", "--seeds", "1"), cwd=REPOSITORY, stdout=out, stderr=out
+            command(root, runs, "--evals", "40", "--workers", "2", "--seeds", "1"),
+            cwd=REPOSITORY,
+            stdout=out,
+            stderr=out,
         )
         while "eval   6/40" not in (tmp_path / "out").read_text():
             assert process.poll() is None, (tmp_path / "out").read_text()
             time.sleep(0.02)
-        children = [
-            int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ]
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         assert len(children) == 2
         os.kill(children[0], signal.SIGKILL)
         assert process.wait(300) == 0, (tmp_path / "out").read_text()

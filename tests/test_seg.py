@@ -174,9 +174,7 @@ def slow_lovasz(logits, label):
             return 1 - (y & ~missed).sum() / (y | missed).sum()
 
         terms.append(
-            sum(
-                error[order[n]] * (jaccard_loss(order[: n + 1]) - jaccard_loss(order[:n])) for n in range(len(order))
-            )
+            sum(error[order[n]] * (jaccard_loss(order[: n + 1]) - jaccard_loss(order[:n])) for n in range(len(order)))
         )
     return torch.stack(terms).mean()
 
@@ -320,9 +318,8 @@ def test_cityscapes_layout(tmp_path):
 @pytest.mark.parametrize("broken", ["no list", "empty list", "no image", "torn image", "other size", "unknown class"])
 def test_broken_data_is_named(tmp_path, broken):
     write_voc(tmp_path, {"a": (8, 9)}, {"train": ["a"] * 8, "val": ["a"]})
-    listing, image, mask = (
-        tmp_path / "ImageSets/Segmentation/train.txt", tmp_path / "JPEGImages/a.jpg", tmp_path / "SegmentationClass/a.png"
-    )  # fmt: skip
+    listing = tmp_path / "ImageSets/Segmentation/train.txt"
+    image, mask = tmp_path / "JPEGImages/a.jpg", tmp_path / "SegmentationClass/a.png"
     if broken == "no list":
         listing.unlink()
     elif broken == "empty list":
@@ -396,7 +393,11 @@ def test_hand_made_losses_pass_the_gates(task):
     import evolve
 
     branch = task.branches["loss"]
-    for text in ("Neg(Mul(y, Log(p)))", "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))", "Square(Add(p, Neg(y)))"):
+    for text in (
+        "Neg(Mul(y, Log(p)))",
+        "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))",
+        "Square(Add(p, Neg(y)))",
+    ):
         expr = parse(text)
         assert evolve.first_gradient(branch, expr) is not None
         assert evolve.rejection_gain(branch, expr, early=()) > 1.2 * branch.eta, text

@@ -58,7 +58,9 @@ def test_layouts_agree(root, split, capsys):
             assert entry["bbox"] == rle.toBbox(rle.encode(np.asfortranarray(mask, np.uint8))).tolist()
         assert np.array_equal(rebuilt, label)
         info = coco.loadImgs(int(name))[0]
-        assert (root / f"{split}2017" / info["file_name"]).read_bytes() == (root / f"JPEGImages/{name}.jpg").read_bytes()
+        assert (root / f"{split}2017" / info["file_name"]).read_bytes() == (
+            root / f"JPEGImages/{name}.jpg"
+        ).read_bytes()
 
 
 def test_joints(root):

@@ -1,0 +1,89 @@
+"""Loader and metrics of segmentation against what one would use instead. Ratios within one run.
+
+    python tests/bench_seg.py
+
+Loader: batches of 16 augmented 48 x 48 windows, against a torch DataLoader with two worker processes that does the same
+augmentation picture by picture. Metrics: all six on 500 label maps of 64 x 64, against the plain NumPy and OpenCV
+version of the tests. One torch thread per process.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from test_seg import slow_metrics  # noqa: E402
+
+import search_seg  # noqa: E402
+from search_seg import Split  # noqa: E402
+
+
+class PictureByPicture(torch.utils.data.IterableDataset):
+    """The augmentation of search_seg, one picture at a time."""
+
+    def __init__(self, split: Split, plan: search_seg.Schedule, number: int):
+        self.split, self.plan, self.number = split, plan, number
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        info = torch.utils.data.get_worker_info()
+        generator = torch.Generator().manual_seed(info.id)
+        for _ in range(self.number // info.num_workers):
+            index = torch.randint(len(self.split.images), (1,), generator=generator)
+            images, labels = search_seg.batch_scale_crop_flip(
+                self.split, index, self.plan.crop, self.plan.scale, generator
+            )
+            images = search_seg.batch_colour_jitter(images, 0.25, generator)
+            yield search_seg.normalise(images)[0], labels[0]
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    task = search_seg.SegTask(search_seg.parse_arguments(["--device", "cpu"]))
+    plan = task.proxy._replace(steps=200)
+    number = plan.steps * plan.batch
+
+    def ours():
+        for _ in search_seg.batches(task.data["train"], plan, 0, "cpu"):
+            pass
+
+    def theirs():
+        loader = torch.utils.data.DataLoader(
+            PictureByPicture(task.data["train"], plan, number), plan.batch, num_workers=2
+        )
+        for _ in loader:
+            pass
+
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(3)]
+    a, b = (sorted(column)[1] for column in zip(*pairs))
+    print(f"{'loader':<34}{'images/s':>10}{'ratio':>8}   (medians of three)")
+    print(f"{'DataLoader, two workers':<34}{number / b:>10.0f}{1.0:>8.1f}")
+    print(f"{'this project, one process':<34}{number / a:>10.0f}{b / a:>8.1f}")
+
+    net = task.network(plan, 0)
+    stored = list(search_seg.batches(task.data["train"], plan._replace(steps=60), 0, "cpu"))
+    step = seconds(lambda: search_seg.train_network(net, task.loss("ce"), stored, plan._replace(steps=60))) / 60
+    share = (a / plan.steps) / (a / plan.steps + step)
+    print(f"share of a re-training step spent in the loader: {share:.1%}")
+
+    split = task.data["test"]
+    pred = torch.cat([search_seg.predict(net, split.images[k : k + 50]) for k in range(0, 500, 50)])
+    fast = min(seconds(lambda: search_seg.seg_metrics(pred, split.labels, 7)) for _ in range(3))
+    part = 20  # the plain version is slow: measured on this many pictures
+    slow = seconds(lambda: slow_metrics(pred[:part].long(), split.labels[:part].long(), 7)) * len(pred) / part
+    print(f"\n{'six metrics of 500 label maps':<34}{'seconds':>10}{'ratio':>8}")
+    print(f"{'plain, from the definitions':<34}{slow:>10.2f}{1.0:>8.1f}")
+    print(f"{'this project':<34}{fast:>10.3f}{slow / fast:>8.1f}")
+    print(f"\ntorch {torch.__version__}, CPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -796,7 +796,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--minutes",
         type=at_least(0.01, float),
-        default=6.0,
+        default=7.0,
         metavar="M",
         help="budget: minutes of searching, before the closing round (%(default)s)",
     )
@@ -833,8 +833,8 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def gate_list(text: str) -> list[str]:
-    names = [one_of((*GATES, "invalid"))(name) for name in text.split(",") if name]
-    return names
+    """An argparse type: gates, comma-separated."""
+    return [one_of((*GATES, "invalid"))(name) for name in text.split(",") if name]
 
 
 def settle_device_and_workers(args) -> None:
@@ -845,8 +845,8 @@ def settle_device_and_workers(args) -> None:
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device}: not available here; choose cpu" + " or cuda" * torch.cuda.is_available())
     cuda = device.type == "cuda"
-    if cuda and device.index is None:
-        args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if cuda and device.index is None:  # "cuda" means the current device from here on, another one in each worker
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not args.workers:  # a further worker pays once there is an initial population for each
         most = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
         args.workers = max(1, min(most, args.evals // INITIAL))
@@ -893,7 +893,7 @@ def resume_arguments(args, given: set[str], task_name: str):
             fail(f"--{flag} {value}: the run was made with {known.get(name)}; leave the flag out")
     for name, value in known.items():
         if name not in RESUMABLE or (name not in given and name in ("evals", "minutes", "workers")):
-            setattr(args, name, Path(value) if isinstance(getattr(args, name, None), Path) else value)
+            setattr(args, name, value)
     return args
 
 
@@ -945,6 +945,10 @@ def run(args, story: Story) -> None:
     board = Board(dist.PrefixStore(f"attempt{attempt}", store), rank, world)
 
     lines = read_lines(directory / "journal.jsonl")
+    if is_child or (under_torchrun and rank > 0):
+        lines = lines[: int(board.store.get("lines"))]  # what has come since is in the others' logs
+    else:
+        board.store.set("lines", str(len(lines)))
     gates = frozenset() if args.search == "naive" else frozenset(GATES) - set(args.without)
     search = Search(task, gates, args.search != "random")
     for line in lines:
@@ -1046,7 +1050,7 @@ def open_run(args, story: Story) -> Path:
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "git": git.stdout.strip() or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "device": torch.cuda.get_device_name() if str(args.device).startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
     }
     write_atomically(directory / "args.json", json.dumps(about, indent=1))
     print(f"run directory: {directory}", flush=True)

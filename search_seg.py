@@ -150,7 +150,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     evolve.settle_device_and_workers(args)
     if args.data_root is None and args.data != "shapes":
         fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
-    args.data_root = args.data_root or Path(__file__).parent / "data/generated/shapes"
+    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
     args.loss_texts = args.loss and read_loss(args.loss)
     return args
 

@@ -112,7 +112,8 @@ def test_same_seed_same_journal_across_a_kill(root, finished, tmp_path):
         process.wait()
     (directory,) = (tmp_path / "runs").iterdir()
     assert 3 <= len(journal(directory)) < 6
-    done = call(root, tmp_path / "runs", "--resume", str(directory))
+    resume = [sys.executable, "search_seg.py", "--resume", str(directory)]  # all else is known to the run
+    done = subprocess.run(resume, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert journal(directory) == journal(finished[0])
     results = [json.loads((path / "result.json").read_text()) for path in (directory, finished[0])]

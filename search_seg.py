@@ -548,7 +548,7 @@ class SegMetrics:
 
 
 def seg_metrics(pred: Tensor, label: Tensor, num_classes: int) -> dict[str, float]:
-    """The six segmentation metrics of label maps (N, H, W); see DESIGN in the README's "Metrics".
+    """The six segmentation metrics of label maps (N, H, W); definitions in README, "Metrics".
 
     pred: integers 0..num_classes-1; label: the same, or 255 where a pixel does not count. Keys: miou (mean IoU), fwiou
     (IoU weighted by class frequency), macc (mean class accuracy), gacc (pixel accuracy), biou (mean IoU over the pixels
@@ -687,7 +687,6 @@ def train_network(
 @torch.no_grad()
 def test_network(net: nn.Module, split: Split, num_classes: int, device: str) -> dict[str, float]:
     """All metrics of `net` on a split, at full size."""
-    net.eval()
     metrics = SegMetrics(num_classes, device)
     size = max(1, 2**18 // split.labels[0].numel())
     for start in range(0, len(split.images), size):
@@ -700,6 +699,7 @@ def test_network(net: nn.Module, split: Split, num_classes: int, device: str) ->
 @torch.no_grad()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
     """Label maps (N, H, W) of images (N, 3, H, W) uint8."""
+    net.eval()
     with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
         return net(normalise(images.float())).argmax(1)
 

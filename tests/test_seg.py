@@ -426,6 +426,11 @@ def test_weighted_class_matters(task):
     assert uniform == pytest.approx(F.cross_entropy(logits, label, ignore_index=255).item())
 
 
+def test_a_picture_changes_nothing(task, tmp_path):
+    drawn = task.retrain("ce", 0, tmp_path / "p.png")
+    assert drawn == task.retrain("ce", 0) and (tmp_path / "p.png").exists()
+
+
 def test_predictions_are_drawn(task, tmp_path):
     search_seg.draw_predictions(task.network(task.proxy, 0), task.data["test"], tmp_path / "p.png", "cpu", number=3)
     height, width = cv2.imread(str(tmp_path / "p.png")).shape[:2]

@@ -848,7 +848,8 @@ def settle_device_and_workers(args) -> None:
     if cuda and device.index is None:  # "cuda" means the current device from here on, another one in each worker
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not args.workers:  # a further worker pays once there is an initial population for each
-        most = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        most = torch.cuda.device_count() if cuda else cores
         args.workers = max(1, min(most, args.evals // INITIAL))
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -837,7 +838,8 @@ def compare(args) -> None:
 
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
-    torch.set_num_threads(1)  # a second thread of one process costs more than a second process gains
+    torch.set_num_threads(1)  # a second thread of one process gains less than a second process
+    cv2.setNumThreads(1)
     try:
         list_data(args)
         if args.loss:

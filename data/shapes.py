@@ -27,6 +27,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image  # comes with torchvision; OpenCV cannot write the palette PNGs of VOC
 from pycocotools import mask as rle
 
 CLASSES = ("background", "disc", "box", "triangle", "ring", "stick", "person")
@@ -190,9 +191,14 @@ def voc_palette() -> bytes:
     return colours.tobytes()
 
 
-def write_split(root: Path, split: str, indices: range, seed: int, size: int, show) -> None:
-    from PIL import Image  # comes with torchvision; OpenCV cannot write the palette PNGs of VOC
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy(source, target)
 
+
+def write_split(root: Path, split: str, indices: range, seed: int, size: int, show) -> None:
     palette = voc_palette()
     images, annotations = [], []
     (root / f"{split}2017").mkdir(parents=True)
@@ -201,18 +207,16 @@ def write_split(root: Path, split: str, indices: range, seed: int, size: int, sh
         name = f"{index:06d}"
         picture = root / "JPEGImages" / f"{name}.jpg"
         cv2.imwrite(str(picture), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-        os.link(picture, root / f"{split}2017" / f"{name}.jpg")
+        link_or_copy(picture, root / f"{split}2017" / f"{name}.jpg")
         mask = Image.fromarray(label)
         mask.putpalette(palette)
         mask.save(root / "SegmentationClass" / f"{name}.png")
         images.append({"id": index, "file_name": f"{name}.jpg", "height": size, "width": size})
         for instance in instances:
-            annotations.append(coco_annotation(index * 100 + len(annotations) % 100, index, instance))
+            annotations.append(coco_annotation(len(annotations) + 1, index, instance))
         show(split, done + 1, len(indices))
 
     (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
-    for number, entry in enumerate(annotations, 1):
-        entry["id"] = number
     categories = [{"id": kind, "name": name, "supercategory": "shape"} for kind, name in enumerate(CLASSES) if kind]
     person = {**categories[-1], "keypoints": JOINTS, "skeleton": LIMBS}
     files = {

@@ -74,6 +74,7 @@ class Branch:
     leaves: Callable[[Tensor, Tensor], dict[str, Tensor]]
     score: Callable[[Tensor, Tensor], Tensor]
     eta: float = ETA
+    scale_free: bool = False  # the task trains with an optimiser that a factor before the loss does not change
 
 
 class Task(Protocol):
@@ -176,15 +177,18 @@ def first_gradient(branch: Branch, expr: Expr) -> Tensor | None:
     return gradient[0] if (change > 1e-3 * norm).any() else None
 
 
-def equivalence_key(gradient: Tensor) -> str:
-    """What losses with the same gradient share: per sample the norm to two significant digits [P] and a sign [D].
+def equivalence_key(gradient: Tensor, scale_free: bool) -> str:
+    """What losses with the same gradient share: two significant digits, per sample, of its norm [P] and direction [D].
 
-    Norms alone confuse cross entropy with its negative, so the key also carries the side of a fixed random direction on
-    which the gradient lies.
+    Norms alone confuse cross entropy with its negative and with losses of another direction, so the key also holds the
+    projection of each sample's gradient on a fixed random direction. Where the optimiser does not feel the scale of a
+    loss, neither does the key: norms are relative to that over all samples [D].
     """
+    norm = gradient.norm(dim=-1)
     direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    side = (gradient * direction.to(gradient.device)).sum(-1)
-    return " ".join(f"{s:+.0f}{n:.1e}" for s, n in zip(side.sign().tolist(), gradient.norm(dim=-1).tolist()))
+    side = (gradient * direction.to(gradient.device)).sum(-1) / norm.clamp(min=1e-300)
+    norm = norm / norm.norm() if scale_free else norm
+    return " ".join(f"{n:.1e}{s:+.1e}" for n, s in zip(norm.tolist(), side.tolist()))
 
 
 # Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
@@ -344,7 +348,7 @@ def judge(search: Search, name: str, expr: Expr) -> tuple[Fate, str | None]:
         if gradient is None and "gradient" in gates:
             return Fate(name, text, "gradient"), "gradient"
         if gradient is not None and "equivalent" in gates:
-            key = equivalence_key(gradient)
+            key = equivalence_key(gradient, branch.scale_free)
             if (name, key) in search.keys:
                 known = search.keys[name, key]
                 return Fate(name, text, known.gate, key, known.gain), "equivalent"

@@ -760,6 +760,7 @@ class SegTask:
             self.gate_leaves,
             self.gate_score,
             ETA[self.args.metric],
+            scale_free=self.proxy.optimizer == "adamw",
         )
 
     @staticmethod

@@ -153,15 +153,24 @@ def test_first_gradient_lets_pass(text):
     assert evolve.first_gradient(toy_branch(), parse(text)) is not None
 
 
-def key(text):
-    return evolve.equivalence_key(evolve.first_gradient(toy_branch(), parse(text)))
+def key(text, scale_free=False):
+    return evolve.equivalence_key(evolve.first_gradient(toy_branch(), parse(text)), scale_free)
 
 
 def test_equivalence_key():
     assert key("Neg(Mul(y, Log(p)))") == key("Mul(y, Neg(Log(Abs(p))))") == key("Add(Neg(Mul(y, Log(p))), y)")
     assert key("Neg(Mul(y, Log(p)))") != key("Mul(y, Log(p))"), "a loss and its negative have the same norms"
     assert key("Neg(Mul(y, Log(p)))") != key("Neg(Mul(y, p))")
-    assert key("Mul(Add(1, 1), Neg(Mul(y, p)))") != key("Neg(Mul(y, p))"), "the scale matters"
+    assert key("Neg(Mul(y, Square(p)))") != key("Neg(Mul(y, p))")
+
+
+def test_equivalence_key_knows_scale_only_where_the_optimiser_does():
+    one, twice = "Neg(Mul(y, p))", "Mul(Add(1, 1), Neg(Mul(y, p)))"
+    assert key(one) != key(twice)
+    assert key(one, True) == key(twice, True)
+    assert key("Mul(y, p)", True) != key(one, True)
+    others = [one, "Neg(Mul(y, Log(p)))", "Square(Add(p, Neg(y)))", "Mul(y, Inv(p))", "Neg(Mul(MeanNHW(y), Mul(y, p)))"]
+    assert len({key(text, True) for text in others}) == len(others), "different losses stay apart without their scale"
 
 
 def test_rejection_protocol():

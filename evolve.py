@@ -210,7 +210,10 @@ def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, ear
     limits = {step: (low * branch.eta, high * branch.eta) for step, low, high in early}
     gain = -math.inf
     for step in range(1, steps + 1):
-        (x.grad,) = torch.autograd.grad(evaluate(expr, branch.leaves(x, branch.target)).sum(), x)
+        value = evaluate(expr, branch.leaves(x, branch.target)).sum()
+        if not value.requires_grad:  # no prediction in it; only a search without the first two gates comes here
+            return -math.inf
+        (x.grad,) = torch.autograd.grad(value, x)
         adam.step()
         if step in limits or step == steps:
             with torch.no_grad():
@@ -1062,12 +1065,28 @@ def open_run(args, story: Story) -> Path:
     return directory
 
 
+def select_finalists(ranking: list[dict]) -> list[dict[str, str]]:
+    """The best few by proxy, no two of one family (parent and child, or siblings) as long as there are others [D].
+
+    Relatives train alike: five of them would be one candidate, re-trained five times.
+    """
+    families: list[set[str]] = []
+    chosen, relatives = [], []
+    for record in ranking:
+        family = {json.dumps(losses) for losses in (record["losses"], record["parent"]) if losses}
+        related = any(family & other for other in families)
+        (relatives if related else chosen).append(record["losses"])
+        if not related:
+            families.append(family)
+    return (chosen[:FINALISTS] + relatives)[:FINALISTS]
+
+
 def close(args, story: Story, crew: Crew) -> None:
     """The closing round, the comparison on the test split, and everything that is written at the end."""
     reporter, search = crew.reporter, crew.reporter.search
     directory = reporter.directory
     seconds = reporter.elapsed
-    finalists = [record["losses"] for _, record in search.ranking()[:FINALISTS]]
+    finalists = select_finalists([record for _, record in search.ranking()])
     print(f"closing round: the best {len(finalists)} by proxy and {story.baseline}, re-trained", flush=True)
     seeds = [args.seed + k for k in range(args.seeds)]
     pictures = {json.dumps(losses): directory / f"finalist_{k}.png" for k, losses in enumerate(finalists, 1)}

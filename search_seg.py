@@ -670,6 +670,8 @@ def train_network(
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             logits = net(images)
         value = loss(logits.float(), labels)
+        if not value.requires_grad:
+            raise InvalidLoss("the first step, for want of a gradient")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         if stop_invalid:

@@ -320,6 +320,16 @@ def test_tickets_and_jobs_are_claimed_once():
     assert len(task.trained) == 3
 
 
+def test_finalists_are_no_relatives():
+    def record(name, parent=None):
+        return {"losses": {"loss": name}, "parent": parent and {"loss": parent}}
+
+    ranking = [record("a", "z"), record("b", "a"), record("c", "z"), record("d"), record("e", "b"), record("f", "q")]
+    names = [losses["loss"] for losses in evolve.select_finalists(ranking)]
+    assert names == ["a", "d", "e", "f", "b"], "children and siblings of a wait until no stranger is left"
+    assert evolve.select_finalists([]) == []
+
+
 def test_files_of_a_run(tmp_path):
     directory = run(tmp_path, "--evals", "25", "--seeds", "2")
     for name in ("args.json", "journal.jsonl", "retrain.jsonl", "hall_of_fame.csv", "best_loss.py", "result.json"):

@@ -174,6 +174,26 @@ def test_torchrun_enters_the_same_way(root, tmp_path):
     assert (directory / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--search", "naive", "--evals", "25"],
+        ["--search", "random", "--evals", "2"],
+        ["--without", "dead,gradient", "--evals", "2"],
+    ],
+)
+def test_other_searches(root, tmp_path, monkeypatch, capsys, flags):
+    common = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--seeds", "1", "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *common, *flags])
+    search_seg.main()
+    (directory,) = tmp_path.iterdir()
+    lines = journal(directory)
+    assert len(lines) == int(flags[-1])
+    if "naive" in flags:
+        assert lines[-1]["gates"]["invalid"] > 0, "most random trees cannot even be trained with"
+        assert any(line["parent"] for line in lines)
+
+
 @pytest.mark.parametrize("loss", ["dice", "Neg(Mul(y, Log(p)))", "RUN_DIR"])
 def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypatch, loss):
     loss = str(finished[0]) if loss == "RUN_DIR" else loss

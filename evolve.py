@@ -46,7 +46,8 @@ FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutat
 ETA = 0.6  # [P] least gain in the rejection protocol, where the metric allows it
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
-FINALISTS = 5  # [D] candidates of the closing round
+FINALISTS = 5  # [D] candidates of the closing round ...
+RELATED = 0.45  # ... whose gradients differ at least this much: cosine 0.9 at most [D]
 
 GATES = ("dead", "seen", "gradient", "equivalent", "rejected")
 
@@ -188,7 +189,7 @@ def equivalence_key(gradient: Tensor, scale_free: bool) -> str:
     direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     side = (gradient * direction.to(gradient.device)).sum(-1) / norm.clamp(min=1e-300)
     norm = norm / norm.norm() if scale_free else norm
-    return " ".join(f"{n:.1e}{s:+.1e}" for n, s in zip(norm.tolist(), side.tolist()))
+    return " ".join(f"{n:.1e}:{s:+.1e}" for n, s in zip(norm.tolist(), side.tolist()))
 
 
 # Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
@@ -997,13 +998,16 @@ def run(args, story: Story) -> None:
 
 
 def launch(world: int, port: int, directory: Path) -> list[subprocess.Popen]:
-    """Start the same command once per worker, with the environment that torchrun would give it."""
+    """Start the same command once per worker, with the environment that torchrun would give it.
+
+    In sessions of their own: Ctrl-C reaches this process alone, which then ends them.
+    """
     print(f"starting {world} workers", flush=True)
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["AUTOLOSS_RUN_DIR"] = str(directory)
+    shared = {**os.environ, **shared, "AUTOLOSS_RUN_DIR": str(directory)}
     return [
         subprocess.Popen(
-            [sys.executable, *sys.argv], env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}
+            [sys.executable, *sys.argv], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True
         )
         for r in range(world)
     ]
@@ -1026,7 +1030,7 @@ def work(args, story: Story, search: Search, board: Board, elapsed: float, finis
             if jobs is None:
                 return
             serve(search.task, board, phase, jobs)
-    except (KeyboardInterrupt, dist.DistError):  # whoever reports has gone, and has said what there is to say
+    except dist.DistError:  # whoever reports has gone, and so does this worker
         os._exit(1)
 
 
@@ -1052,11 +1056,14 @@ def open_run(args, story: Story) -> Path:
             break
         except FileExistsError:
             continue
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    revision = ""
+    if shutil.which("git"):
+        here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
     about = {
         "task": story.name,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "git": git.stdout.strip() or None,
+        "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
     }
@@ -1066,19 +1073,21 @@ def open_run(args, story: Story) -> Path:
 
 
 def select_finalists(ranking: list[dict]) -> list[dict[str, str]]:
-    """The best few by proxy, no two of one family (parent and child, or siblings) as long as there are others [D].
+    """The best few by proxy, no two with nearly the same gradient as long as there are others [D].
 
-    Relatives train alike: five of them would be one candidate, re-trained five times.
+    Near relatives train alike: five of them would be one candidate, re-trained five times; and a whole family can have
+    won by starting fast. The directions in the equivalence keys tell relatives: sqrt(2 (1 - cosine)) per sample.
     """
-    families: list[set[str]] = []
+
+    def direction(record: dict) -> list[float]:
+        return [float(part.split(":")[1]) for key in record["identity"] for part in key.split(" ") if ":" in part]
+
     chosen, relatives = [], []
     for record in ranking:
-        family = {json.dumps(losses) for losses in (record["losses"], record["parent"]) if losses}
-        related = any(family & other for other in families)
-        (relatives if related else chosen).append(record["losses"])
-        if not related:
-            families.append(family)
-    return (chosen[:FINALISTS] + relatives)[:FINALISTS]
+        here = direction(record)
+        related = here and any(math.dist(here, direction(other)) < RELATED * len(here) ** 0.5 for other in chosen)
+        (relatives if related else chosen).append(record)
+    return [record["losses"] for record in (chosen[:FINALISTS] + relatives)[:FINALISTS]]
 
 
 def close(args, story: Story, crew: Crew) -> None:

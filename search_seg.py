@@ -854,6 +854,8 @@ def main() -> None:
             )
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -321,13 +321,19 @@ def test_tickets_and_jobs_are_claimed_once():
 
 
 def test_finalists_are_no_relatives():
-    def record(name, parent=None):
-        return {"losses": {"loss": name}, "parent": parent and {"loss": parent}}
-
-    ranking = [record("a", "z"), record("b", "a"), record("c", "z"), record("d"), record("e", "b"), record("f", "q")]
+    texts = [
+        "Neg(Mul(y, Log(p)))",
+        "Neg(Mul(y, Log(Add(p, Square(p)))))",
+        "Mul(y, Log(p))",
+        "Mul(y, p)",
+    ]
+    ranking = [{"losses": {"loss": text}, "identity": [key(text)]} for text in texts]
+    assert len({record["identity"][0] for record in ranking}) == 4
     names = [losses["loss"] for losses in evolve.select_finalists(ranking)]
-    assert names == ["a", "d", "e", "f", "b"], "children and siblings of a wait until no stranger is left"
+    assert names == [texts[k] for k in (0, 2, 1, 3)], "relatives wait until no stranger is left"
     assert evolve.select_finalists([]) == []
+    plain = [{"losses": {"loss": text}, "identity": []} for text in texts * 2]
+    assert [losses["loss"] for losses in evolve.select_finalists(plain)] == (texts * 2)[: evolve.FINALISTS]
 
 
 def test_files_of_a_run(tmp_path):

@@ -200,8 +200,8 @@ EARLY = ((10, 0.02, 1.30), (25, 0.10, 1.25), (50, 0.25, 1.20), (100, 0.45, 1.15)
 def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, early=EARLY) -> float:
     """The loss-rejection protocol [P]: how much the predictions improve when the loss itself is minimised on them.
 
-    Each of the B raw predictions is optimised on its own. The step rule is Adam's: its step does not depend on the
-    scale of the loss, and neither does that of the proxy training, so a loss is not turned away for a factor [D].
+    Each of the B raw predictions is optimised on its own. The step rule is Adam's, which does not feel the scale of the
+    loss: with plain gradient steps a factor before the loss would decide the verdict [D].
 
     Returns: mean over samples of score(after) - score(before); -inf if the loss became invalid on the way.
     """

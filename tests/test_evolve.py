@@ -182,6 +182,15 @@ def test_rejection_protocol():
     assert evolve.rejection_gain(branch, parse(tiny)) > 0.6, "a factor of 4e-7 is no reason to reject"
 
 
+def test_early_decisions_are_taken_at_their_limits_alone():
+    branch = toy_branch()
+    whole = evolve.rejection_gain(branch, CE, early=())
+    assert evolve.rejection_gain(branch, CE, early=((2, -9, 9),)) == whole, "between the limits it goes on"
+    stopped = evolve.rejection_gain(branch, CE, early=((2, 9, 99),))
+    assert stopped < whole and stopped == evolve.rejection_gain(branch, CE, steps=2, early=())
+    assert evolve.rejection_gain(branch, CE, early=((2, -9, -8),)) == stopped, "above the upper limit it accepts"
+
+
 def test_gates_come_in_order():
     search = Search(ToyTask())
 

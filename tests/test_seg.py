@@ -426,6 +426,13 @@ def test_weighted_class_matters(task):
     assert uniform == pytest.approx(F.cross_entropy(logits, label, ignore_index=255).item())
 
 
+def test_a_prediction_depends_on_its_picture_alone(task):
+    net, images = task.network(task.proxy, 0), task.data["test"].images
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert torch.equal(search_seg.predict(net, images)[:1], search_seg.predict(net, images[:1]))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
 def test_a_picture_changes_nothing(task, tmp_path):
     drawn = task.retrain("ce", 0, tmp_path / "p.png")
     assert drawn == task.retrain("ce", 0) and (tmp_path / "p.png").exists()

@@ -6,7 +6,7 @@
         child      <- mutate(parent), again and again until one passes the gates
         score      <- proxy training with the child, stopped at the first invalid value
         population <- the newest P of population + child
-    closing round: the best few are re-trained for longer; the best of these is the found loss
+    closing round: the best few are re-trained for longer, with several seeds; the best of these is the found loss
 
 The gates stand between a child and its training, cheapest first: dead, seen, gradient, equivalent, rejected. This
 module knows no task: what a script hands over is a `Task`, a handful of tensors and two functions that train.
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_ops import OPERATORS, Expr, canonical, evaluate, is_dead, latex, parse
+from loss_ops import OPERATORS, Expr, canonical, evaluate_batch, is_dead, latex, parse
 
 POPULATION = 2500  # [P] the newest P candidates stay
 INITIAL = 20  # [P] random candidates to begin with
@@ -46,6 +46,7 @@ FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutat
 ETA = 0.6  # [P] least gain in the rejection protocol, where the metric allows it
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
+GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
 FINALISTS = 5  # [D] candidates of the closing round ...
 RELATED = 0.45  # ... whose gradients differ at least this much: cosine 0.9 at most [D]
 
@@ -158,24 +159,25 @@ def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
 # Gates that look at tensors
 
 
-def first_gradient(branch: Branch, expr: Expr) -> Tensor | None:
-    """dL/d(prediction) at the start, (B, D) float64; None where nothing can be learned from it.
+def first_gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
+    """dL/d(prediction) at the start, (B, D) float64 for each tree; None where nothing can be learned from it.
 
     That is: a gradient that is not finite, that is zero on every sample, or that stays the same (to a thousandth of its
     norm, on every sample) when the targets are exchanged between samples and when they are shifted within each.
     """
     x, y = branch.prediction, branch.target
     targets = torch.stack([y, y.roll(1, 0), y.flatten(2).roll(y[0, 0].numel() // 3 + 1, -1).view_as(y)])
-    x = x.expand(3, *x.shape).clone().requires_grad_()  # (3, B, N, C, H, W)
-    value = evaluate(expr, branch.leaves(x, targets))  # (3, B)
-    if not value.requires_grad:
-        return None
-    gradient = torch.autograd.grad(value.sum(), x)[0].flatten(2).double()  # (3, B, D)
-    norm = gradient[0].norm(dim=-1)
-    if not (value.isfinite().all() and gradient.isfinite().all()) or not norm.any():
-        return None
-    change = (gradient[1:] - gradient[0]).norm(dim=-1)
-    return gradient[0] if (change > 1e-3 * norm).any() else None
+    x = x.expand(len(exprs), 3, *x.shape).clone().requires_grad_()  # (K, 3, B, N, C, H, W)
+    values = evaluate_batch(exprs, branch.leaves(x, targets))  # (K, 3, B)
+    if not values.requires_grad:
+        return [None] * len(exprs)
+    gradients = torch.autograd.grad(values.sum(), x)[0].flatten(3).double()  # (K, 3, B, D)
+    norms = gradients[:, 0].norm(dim=-1)
+    finite = values.isfinite().flatten(1).all(1) & gradients.isfinite().flatten(1).all(1)
+    changes = (gradients[:, 1:] - gradients[:, :1]).norm(dim=-1)  # (K, 2, B)
+    aware = (changes > 1e-3 * norms[:, None]).flatten(1).any(1)
+    useful = finite & norms.any(1) & aware
+    return [gradients[k, 0] if good else None for k, good in enumerate(useful.tolist())]
 
 
 def equivalence_key(gradient: Tensor, scale_free: bool) -> str:
@@ -197,32 +199,44 @@ def equivalence_key(gradient: Tensor, scale_free: bool) -> str:
 EARLY = ((10, 0.02, 1.30), (25, 0.10, 1.25), (50, 0.25, 1.20), (100, 0.45, 1.15), (200, 0.70, 1.10))
 
 
-def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, early=EARLY) -> float:
+def rejection_gains(branch: Branch, exprs: Sequence[Expr], steps: int = REJECTION_STEPS, early=EARLY) -> list[float]:
     """The loss-rejection protocol [P]: how much the predictions improve when the loss itself is minimised on them.
 
     Each of the B raw predictions is optimised on its own. The step rule is Adam's, which does not feel the scale of the
-    loss: with plain gradient steps a factor before the loss would decide the verdict [D].
+    loss: with plain gradient steps a factor before the loss would decide the verdict [D]. All trees are optimised at
+    once; those that are decided leave the batch.
 
-    Returns: mean over samples of score(after) - score(before); -inf if the loss became invalid on the way.
+    Returns: for each tree the mean over samples of score(after) - score(before); -inf if it became invalid on the way.
     """
-    x = branch.prediction.clone().requires_grad_()
+    gains = [-math.inf] * len(exprs)
+    undecided = list(range(len(exprs)))
     before = branch.score(branch.prediction, branch.target).mean()
-    adam = torch.optim.Adam([x], lr=REJECTION_LR, eps=1e-16)
+    x = branch.prediction.expand(len(exprs), *branch.prediction.shape).clone()  # (K, B, N, C, H, W)
+    mean, square = torch.zeros_like(x), torch.zeros_like(x)  # moments of the gradient
     limits = {step: (low * branch.eta, high * branch.eta) for step, low, high in early}
-    gain = -math.inf
     for step in range(1, steps + 1):
-        value = evaluate(expr, branch.leaves(x, branch.target)).sum()
+        x.requires_grad_()
+        value = evaluate_batch([exprs[k] for k in undecided], branch.leaves(x, branch.target)).sum()
         if not value.requires_grad:  # no prediction in it; only a search without the first two gates comes here
-            return -math.inf
-        (x.grad,) = torch.autograd.grad(value, x)
-        adam.step()
+            return gains
+        (gradient,) = torch.autograd.grad(value, x)
+        x = x.detach()
+        mean.lerp_(gradient, 0.1)
+        square.lerp_(gradient.square_(), 0.001)
+        x -= REJECTION_LR / (1 - 0.9**step) * mean / ((square / (1 - 0.999**step)).sqrt_() + 1e-16)
         if step in limits or step == steps:
-            with torch.no_grad():
-                gain = (branch.score(x, branch.target).mean() - before).item() if x.isfinite().all() else -math.inf
+            gain = branch.score(x, branch.target).mean(-1) - before
+            gain = torch.where(x.flatten(1).isfinite().all(1), gain, -math.inf).tolist()
             low, high = limits.get(step, (-math.inf, math.inf))
-            if not low <= gain < high:
+            for k, value in zip(undecided, gain):
+                gains[k] = value
+            stay = [k for k, value in enumerate(gain) if low <= value < high]
+            if not stay:
                 break
-    return gain
+            if len(stay) < len(undecided):
+                undecided = [undecided[k] for k in stay]
+                x, mean, square = x[stay], mean[stay], square[stay]
+    return gains
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,6 +265,8 @@ class Search:
     task: Task | None
     gates: frozenset[str] = frozenset(GATES)
     evolving: bool = True  # False: random search
+    batch: int = 1  # children that are judged together
+    waiting: deque = field(default_factory=deque)  # children that have passed, with parent and deciding gate
     population: deque[Member] = field(default_factory=lambda: deque(maxlen=POPULATION))
     counts: Counter = field(default_factory=Counter)
     fates: dict[tuple[str, str], Fate] = field(default_factory=dict)  # by branch and canonical text
@@ -338,37 +354,74 @@ def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[s
     return {**parent.losses, name: child}, parent.losses, [name]
 
 
-def judge(search: Search, name: str, expr: Expr) -> tuple[Fate, str | None]:
-    """The fate of one tree, and the gate that decided it (None: it passed them all). Nothing is stored yet."""
-    branch, gates = search.task.branches[name], search.gates
-    text = search.text(expr)
-    if "dead" in gates and is_dead(canonical(expr)):
-        return Fate(name, text, "dead"), "dead"
-    if "seen" in gates and (name, text) in search.fates:
-        return search.fates[name, text], "seen"
-    key = text
-    if gates & {"gradient", "equivalent"}:
-        gradient = first_gradient(branch, expr)
-        if gradient is None and "gradient" in gates:
-            return Fate(name, text, "gradient"), "gradient"
-        if gradient is not None and "equivalent" in gates:
-            key = equivalence_key(gradient, branch.scale_free)
-            if (name, key) in search.keys:
-                known = search.keys[name, key]
-                return Fate(name, text, known.gate, key, known.gain), "equivalent"
-    gain = None
-    if "rejected" in gates:
-        gain = rejection_gain(branch, expr)
-        if not gain >= branch.eta:
-            return Fate(name, text, "rejected", key, round(gain, 4) if math.isfinite(gain) else None), "rejected"
-        gain = round(gain, 4)
-    return Fate(name, text, "passed", key, gain), None
+def judge(search: Search, trees: list[tuple[str, Expr]]) -> list[tuple[Fate, str | None]]:
+    """For each (branch, tree) its fate, and the gate that decided it (None: it passed them all).
+
+    The verdicts are those that the trees would get one by one. What needs tensors is computed for all at once.
+    """
+    gates, verdicts, later = search.gates, {}, []
+
+    def settle(k: int, fate: Fate, gate: str | None) -> None:
+        verdicts[k] = fate, gate
+        if gate not in ("dead", "seen"):
+            search.learn(fate)
+
+    new: dict[tuple[str, str], int] = {}
+    for k, (name, expr) in enumerate(trees):
+        text = search.text(expr)
+        if "dead" in gates and is_dead(canonical(expr)):
+            settle(k, Fate(name, text, "dead"), "dead")
+        elif "seen" in gates and (name, text) in search.fates:
+            settle(k, search.fates[name, text], "seen")
+        elif (name, text) in new:
+            later.append(k)  # the twin of another one here: what becomes of that one will be known then
+        else:
+            new[name, text] = k
+
+    for name, branch in search.task.branches.items():
+        texts = {k: text for (where, text), k in new.items() if where == name}
+        gradients = [None] * len(texts)
+        if texts and gates & {"gradient", "equivalent"}:
+            gradients = first_gradients(branch, [trees[k][1] for k in texts])
+        keys: dict[int, str] = {}
+        for (k, text), gradient in zip(texts.items(), gradients):
+            key = text
+            if gradient is None and "gradient" in gates:
+                settle(k, Fate(name, text, "gradient"), "gradient")
+                continue
+            if gradient is not None and "equivalent" in gates:
+                key = equivalence_key(gradient, branch.scale_free)
+                if (name, key) in search.keys:
+                    known = search.keys[name, key]
+                    settle(k, Fate(name, text, known.gate, key, known.gain), "equivalent")
+                    continue
+                if key in keys.values():
+                    later.append(k)
+                    continue
+            keys[k] = key
+
+        gains = [math.inf] * len(keys)
+        if keys and "rejected" in gates:
+            gains = rejection_gains(branch, [trees[k][1] for k in keys])
+        for (k, key), gain in zip(keys.items(), gains):
+            gate = None if gain >= branch.eta else "rejected"
+            settle(
+                k, Fate(name, texts[k], gate or "passed", key, round(gain, 4) if math.isfinite(gain) else None), gate
+            )
+
+    for k in sorted(later):
+        verdicts[k] = judge(search, [trees[k]])[0]
+    return [verdicts[k] for k in range(len(trees))]
 
 
 def next_candidate(search: Search, rng: random.Random, deadline: float):
     """Propose until a candidate deserves a training; (losses, parent, identity, gains, tried), or None at the deadline.
 
     A child whose equivalent was trained before takes over that score and joins the population at once [P].
+
+    On a GPU many children are proposed and judged together. Their parents come from the same population, as if as many
+    workers had asked at once; what passes beyond the first waits for its turn. Workers make the evolution asynchronous
+    in the same way: a parent is always the best of its tournament among the newest P that are known.
     """
     tried = {"counts": Counter(), "fates": [], "reused": []}
 
@@ -378,38 +431,37 @@ def next_candidate(search: Search, rng: random.Random, deadline: float):
 
     draft: dict[str, Expr] = {}  # branches of a fresh candidate that have passed; only the others are drawn again
     while time.time() < deadline:
-        losses, parent, new = propose(search, rng)
-        if parent is None:
-            losses |= draft
-            new = [name for name in new if name not in draft]
-        verdicts = {name: judge(search, name, losses[name]) for name in new}
-        for fate, gate in verdicts.values():
-            if gate not in ("dead", "seen"):
-                search.learn(fate)
-                tried["fates"].append(fate)
-        blocking = [gate for fate, gate in verdicts.values() if fate.gate != "passed"]
-        if parent is None:
-            passed = {name: losses[name] for name, (fate, _) in verdicts.items() if fate.gate == "passed"}
-            draft = draft | passed if blocking else {}
-        if blocking:
-            tally(min(blocking, key=GATES.index))
-            continue
-        identity, gains = [], {}
-        for name, expr in losses.items():
-            fate = verdicts[name][0] if name in verdicts else search.fates[name, search.text(expr)]
-            identity.append(fate.key)
-            gains[name] = fate.gain
-        if search.gates & {"seen", "equivalent"}:
-            if tuple(identity) in search.scores:
-                known = [gate for _, gate in verdicts.values() if gate is not None]
-                tally(min(known, key=GATES.index) if known else "equivalent")
-                member = Member(losses, search.scores[tuple(identity)])
-                search.reuse(member)
-                tried["reused"].append([{k: str(v) for k, v in losses.items()}, member.score])
-                continue
-        else:
-            identity = []
-        return losses, parent, identity, gains, tried
+        while search.waiting:
+            losses, parent, gate = search.waiting.popleft()
+            fates = [search.fates[name, search.text(expr)] for name, expr in losses.items()]
+            identity = [fate.key for fate in fates] if search.gates & {"seen", "equivalent"} else []
+            if tuple(identity) not in search.scores:
+                return losses, parent, identity, {fate.branch: fate.gain for fate in fates}, tried
+            tally(gate or "equivalent")
+            member = Member(losses, search.scores[tuple(identity)])
+            search.reuse(member)
+            tried["reused"].append([{k: str(v) for k, v in losses.items()}, member.score])
+
+        children = []
+        for _ in range(search.batch):
+            losses, parent, new = propose(search, rng)
+            if parent is None:
+                losses |= draft
+                new = [name for name in new if name not in draft]
+            children.append((losses, parent, new))
+        verdicts = iter(judge(search, [(name, losses[name]) for losses, _, new in children for name in new]))
+        for losses, parent, new in children:
+            decided = {name: next(verdicts) for name in new}
+            tried["fates"] += [fate for fate, gate in decided.values() if gate not in ("dead", "seen")]
+            blocking = [gate for fate, gate in decided.values() if fate.gate != "passed"]
+            if parent is None:
+                passed = {name: losses[name] for name, (fate, _) in decided.items() if fate.gate == "passed"}
+                draft = draft | passed if blocking else {}
+            if blocking:
+                tally(min(blocking, key=GATES.index))
+            else:
+                known = [gate for _, gate in decided.values() if gate]
+                search.waiting.append((losses, parent, min(known, key=GATES.index) if known else None))
     return None
 
 
@@ -622,15 +674,14 @@ class Reporter:
         self.write_hall_of_fame()
 
     def write_hall_of_fame(self) -> None:
-        retrained = {json.dumps(r["losses"]): r for r in self.retrained if r["scores"] and r["seed"] == self.args.seed}
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["rank", f"proxy_{self.args.metric}", f"retrained_{self.args.metric}", "gain", "loss"])
         for rank, (score, record) in enumerate(self.search.ranking()[:50], 1):
-            again = retrained.get(json.dumps(record["losses"]))
+            again = self.closing_score(record["losses"])
             gain = min((g for g in record["gain"].values() if g is not None), default="")
             text = losses_text({name: parse(text) for name, text in record["losses"].items()})
-            writer.writerow([rank, score, again["scores"]["val"][self.args.metric] if again else "", gain, text])
+            writer.writerow([rank, score, round(again, 6) if again > -math.inf else "", gain, text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
 
     def hear_retrained(self, result: dict) -> None:
@@ -652,7 +703,14 @@ class Reporter:
                 return result["scores"]
         raise KeyError((losses, seed))
 
-    def show_end(self, found, finalists: list, closing_score: Callable, test: dict, pictures: dict[str, Path]) -> None:
+    def closing_score(self, losses: dict[str, str]) -> float:
+        """Mean over the re-training seeds, search-validation split; -inf where one was invalid or none was done."""
+        runs = [result["scores"] for result in self.retrained if result["losses"] == losses]
+        if not runs or None in runs:
+            return -math.inf
+        return sum(scores["val"][self.args.metric] for scores in runs) / len(runs)
+
+    def show_end(self, found, finalists: list, test: dict, pictures: dict[str, Path]) -> None:
         """The end of a run, on the console and in TensorBoard."""
         args, story, search = self.args, self.story, self.search
         print(f"\n{'':6}{'proxy':>7} {'re-trained':>10}  loss ({args.metric} on the search-validation split)")
@@ -660,7 +718,7 @@ class Reporter:
         for losses in finalists:
             text = losses_text({name: parse(formula) for name, formula in losses.items()})
             mark = ">>>>" if losses == found else "    "
-            print(f"{mark}  {proxy[json.dumps(losses)]:>7.3f} {closing_score(losses):>10.3f}  {text}")
+            print(f"{mark}  {proxy[json.dumps(losses)]:>7.3f} {self.closing_score(losses):>10.3f}  {text}")
         named = {("found" if name == "found" else story.baseline): column for name, column in test.items()}
         show_table(named, story.metrics, args.metric)
         print(f"\nexplored {search.explored:,} losses, trained {search.evaluated}; everything is in {self.directory}")
@@ -959,7 +1017,8 @@ def run(args, story: Story) -> None:
     else:
         board.store.set("lines", str(len(lines)))
     gates = frozenset() if args.search == "naive" else frozenset(GATES) - set(args.without)
-    search = Search(task, gates, args.search != "random")
+    batch = GPU_BATCH if args.device.startswith("cuda") else 1
+    search = Search(task, gates, args.search != "random", batch)
     for line in lines:
         search.absorb(line)
     finished = sum(line["worker"] == rank for line in lines)
@@ -1100,23 +1159,19 @@ def close(args, story: Story, crew: Crew) -> None:
     seeds = [args.seed + k for k in range(args.seeds)]
     pictures = {json.dumps(losses): directory / f"finalist_{k}.png" for k, losses in enumerate(finalists, 1)}
     pictures[json.dumps(story.baseline)] = directory / "baseline.png"
-    jobs = [(losses, args.seed, pictures[json.dumps(losses)]) for losses in finalists]
-    jobs += [
-        (story.baseline, seed, pictures[json.dumps(story.baseline)] if seed == seeds[0] else None) for seed in seeds
+    jobs = [
+        (losses, seed, pictures[json.dumps(losses)] if seed == seeds[0] else None)
+        for seed in seeds
+        for losses in (story.baseline, *finalists)
     ]
     crew.retrain(jobs)
 
-    def closing_score(losses) -> float:
-        scores = reporter.scores_of(losses, args.seed)
-        return -math.inf if scores is None else scores["val"][args.metric]
-
-    found = max(finalists, key=closing_score, default=None)
-    if found is not None and closing_score(found) == -math.inf:
+    found = max(finalists, key=reporter.closing_score, default=None)
+    if found is not None and reporter.closing_score(found) == -math.inf:
         found = None
     names = {"baseline": story.baseline}
     if found is not None:
         names = {"found": found, **names}
-        crew.retrain([(found, seed, None) for seed in seeds[1:]])
         write_atomically(directory / "best_loss.py", story.export({k: parse(v) for k, v in found.items()}))
     reporter.write_hall_of_fame()
 
@@ -1135,7 +1190,7 @@ def close(args, story: Story, crew: Crew) -> None:
         "test": {"found": {}, **test},
     }
     write_atomically(directory / "result.json", json.dumps(result, indent=1))
-    reporter.show_end(found, finalists, closing_score, test, pictures)
+    reporter.show_end(found, finalists, test, pictures)
 
 
 def mean_and_spread(values: list[float]) -> str:

@@ -92,7 +92,10 @@ def mean_c(x):
 def max_pool3(x, mask):
     # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum.
     seen = x if mask is None else torch.where(mask, x, float("-inf"))
-    pooled = F.max_pool2d(seen.flatten(0, -4), 3, stride=1, padding=1).view(seen.shape)
+    planes = seen.reshape(1, -1, *seen.shape[-2:])
+    if not x.is_cuda:  # a CPU pools all planes at once where they are the fast dimension: several times as fast
+        planes = planes.contiguous(memory_format=torch.channels_last)
+    pooled = F.max_pool2d(planes, 3, stride=1, padding=1).contiguous().view(seen.shape)
     return pooled if mask is None else torch.where(mask, pooled, x)
 
 
@@ -287,6 +290,8 @@ def evaluate_batch(exprs: Sequence[Expr], leaves: Mapping[str, Tensor], mask: Te
 
     Returns: (K, ...), equal to `evaluate` of each loss up to rounding, and as differentiable.
     """
+    if len(exprs) == 1:
+        return evaluate(exprs[0], leaves, mask)
     some = next(iter(leaves.values()))
     one = some.new_ones((1,) * (some.dim() - 1))
     values: dict[tuple[int, Expr], Tensor] = {}

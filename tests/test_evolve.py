@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -145,16 +146,16 @@ def test_mutations_are_equally_likely(monkeypatch):
     ],
 )
 def test_first_gradient_turns_away(text):
-    assert evolve.first_gradient(toy_branch(), parse(text)) is None
+    assert evolve.first_gradients(toy_branch(), [parse(text)])[0] is None
 
 
 @pytest.mark.parametrize("text", [str(CE), "Square(Add(p, Neg(y)))", "Neg(Mul(Sqrt(MeanNHW(y)), Mul(y, p)))"])
 def test_first_gradient_lets_pass(text):
-    assert evolve.first_gradient(toy_branch(), parse(text)) is not None
+    assert evolve.first_gradients(toy_branch(), [parse(text)])[0] is not None
 
 
 def key(text, scale_free=False):
-    return evolve.equivalence_key(evolve.first_gradient(toy_branch(), parse(text)), scale_free)
+    return evolve.equivalence_key(evolve.first_gradients(toy_branch(), [parse(text)])[0], scale_free)
 
 
 def test_equivalence_key():
@@ -173,32 +174,79 @@ def test_equivalence_key_knows_scale_only_where_the_optimiser_does():
     assert len({key(text, True) for text in others}) == len(others), "different losses stay apart without their scale"
 
 
+def gain(expr, **limits):
+    return evolve.rejection_gains(toy_branch(), [expr], **limits)[0]
+
+
 def test_rejection_protocol():
-    branch = toy_branch()
-    assert evolve.rejection_gain(branch, CE) > 0.6
-    assert evolve.rejection_gain(branch, CE, early=()) == pytest.approx(0.75, abs=0.15)
-    assert evolve.rejection_gain(branch, parse("Mul(y, Log(p))")) < 0.1
+    assert gain(CE) > 0.6
+    assert gain(CE, early=()) == pytest.approx(0.75, abs=0.15)
+    assert gain(parse("Mul(y, Log(p))")) < 0.1
     tiny = "Mul(Mul(Inv(Exp(Exp(Add(1, 1)))), Inv(Exp(Exp(Add(1, 1))))), Neg(Mul(y, Log(p))))"
-    assert evolve.rejection_gain(branch, parse(tiny)) > 0.6, "a factor of 4e-7 is no reason to reject"
+    assert gain(parse(tiny)) > 0.6, "a factor of 4e-7 is no reason to reject"
+
+
+def test_rejection_takes_the_steps_of_adam():
+    branch = toy_branch()
+    x = branch.prediction.clone().requires_grad_()
+    adam = torch.optim.Adam([x], lr=evolve.REJECTION_LR, eps=1e-16)
+    for _ in range(7):
+        adam.zero_grad()
+        evolve.evaluate_batch([CE], branch.leaves(x, branch.target)).sum().backward()
+        adam.step()
+    seen = []
+    watched = branch.score
+    branch.score = lambda x, y: seen.append(x) or watched(x, y)
+    evolve.rejection_gains(branch, [CE], steps=7, early=())
+    assert torch.allclose(seen[-1][0], x, atol=1e-5)
 
 
 def test_early_decisions_are_taken_at_their_limits_alone():
+    whole = gain(CE, early=())
+    assert gain(CE, early=((2, -9, 9),)) == whole, "between the limits it goes on"
+    stopped = gain(CE, early=((2, 9, 99),))
+    assert stopped < whole and stopped == gain(CE, steps=2, early=())
+    assert gain(CE, early=((2, -9, -8),)) == stopped, "above the upper limit it accepts"
+
+
+def test_a_decided_tree_leaves_the_others_alone():
     branch = toy_branch()
-    whole = evolve.rejection_gain(branch, CE, early=())
-    assert evolve.rejection_gain(branch, CE, early=((2, -9, 9),)) == whole, "between the limits it goes on"
-    stopped = evolve.rejection_gain(branch, CE, early=((2, 9, 99),))
-    assert stopped < whole and stopped == evolve.rejection_gain(branch, CE, steps=2, early=())
-    assert evolve.rejection_gain(branch, CE, early=((2, -9, -8),)) == stopped, "above the upper limit it accepts"
+    others = [CE, parse("Square(Add(p, Neg(y)))")]
+    bad = [parse("Mul(y, Log(p))"), parse("Mul(y, Exp(Inv(Add(p, Neg(p)))))")]  # gains nothing; not finite
+    alone = [evolve.rejection_gains(branch, [expr])[0] for expr in others]
+    together = evolve.rejection_gains(branch, [bad[0], others[0], bad[1], others[1]])
+    assert together[1::2] == pytest.approx(alone, abs=1e-6)
+    assert together[0] < 0.1 and together[2] == float("-inf")
+
+
+def test_judging_together_is_judging_one_by_one():
+    rng = random.Random(5)
+    good = [CE, parse("Square(Add(p, Neg(y)))"), parse("Neg(Mul(MeanNHW(y), Mul(y, p)))")]
+    trees = [evolve.random_tree(rng, ("y", "p", "1")) for _ in range(60)]
+    trees += [evolve.mutate(rng, rng.choice(good), ("y", "p", "1")) for _ in range(60)]
+    together, alone = Search(ToyTask()), Search(ToyTask())
+    verdicts = evolve.judge(together, [("loss", expr) for expr in trees])
+    singly = [evolve.judge(alone, [("loss", expr)])[0] for expr in trees]
+    assert [(fate.text, fate.gate, gate) for fate, gate in verdicts] == [(f.text, f.gate, gate) for f, gate in singly]
+    assert {gate for _, gate in verdicts} == {*evolve.GATES, None}
+    assert together.fates.keys() == alone.fates.keys() and together.keys.keys() == alone.keys.keys()
+
+
+def test_children_judged_together_wait_for_their_turn():
+    task = ToyTask()
+    search = Search(task, batch=40)
+    for number in range(6):
+        record = evolve.evaluation(search, random.Random(number), time.time() + 60)
+        search.add(record)
+    assert search.evaluated == 6
+    assert len({tuple(record["identity"]) for _, record in search.ranking()}) == 6, "nothing is trained twice"
 
 
 def test_gates_come_in_order():
     search = Search(ToyTask())
 
     def verdict(text):
-        fate, gate = evolve.judge(search, "loss", parse(text))
-        if gate not in ("dead", "seen"):
-            search.learn(fate)
-        return gate
+        return evolve.judge(search, [("loss", parse(text))])[0][1]
 
     assert verdict("Add(p, y)") == "dead"
     assert verdict("Mul(p, MeanC(y))") == "gradient"
@@ -363,7 +411,7 @@ def test_equivalent_scores_are_reused():
     k = key("Neg(Mul(y, Log(p)))")
     search.learn(Fate("loss", str(canonical(CE)), "passed", k, 0.7))
     search.scores[(k,)] = 0.9
-    fate, gate = evolve.judge(search, "loss", parse("Neg(Mul(y, Log(Abs(p))))"))
+    fate, gate = evolve.judge(search, [("loss", parse("Neg(Mul(y, Log(Abs(p))))"))])[0]
     assert gate == "equivalent" and fate.key == k and fate.gain == 0.7
 
 

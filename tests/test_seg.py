@@ -399,8 +399,8 @@ def test_hand_made_losses_pass_the_gates(task):
         "Square(Add(p, Neg(y)))",
     ):
         expr = parse(text)
-        assert evolve.first_gradient(branch, expr) is not None
-        assert evolve.rejection_gain(branch, expr, early=()) > 1.2 * branch.eta, text
+        assert evolve.first_gradients(branch, [expr])[0] is not None
+        assert evolve.rejection_gains(branch, [expr], early=())[0] > 1.2 * branch.eta, text
 
 
 def test_gate_scores_are_the_metric(task):

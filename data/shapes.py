@@ -31,7 +31,7 @@ from PIL import Image  # comes with torchvision; OpenCV cannot write the palette
 from pycocotools import mask as rle
 
 CLASSES = ("background", "disc", "box", "triangle", "ring", "stick", "person")
-FREQUENCY = (0.45, 0.26, 0.12, 0.06, 0.04, 0.07)  # of the six objects; skewed, so that class-balanced losses matter
+FREQUENCY = (0.30, 0.26, 0.14, 0.12, 0.10, 0.08)  # of the six objects; skewed, so that class-balanced losses matter
 HUE = (105, 15, 45, 75, 135, 165)  # mean hue of a class (OpenCV: 0..180) ...
 HUE_SPREAD = 6  # ... and its standard deviation: colour hints at the class, it does not tell
 SPLITS = {"train": 2000, "val": 300, "test": 500}
@@ -102,7 +102,7 @@ def draw_object(rng: np.random.Generator, kind: int, size: int) -> tuple[np.ndar
     big = size * OVERSAMPLE
     canvas = np.zeros((big, big), np.uint8)
     centre = rng.uniform(0.1, 0.9, 2) * big
-    scale = rng.uniform(0.08, 0.22) * big
+    scale = rng.uniform(0.07, 0.20) * big
     angle, joints = rng.uniform(0, 2 * np.pi), None
     x, y = (int(v) for v in centre)
     name = CLASSES[kind]

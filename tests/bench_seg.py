@@ -1,10 +1,10 @@
-"""Loader and metrics of segmentation against what one would use instead. Ratios within one run.
+"""Loader and metrics of segmentation against what one would use instead, and where a proxy training spends its time.
 
-    python tests/bench_seg.py
+    python tests/bench_seg.py            # `pip install torchmetrics` beforehand compares with that, too
 
 Loader: batches of 16 augmented 48 x 48 windows, against a torch DataLoader with two worker processes that does the same
 augmentation picture by picture. Metrics: all six on 500 label maps of 64 x 64, against the plain NumPy and OpenCV
-version of the tests. One torch thread per process.
+version of the tests. Proxy: three losses, part by part. Ratios within one run; one torch thread per process.
 """
 
 import sys
@@ -17,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from test_seg import slow_metrics  # noqa: E402
 
 import search_seg  # noqa: E402
+from loss_ops import parse  # noqa: E402
 from search_seg import Split  # noqa: E402
 
 
@@ -37,6 +38,56 @@ class PictureByPicture(torch.utils.data.IterableDataset):
             )
             images = search_seg.batch_colour_jitter(images, 0.25, generator)
             yield search_seg.normalise(images)[0], labels[0]
+
+
+TREE = "Mul(Mul(y, Log(Inv(Tanh(p)))), MaxPool3(Square(MeanC(MaxPool3(y)))))"
+
+
+def show_proxy(task: search_seg.SegTask) -> None:
+    """Seconds of one proxy training by part: what is not the network's arithmetic is overhead."""
+    plan, data = task.proxy, task.proxy_batches
+    print(f"\n{'one proxy training, s':<34}{'network':>10}{'loss':>8}{'rest':>8}{'metrics':>9}{'share of network':>18}")
+    for name, losses in (("ce", "ce"), ("dice", "dice"), ("a tree with two pools", {"loss": parse(TREE)})):
+        loss, net = task.loss(losses), task.network(plan, 0)
+        stages = dict.fromkeys(("network", "loss"), 0.0)
+        for images, labels in data:  # the parts alone
+            start = time.perf_counter()
+            logits = net(images)
+            middle = time.perf_counter()
+            leaf = logits.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(leaf, labels), leaf)
+            end = time.perf_counter()
+            logits.backward(gradient)
+            stages["loss"] += end - middle
+            stages["network"] += middle - start + time.perf_counter() - end
+        net = task.network(plan, 0)
+        whole = seconds(lambda: search_seg.train_network(net, loss, data, plan))  # noqa: B023
+        score = seconds(lambda: search_seg.test_network(net, task.data["val"], task.num_classes, "cpu"))  # noqa: B023
+        rest = max(0.0, whole - sum(stages.values()))
+        share = stages["network"] / (whole + score)
+        print(f"{name:<34}{stages['network']:>10.2f}{stages['loss']:>8.2f}{rest:>8.2f}{score:>9.2f}{share:>18.0%}")
+
+
+def show_torchmetrics(pred: torch.Tensor, label: torch.Tensor, ours: float) -> None:
+    """The three of the six metrics that torchmetrics has, if it is installed."""
+    try:
+        from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+    except ImportError:
+        print("torchmetrics is not installed: not compared")
+        return
+    pred, label = pred.long(), label.long()
+    theirs = {}
+
+    def three():
+        theirs["miou"] = multiclass_jaccard_index(pred, label, 7, average="macro", ignore_index=255)
+        theirs["macc"] = multiclass_accuracy(pred, label, 7, average="macro", ignore_index=255)
+        theirs["gacc"] = multiclass_accuracy(pred, label, 7, average="micro", ignore_index=255)
+
+    slow = min(seconds(three) for _ in range(3))
+    mine = search_seg.seg_metrics(pred, label, 7)
+    differ = max(abs(theirs[name].item() - mine[name]) for name in theirs)
+    print(f"{'torchmetrics, three of the six':<34}{slow:>10.3f}{slow / ours:>8.1f} x this project's six")
+    print(f"largest difference in these three: {differ:.1e}")
 
 
 def seconds(work) -> float:
@@ -82,6 +133,8 @@ def main() -> None:
     print(f"\n{'six metrics of 500 label maps':<34}{'seconds':>10}{'ratio':>8}")
     print(f"{'plain, from the definitions':<34}{slow:>10.2f}{1.0:>8.1f}")
     print(f"{'this project':<34}{fast:>10.3f}{slow / fast:>8.1f}")
+    show_torchmetrics(pred, split.labels, fast)
+    show_proxy(task)
     print(f"\ntorch {torch.__version__}, CPU")
 
 

@@ -919,21 +919,21 @@ def settle_device_and_workers(args) -> None:
         args.workers = max(1, min(most, args.evals // INITIAL))
 
 
-def read_found(directory: Path, task_name: str) -> dict[str, Expr]:
+def read_found(directory: Path, task_name: str, flag: str) -> dict[str, Expr]:
     """The losses that a finished run has found; of an unfinished one the best so far."""
     result, journal = directory / "result.json", directory / "journal.jsonl"
     if result.is_file():
         content = json.loads(result.read_text())
         if content["task"] != task_name:
-            fail(f"--loss {directory}: a run of search_{content['task']}.py, not of search_{task_name}.py")
+            fail(f"{flag} {directory}: a run of search_{content['task']}.py, not of search_{task_name}.py")
         found = content["losses"]
     elif journal.is_file():
         valid = [line for line in read_lines(journal) if line["score"] is not None]
         found = max(valid, key=lambda line: line["score"], default={"losses": {}})["losses"]
     else:
-        fail(f"--loss {directory}: not a run directory (neither result.json nor journal.jsonl in it)")
+        fail(f"{flag} {directory}: not a run directory (neither result.json nor journal.jsonl in it)")
     if not found:
-        fail(f"--loss {directory}: that run has found no valid loss")
+        fail(f"{flag} {directory}: that run has found no valid loss")
     return {name: parse(text) for name, text in found.items()}
 
 
@@ -1193,13 +1193,13 @@ def close(args, story: Story, crew: Crew) -> None:
     reporter.show_end(found, finalists, test, pictures)
 
 
-def mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float], digits: int = 3) -> str:
     """Mean and sample standard deviation."""
     if not values:
         return "invalid"
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
-    return f"{mean:.3f} +- {spread:.3f}"
+    return f"{mean:.{digits}f} +- {spread:.{digits}f}"
 
 
 def show_table(test: dict[str, dict[str, list[float]]], metrics: tuple[str, ...], chosen: str | None) -> None:
@@ -1210,3 +1210,12 @@ def show_table(test: dict[str, dict[str, list[float]]], metrics: tuple[str, ...]
     for metric in metrics:
         mark = ">>>>" if metric == chosen else "    "
         print(f"{mark}  {metric:<10}" + "".join(f"{mean_and_spread(column[metric]):>18}" for column in test.values()))
+
+
+def show_losses(test: dict[str, dict[str, list[float]]], metrics: tuple[str, ...], seeds: int) -> None:
+    """One row per loss, one column per metric: the shape of the published tables, in percent."""
+    print(f"\ntest split, percent, mean and spread over {seeds} re-training seed{'s' * (seeds != 1)}\n")
+    print("| loss | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics))
+    for name, scores in test.items():
+        cells = [mean_and_spread([100 * v for v in scores[metric]], 1) for metric in metrics]
+        print(f"| {name} | " + " | ".join(cells) + " |")

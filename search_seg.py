@@ -88,6 +88,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         + ", a formula or a run directory",
     )
     task.add_argument(
+        "--compare",
+        metavar="LOSSES",
+        help="the same for several, comma-separated, as one table: losses x metrics",
+    )
+    task.add_argument(
         "--data",
         type=evolve.one_of(tuple(CLASSES)),
         default="shapes",
@@ -155,26 +160,42 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.data_root is None and args.data != "shapes":
         fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
     args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
-    args.loss_texts = args.loss and read_loss(args.loss)
+    if args.loss and args.compare:
+        fail(f"--compare {args.compare}: not together with --loss; give one of them")
+    listed = split_outside_brackets(args.compare) if args.compare else [args.loss] if args.loss else []
+    flag = "--compare" if args.compare else "--loss"
+    args.wanted = {text: read_loss(text, flag) for text in listed}
     return args
 
 
-def read_loss(text: str) -> str | dict[str, Expr]:
-    """`--loss`: the name of a hand-made loss, a formula, or a run directory."""
+def split_outside_brackets(text: str) -> list[str]:
+    """The parts between the commas that are not inside of a formula."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
+    """The name of a hand-made loss, a formula, or a run directory."""
     if text in LOSSES:
         return text
     if "(" not in text:
         if Path(text).is_dir():
-            return evolve.read_found(Path(text), "seg")
-        fail(f"--loss {text}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
+            return evolve.read_found(Path(text), "seg", flag)
+        fail(f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     try:
         expr = parse(text)
     except ValueError as error:
-        fail(f"--loss {text}: {error}")
+        fail(f"{flag} {text}: {error}")
     if foreign := leaves_of(expr) - set("yp1"):
-        fail(f"--loss {text}: '{min(foreign)}' has no meaning in segmentation; use y, p and 1")
+        fail(f"{flag} {text}: '{min(foreign)}' has no meaning in segmentation; use y, p and 1")
     if is_dead(expr):
-        fail(f"--loss {text}: its gradient knows nothing of prediction and target together; it cannot teach")
+        fail(f"{flag} {text}: its gradient knows nothing of prediction and target together; it cannot teach")
     return {"loss": expr}
 
 
@@ -188,6 +209,7 @@ class Split(NamedTuple):
     images: Tensor  # (M, 3, H, W) uint8, RGB
     labels: Tensor  # (M, H, W) uint8, IGNORE outside the picture
     sizes: Tensor  # (M, 2) float32, height and width of each picture
+    weights: Tensor | None = None  # (M, H, W) float16, what a loss with a map of weights has made of each label map
 
 
 def read_split(pairs: list[tuple[Path, Path]], num_classes: int, lookup: Tensor | None = None) -> Split:
@@ -301,11 +323,12 @@ def place(split: Split, device: str) -> Split:
     """Move a split to the device, once; what would fill over half of its free memory stays in pinned host memory."""
     if not device.startswith("cuda"):
         return split
-    size = split.images.nbytes + split.labels.nbytes
+    tensors = [tensor for tensor in split if tensor is not None]
+    size = sum(tensor.nbytes for tensor in tensors)
     if size > torch.cuda.mem_get_info(device)[0] / 2:
         print(f"a split of {size / 2**30:.1f} GiB stays in pinned host memory", flush=True)
-        return Split(*(tensor.pin_memory() for tensor in split))
-    return Split(*(tensor.to(device) for tensor in split))
+        return Split(*(tensor.pin_memory() for tensor in tensors))
+    return Split(*(tensor.to(device) for tensor in tensors))
 
 
 class DataError(Exception):
@@ -318,16 +341,17 @@ STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
 
 def batch_scale_crop_flip(
     split: Split, index: Tensor, crop: int, scale: tuple[float, float], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Scale, flip and cut a (crop, crop) window out of each picture, in one affine sampling for images, one for labels.
 
     Returns images (N, 3, crop, crop) float in 0..255 and labels (N, crop, crop) uint8, IGNORE outside of the picture,
-    on the generator's device. The scale is log-uniform in `scale`; half of the pictures are mirrored.
+    on the generator's device; the same window of the weights (N, crop, crop) float follows where the split has them.
+    The scale is log-uniform in `scale`; half of the pictures are mirrored.
     """
     N, (H, W), device = len(index), split.images.shape[-2:], generator.device
     u = torch.rand(4, N, generator=generator, device=device)
     index = index.to(split.images.device)
-    images, labels, size = (tensor[index].to(device, non_blocking=True) for tensor in split)
+    images, labels, size, *weights = (t[index].to(device, non_blocking=True) for t in split if t is not None)
     size = size.T  # (2, N)
     window = crop / (scale[0] * (scale[1] / scale[0]) ** u[0])  # side in source pixels
     room = size - window
@@ -340,7 +364,8 @@ def batch_scale_crop_flip(
     images = F.grid_sample(images.float(), grid, align_corners=False)
     labels = labels.unsqueeze(1).float() - IGNORE  # the zero padding of the sampling then means IGNORE
     labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False).squeeze(1) + IGNORE
-    return images, labels.round().to(torch.uint8)
+    weights = [F.grid_sample(w.unsqueeze(1).float(), grid, align_corners=False).squeeze(1) for w in weights]
+    return images, labels.round().to(torch.uint8), *weights
 
 
 def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -564,7 +589,8 @@ def seg_metrics(pred: Tensor, label: Tensor, num_classes: int) -> dict[str, floa
 
 
 # =====================================================================================================================
-# Losses: the hand-made ones. Each takes logits (N, C, H, W) and label (N, H, W) of 0..C-1 or 255 and returns a scalar
+# Losses: the hand-made ones. Each takes logits (N, C, H, W) and label (N, H, W) of 0..C-1 or 255 and returns a scalar;
+# without any pixel that counts it is 0 and still connected to the graph
 
 
 def ce(logits: Tensor, label: Tensor) -> Tensor:
@@ -572,10 +598,10 @@ def ce(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum") / count_valid(label)
 
 
-def wce(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Cross entropy weighted by inverse class frequency, the class weights of U-Net (Ronneberger 2015, Sec. 3)."""
-    total = F.cross_entropy(logits, label.long(), weight, ignore_index=IGNORE, reduction="sum")
-    return total / count_valid(label)
+def weighted_ce(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Cross entropy times a map of weights (N, H, W), the mean over pixels that count."""
+    loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="none")
+    return (loss * weight).sum() / count_valid(label)
 
 
 def dice(logits: Tensor, label: Tensor) -> Tensor:
@@ -602,20 +628,169 @@ def lovasz(logits: Tensor, label: Tensor) -> Tensor:
     return ((error * slope).sum(1) * present).sum() / present.sum().clamp(min=1)
 
 
+def ssim(logits: Tensor, label: Tensor) -> Tensor:
+    """1 - structural similarity of prediction and one-hot target, class by class (BASNet, Qin 2019, Eq. 4).
+
+    Statistics over a Gaussian window of 11 x 11 pixels, sigma 1.5 (Wang 2004), zero beyond the image; ignored pixels
+    are alike in both and left out of the mean.
+    """
+    leaves, mask = softmax_leaves(logits, label)
+    y, p = leaves["y"] * mask, leaves["p"] * mask
+    C = y.shape[1]
+    window = torch.arange(-5, 6, device=y.device, dtype=y.dtype).div(1.5).square().mul(-0.5).exp()
+    window = window / window.sum()
+    maps = torch.cat([y, p, y * y, p * p, y * p], 1)
+    kernel = window.expand(5 * C, 1, -1)
+    maps = F.conv2d(maps, kernel.unsqueeze(-1), padding=(5, 0), groups=5 * C)
+    maps = F.conv2d(maps, kernel.unsqueeze(-2), padding=(0, 5), groups=5 * C)
+    mean_y, mean_p, yy, pp, yp = maps.chunk(5, 1)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_y * mean_p + c1) / (mean_y**2 + mean_p**2 + c1)
+    structure = (2 * (yp - mean_y * mean_p) + c2) / (yy - mean_y**2 + pp - mean_p**2 + c2)
+    return ((1 - luminance * structure) * mask).sum() / (C * count_valid(label))
+
+
+# Auto Seg-Loss (ASL, arXiv 2010.07930): the metric itself, its logical operations replaced by curves. The published
+# control points [A], x1 y1 x2 y2 ... of each curve; the fixed ends (0, 0) and (1, 1) are left out.
+ASL_THETA = {
+    "miou": (5.69728440e-04, 6.43720450e-01, 3.38589169e-01, 7.05543360e-01, 6.25281252e-01, 7.79551927e-01,
+             6.90375570e-01, 1.30628900e-02, 8.34170515e-01, 9.62431815e-01, 9.42998269e-01, 9.80038125e-01),
+    "fwiou": (3.65390355e-04, 9.84171689e-01, 9.69491959e-01, 9.92340326e-01, 9.88328516e-01, 9.95552719e-01,
+              3.54609758e-01, 2.67221928e-01, 5.60551465e-01, 4.35290039e-01, 5.65432191e-01, 6.01448298e-01),
+    "macc": (2.1453928e-02, 7.3905742e-01, 4.1163361e-01, 7.9865617e-01, 9.1986191e-01, 9.5041156e-01),
+    "bf1": (0.8113003373146057, 0.8526162505149841, 0.17164576053619385, 0.03164796531200409,
+            0.20997394621372223, 0.44903290271759033, 0.07847517728805542, 0.8753038048744202),
+}  # fmt: skip
+ASL_THETA |= {"biou": ASL_THETA["fwiou"], "gacc": ASL_THETA["macc"]}
+ASL_CURVES = {"miou": 2, "fwiou": 2, "biou": 2, "macc": 1, "gacc": 1, "bf1": 4}
+
+
+def asl_loss(logits: Tensor, label: Tensor, theta, metric: str) -> Tensor:
+    """1 - the surrogate of `metric` (ASL, Sec. 3): AND(p, y) = g(p) y and OR(p, y) = h(p) + y - h(p) y.
+
+    theta: control points as published, absolute and never falling along a curve, curve after curve: AND and OR for
+    miou, fwiou and biou; AND for macc and gacc; for bf1 those of the boundary OR(p, e) - AND(p, e) of p and its 3x3
+    erosion e: AND of p, AND of e, OR of p, OR of e.
+    """
+    leaves, mask = softmax_leaves(logits, label)
+    y, p = leaves["y"] * mask, leaves["p"]
+    points = torch.as_tensor(theta, dtype=p.dtype, device=p.device).view(ASL_CURVES[metric], -1, 2)
+    frequency = y.sum((0, 2, 3))
+    if metric == "bf1":
+        score = asl_boundary_f1(y, p, mask, points)
+    elif metric in ("macc", "gacc"):
+        hit = (bezier(p, points[0]) * y).sum((0, 2, 3))
+        score = (hit / (frequency + 1e-8)).mean() if metric == "macc" else hit.sum() / (frequency.sum() + 1e-8)
+    else:
+        if metric == "biou":
+            near = dilate_bits(edges(label).long() << torch.where(label == IGNORE, 0, label).long(), 5) >> 1 != 0
+            mask = mask & near.unsqueeze(1)  # near the boundary of any class but the background
+            y = y * mask
+        either = bezier(p, points[1])
+        either = ((either + y - either * y) * mask).sum((0, 2, 3))
+        iou = (bezier(p, points[0]) * y).sum((0, 2, 3)) / (either + 1e-8)
+        score = (iou * frequency).sum() / (frequency.sum() + 1e-8) if metric == "fwiou" else iou.mean()
+    return (1 - score) * mask.any()
+
+
+def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, points: Tensor, tolerance: int = 5) -> Tensor:
+    """The surrogate of BF1: mean over the classes that have a boundary in the target."""
+
+    def erode(x):
+        return -F.max_pool2d(F.pad(-x, (1, 1, 1, 1), value=-1.0), 3, 1)
+
+    def reach(x):
+        return F.max_pool2d(x, 2 * tolerance + 1, 1, tolerance)
+
+    eroded = erode(p)
+    and_p, and_e, or_p, or_e = (bezier(x, c) for x, c in zip((p, eroded, p, eroded), points))
+    edge_p = (or_p + or_e - or_p * or_e - and_p * and_e) * mask
+    edge_y = (erode(y) != y).to(p.dtype) * mask
+    total_y = edge_y.sum((0, 2, 3))
+    precision = (edge_p * reach(edge_y)).sum((0, 2, 3)) / (edge_p.sum((0, 2, 3)) + 1e-8)
+    recall = (reach(edge_p) * edge_y).sum((0, 2, 3)) / (total_y + 1e-8)
+    f1 = 2 * precision * recall / (precision + recall + 1e-8)
+    present = total_y > 0
+    return (f1 * present).sum() / present.sum().clamp(min=1)
+
+
+def bezier(x: Tensor, points: Tensor) -> Tensor:
+    """The height at `x` in 0..1 of a chain of quadratic Bezier pieces from (0, 0) to (1, 1); rising if `points` do.
+
+    points: (2 K - 1, 2), the control points between the two ends, two for each of the K pieces but the last.
+    """
+    ends = points.new_tensor([[0.0, 0.0], [1.0, 1.0]])
+    points = torch.cat([ends[:1], points, ends[1:]])
+    height = torch.zeros_like(x)
+    for k in range(0, len(points) - 1, 2):
+        (x0, y0), (x1, y1), (x2, y2) = points[k : k + 3]
+        # x0 + 2 t (x1 - x0) + t^2 (x0 - 2 x1 + x2) = x, solved in the form that has no 0/0 where the piece is a line in
+        # x (x0 - 2 x1 + x2 = 0). The floor keeps the slope finite where the curve rises vertically (x1 = x0).
+        u, b = x.clamp(x0, x2) - x0, x1 - x0
+        t = u / (b + (b * b + (x0 - 2 * x1 + x2) * u).clamp(min=1e-10).sqrt())
+        t = t.clamp(max=1)
+        piece = y0 + 2 * t * (1 - t) * (y1 - y0) + t * t * (y2 - y0)
+        height = torch.where(x > x0, piece, height)
+    return torch.where(x < 1, height, 1.0)
+
+
 def count_valid(label: Tensor) -> Tensor:
     return (label != IGNORE).sum().clamp(min=1)
 
 
-LOSSES = {"ce": ce, "wce": wce, "dice": dice, "lovasz": lovasz}
-BASELINE = "ce"
+# Weights per pixel need OpenCV: they are made once for each label map and cut like it, never in a training step.
 
 
-def class_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Inverse frequency of each class, scaled so that the mean weight over all pixels is 1; absent classes weigh 0."""
+def unet_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Class and border weights (U-Net, Ronneberger 2015, Eq. 2): w_c + 10 exp(-(d1 + d2)^2 / 50), (M, H, W) float16.
+
+    w_c: inverse frequency of the pixel's class, scaled to a mean of 1 over all pixels. d1, d2: distances in pixels of
+    a background pixel to the nearest and the second nearest object, which is a connected region of one class.
+    """
     valid = labels != IGNORE
     frequency = count(torch.where(valid, labels, 0), valid, num_classes).float()
     present = frequency > 0
-    return torch.where(present, frequency.sum() / (present.sum() * frequency.clamp(min=1)), 0.0)
+    balance = torch.where(present, frequency.sum() / (present.sum() * frequency.clamp(min=1)), 0.0)
+    weights = torch.where(valid, balance[torch.where(valid, labels, 0).long()], 0.0)
+    for label, weight in zip(labels.cpu().numpy(), weights):
+        objects = []
+        for c in range(1, num_classes):
+            number, regions = cv2.connectedComponents((label == c).astype(np.uint8))
+            objects += [regions == k for k in range(1, number)]
+        if len(objects) > 1:
+            distances = np.stack([cv2.distanceTransform((~o).astype(np.uint8), cv2.DIST_L2, 5) for o in objects])
+            nearest = np.partition(distances, 1, axis=0)[:2].sum(0)
+            border = 10 * np.exp(-(nearest**2) / 50) * (label == 0)
+            weight += torch.from_numpy(border).to(weight)
+    return weights.half()
+
+
+def distance_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """1 + phi, the penalty of DPCE (Caliva 2019, arXiv 1908.03679, Eq. 1), (M, H, W) float16.
+
+    phi: the distance to the nearest boundary between classes, reverted and scaled to 0 (farthest) .. 1 (at a boundary)
+    within each picture; 0 in a picture without any boundary.
+    """
+    weights = torch.ones(labels.shape)
+    boundary = edges(labels).cpu().numpy()
+    for border, weight in zip(boundary, weights):
+        if border.any():
+            distance = cv2.distanceTransform((~border).astype(np.uint8), cv2.DIST_L2, 5)
+            weight += torch.from_numpy(1 - distance / max(distance.max(), 1e-8))
+    return weights.half().to(labels.device)
+
+
+LOSSES = {
+    "ce": ce,
+    "wce": weighted_ce,
+    "dice": dice,
+    "lovasz": lovasz,
+    "dpce": weighted_ce,
+    "ssim": ssim,
+    "asl": asl_loss,
+}
+WEIGHTS = {"wce": unet_weights, "dpce": distance_weights}
+BASELINE = "ce"
 
 
 def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor], Tensor]:
@@ -634,14 +809,17 @@ def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor], Tensor]:
 # Training
 
 
-def batches(split: Split, plan: Schedule, seed: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """`plan.steps` batches (images normalised, labels), drawn with replacement; order and augmentation seeded apart."""
+def batches(split: Split, plan: Schedule, seed: int, device: str) -> Iterator[tuple[Tensor, ...]]:
+    """`plan.steps` batches (images normalised, labels, weights if the split has them), drawn with replacement.
+
+    Order and augmentation have seeds of their own.
+    """
     order = torch.Generator().manual_seed(2 * seed)
     augmentation = torch.Generator(device).manual_seed(2 * seed + 1)
     for _ in range(plan.steps):
         index = torch.randint(len(split.images), (plan.batch,), generator=order)
-        images, labels = batch_scale_crop_flip(split, index, plan.crop, plan.scale, augmentation)
-        yield normalise(batch_colour_jitter(images, 0.25, augmentation)), labels
+        images, *targets = batch_scale_crop_flip(split, index, plan.crop, plan.scale, augmentation)
+        yield normalise(batch_colour_jitter(images, 0.25, augmentation)), *targets
 
 
 def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
@@ -669,10 +847,10 @@ def train_network(
     weights = list(net.parameters())
     curve, valid = [], None
     net.train()
-    for step, (images, labels) in enumerate(data):
+    for step, (images, *targets) in enumerate(data):
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             logits = net(images)
-        value = loss(logits.float(), labels)
+        value = loss(logits.float(), *targets)
         if not value.requires_grad:
             raise InvalidLoss("the first step, for want of a gradient")
         optimizer.zero_grad(set_to_none=True)
@@ -736,7 +914,7 @@ class SegTask:
         self.data = read_data(args)
         self.proxy, self.retraining = (self.plan(plans[args.data], steps) for plans, steps in
                                        ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
-        self.weight = class_weights(self.data["train"].labels, self.num_classes).to(self.device)
+        self.weighted: dict[str | None, Split] = {None: self.data["train"]}
         self.curve: list[tuple[int, float]] = []
         self.branches = {"loss": self.branch()}
 
@@ -785,22 +963,34 @@ class SegTask:
         net = build_model(plan.model, self.num_classes, self.args.pretrained)
         return net.to(self.device, memory_format=torch.channels_last)
 
-    def loss(self, losses: dict[str, Expr] | str) -> Callable[[Tensor, Tensor], Tensor]:
-        if isinstance(losses, str):
-            return functools.partial(wce, weight=self.weight) if losses == "wce" else LOSSES[losses]
-        return tree_loss(losses["loss"])
+    def loss(self, losses: dict[str, Expr] | str) -> Callable[..., Tensor]:
+        if losses == "asl":
+            metric = self.args.metric
+            return functools.partial(asl_loss, theta=ASL_THETA[metric], metric=metric)
+        return LOSSES[losses] if isinstance(losses, str) else tree_loss(losses["loss"])
+
+    def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of a training; those of wce and dpce carry weights, which are made on first use."""
+        name = losses if isinstance(losses, str) and losses in WEIGHTS else None
+        if name not in self.weighted:
+            train = self.data["train"]
+            self.weighted[name] = place(
+                train._replace(weights=WEIGHTS[name](train.labels, self.num_classes)), self.device
+            )
+        return batches(self.weighted[name], plan, seed, self.device)
 
     @functools.cached_property
     def proxy_batches(self):
         """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
         plan = self.proxy
         if plan.steps * plan.batch * plan.crop**2 * 13 < 2**29:
-            return list(batches(self.data["train"], plan, self.args.seed, self.device))
+            return list(self.batches(BASELINE, plan, self.args.seed))
         return None
 
     def train(self, losses: dict[str, Expr] | str) -> float:
         net = self.network(self.proxy, self.args.seed)
-        data = self.proxy_batches or batches(self.data["train"], self.proxy, self.args.seed, self.device)
+        shared = None if isinstance(losses, str) and losses in WEIGHTS else self.proxy_batches
+        data = shared or self.batches(losses, self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
         return round(test_network(net, self.data["val"], self.num_classes, self.device)[self.args.metric], 6)
@@ -808,8 +998,7 @@ class SegTask:
     def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None) -> dict:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
         net = self.network(self.retraining, own)
-        data = batches(self.data["train"], self.retraining, own, self.device)
-        train_network(net, self.loss(losses), data, self.retraining)
+        train_network(net, self.loss(losses), self.batches(losses, self.retraining, own), self.retraining)
         if picture:
             draw_predictions(net, self.data["test"], picture, self.device)
         return {name: test_network(net, self.data[name], self.num_classes, self.device) for name in ("val", "test")}
@@ -824,22 +1013,27 @@ ETA = dict.fromkeys(METRICS, evolve.ETA)
 
 
 def compare(args) -> None:
-    """`--loss`: train one loss and print the table that ends a search."""
+    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split."""
     task = SegTask(args)
-    test = {}
-    name = args.loss if len(args.loss) < 17 else "loss"
-    for seed in range(args.seed, args.seed + args.seeds):
-        start = time.time()
-        try:
-            scores = task.retrain(args.loss_texts, seed)
-        except InvalidLoss as error:
-            print(f"seed {seed}: the loss or its gradient became invalid at {error}")
-            continue
-        for metric, value in scores["test"].items():
-            test.setdefault(name, {}).setdefault(metric, []).append(value)
-        print(f"seed {seed}: {args.metric} {scores['test'][args.metric]:.3f}  {time.time() - start:.1f} s", flush=True)
-    if test:
-        evolve.show_table(test, METRICS, args.metric)
+    test: dict[str, dict[str, list[float]]] = {}
+    for name, losses in args.wanted.items():
+        test[name] = {metric: [] for metric in METRICS}
+        for seed in range(args.seed, args.seed + args.seeds):
+            start = time.time()
+            try:
+                scores = task.retrain(losses, seed)["test"]
+            except InvalidLoss as error:
+                print(f"{name}, seed {seed}: the loss or its gradient became invalid at {error}", flush=True)
+                continue
+            for metric, value in scores.items():
+                test[name][metric].append(value)
+            print(
+                f"{name}, seed {seed}: {args.metric} {scores[args.metric]:.3f}  {time.time() - start:.1f} s", flush=True
+            )
+    if args.compare:
+        evolve.show_losses(test, METRICS, args.seeds)
+    else:
+        evolve.show_table({name[:16]: scores for name, scores in test.items()}, METRICS, args.metric)
 
 
 def main() -> None:
@@ -848,7 +1042,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     try:
         list_data(args)
-        if args.loss:
+        if args.wanted:
             compare(args)
         else:
             make_task = functools.partial(SegTask, args)

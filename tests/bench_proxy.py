@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import search_seg  # noqa: E402
 from loss_ops import parse  # noqa: E402
 
-HAND_MADE = ("ce", "wce", "dice", "lovasz")
+HAND_MADE = ("ce", "wce", "dice", "lovasz", "dpce", "ssim")
 TREES = (
     "Square(Add(p, Neg(y)))",
     "Abs(Add(p, Neg(y)))",
@@ -49,9 +49,8 @@ def spearman(a: list[float], b: list[float]) -> float:
 
 def score(task: search_seg.SegTask, losses, plan: search_seg.Schedule, seed: int) -> dict[str, float]:
     net = task.network(plan, seed)
-    data = search_seg.batches(task.data["train"], plan, seed, task.device)
     try:
-        search_seg.train_network(net, task.loss(losses), data, plan)
+        search_seg.train_network(net, task.loss(losses), task.batches(losses, plan, seed), plan)
     except search_seg.InvalidLoss:
         return dict.fromkeys(search_seg.METRICS, 0.0)
     return search_seg.test_network(net, task.data["val"], task.num_classes, task.device)

@@ -204,6 +204,23 @@ def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypa
     assert ">>>>  bf1" in printed and printed.count("+-") == 6
 
 
+def test_several_losses_side_by_side(root, finished, capsys, monkeypatch):
+    listed = f"ce,wce,Mul(y, Exp(Neg(p))),{finished[0]}"
+    monkeypatch.setattr(
+        sys, "argv", ["search_seg.py", "--data-root", str(root), *SMALL, "--compare", listed, "--seeds", "2"]
+    )
+    search_seg.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in table] == [
+        "| loss",
+        "| ce",
+        "| wce",
+        "| Mul(y, Exp(Neg(p)))",
+        f"| {finished[0]}",
+    ]
+    assert all(row.count("+-") == 6 for row in table[1:]) and len(set(table)) == 5
+
+
 # Bad input: one line, the flag, the value, the cure; exit code 2; nothing written
 
 
@@ -222,7 +239,9 @@ def bad(monkeypatch, capsys, *argv):
         (["--metric", "mIOU"], ["--metric", "mIOU", "miou fwiou macc gacc biou bf1"]),
         (["--loss", "Neg(Mul(y, Lg(p)))"], ["--loss", "position 11", "Log"]),
         (["--loss", "Neg(Mul(y, Log(p))"], ["--loss", "position 18", "expected ')'"]),
-        (["--loss", "focal"], ["--loss focal", "ce wce dice lovasz"]),
+        (["--compare", "ce,focal"], ["--compare focal", "ce wce dice"]),
+        (["--loss", "ce", "--compare", "dice"], ["--compare dice", "--loss"]),
+        (["--loss", "focal"], ["--loss focal", "ce wce dice lovasz dpce ssim asl"]),
         (["--loss", "Add(i, u)"], ["--loss", "'i'", "y, p and 1"]),
         (["--loss", "Add(p, y)"], ["--loss", "cannot teach"]),
         (["--evals", "-3"], ["--evals", "-3", "at least 1"]),

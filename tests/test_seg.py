@@ -1,5 +1,7 @@
 """Segmentation, piece by piece: metrics and losses against slow, obvious versions; loader; networks; training."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -145,9 +147,13 @@ def slow_ce(logits, label):
     return -p[torch.arange(len(c)), c].log().mean()
 
 
-def slow_wce(logits, label):
+def weights(label):
+    return 0.5 + torch.arange(label.numel()).view(label.shape).double() % 5
+
+
+def slow_weighted_ce(logits, label):
     p, c = flat(logits, label)
-    return -(WEIGHT[c] * p[torch.arange(len(c)), c].log()).mean()
+    return -(weights(label)[label != 255] * p[torch.arange(len(c)), c].log()).mean()
 
 
 def slow_dice(logits, label):
@@ -179,16 +185,99 @@ def slow_lovasz(logits, label):
     return torch.stack(terms).mean()
 
 
-WEIGHT = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
-SLOW = {"ce": slow_ce, "wce": slow_wce, "dice": slow_dice, "lovasz": slow_lovasz}
+def slow_ssim(logits, label):
+    """Window by window, with the weights of the Gaussian written out."""
+    N, C, H, W = logits.shape
+    valid = (label != 255).unsqueeze(1)
+    onehot = F.one_hot(label % 255, C).movedim(-1, 1) * valid
+    pairs = F.pad(torch.stack([onehot.double(), logits.softmax(1) * valid]), (5, 5, 5, 5))
+    g = torch.tensor([math.exp(-(k**2) / 4.5) for k in range(-5, 6)], dtype=torch.float64)
+    g = torch.outer(g, g) / g.sum() ** 2
+    terms = []
+    for n, h, w in valid.squeeze(1).nonzero().tolist():
+        for c in range(C):
+            a, b = pairs[:, n, c, h : h + 11, w : w + 11]
+            ma, mb = (g * a).sum(), (g * b).sum()
+            va, vb, cov = (g * a * a).sum() - ma**2, (g * b * b).sum() - mb**2, (g * a * b).sum() - ma * mb
+            terms.append((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / (ma**2 + mb**2 + 1e-4) / (va + vb + 9e-4))
+    return 1 - torch.stack(terms).mean()
+
+
+def slow_curve(x, points):
+    """A chain of Bezier pieces, by bisection for the parameter in float64."""
+    points = [(0, 0), *zip(points[::2], points[1::2]), (1, 1)]
+    for (x0, y0), (x1, y1), (x2, y2) in zip(points[::2], points[1::2], points[2::2]):
+        if x <= x2:
+            low, high = 0.0, 1.0
+            for _ in range(80):
+                t = (low + high) / 2
+                low, high = (t, high) if (1 - t) ** 2 * x0 + 2 * t * (1 - t) * x1 + t * t * x2 < x else (low, t)
+            return (1 - t) ** 2 * y0 + 2 * t * (1 - t) * y1 + t * t * y2
+    return 1.0
+
+
+def slow_asl(logits, label, metric):
+    """The surrogates of Auto Seg-Loss, class by class; values only."""
+    theta = list(search_seg.ASL_THETA[metric])
+    n = {"macc": 1, "gacc": 1, "bf1": 4}.get(metric, 2)
+    curves = [theta[k * len(theta) // n : (k + 1) * len(theta) // n] for k in range(n)]
+
+    def g(k, x):
+        return torch.tensor([slow_curve(v, curves[k]) for v in x.flatten().tolist()], dtype=torch.float64).view(x.shape)
+
+    prob, valid = logits.detach().softmax(1), label != 255
+    C = prob.shape[1]
+    if metric == "biou":
+        near = torch.zeros_like(valid)
+        for m, h, w in valid.nonzero().tolist():
+            for i, j in valid[m].nonzero().tolist():
+                around = label[m, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2]
+                if max(abs(i - h), abs(j - w)) <= 5 and label[m, i, j] > 0 and (around != label[m, i, j]).any():
+                    near[m, h, w] = True
+        valid = valid & near
+    ratios, sizes, hits = [], [], []
+    for c in range(C):
+        p, y = prob[:, c], (label == c).double() * valid
+        sizes.append(y.sum())
+        if metric == "bf1":
+            y_eroded, p_eroded = (-F.max_pool2d(F.pad(-x, (1, 1, 1, 1), value=-1.0), 3, 1) for x in (y, p))
+            a, b, both = g(2, p), g(3, p_eroded), g(0, p) * g(1, p_eroded)
+            edge_p, edge_y = (a + b - a * b - both) * valid, (y_eroded != y) * valid.double()
+            far_p, far_y = (F.max_pool2d(x, 11, 1, 5) for x in (edge_p, edge_y))
+            P, R = (edge_p * far_y).sum() / edge_p.sum(), (far_p * edge_y).sum() / edge_y.sum()
+            if edge_y.any():
+                ratios.append(2 * P * R / (P + R))
+        elif metric in ("macc", "gacc"):
+            hits.append((g(0, p) * y).sum())
+            ratios.append(hits[-1] / (sizes[-1] + 1e-8))
+        else:
+            union = ((g(1, p) + y - g(1, p) * y) * valid).sum()
+            ratios.append((g(0, p) * y).sum() / union)
+    if metric == "gacc":
+        return 1 - sum(hits) / sum(sizes)
+    if metric == "fwiou":
+        return 1 - sum(r * s for r, s in zip(ratios, sizes)) / sum(sizes)
+    return 1 - sum(ratios) / len(ratios)
+
+
+SLOW = {
+    "ce": slow_ce,
+    "wce": slow_weighted_ce,
+    "dice": slow_dice,
+    "lovasz": slow_lovasz,
+    "dpce": slow_weighted_ce,
+    "ssim": slow_ssim,
+}
 
 
 def call(name, logits, label):
-    options = {"weight": WEIGHT.to(logits.dtype)} if name == "wce" else {}
-    return search_seg.LOSSES[name](logits, label, **options)
+    if name == "asl":
+        return search_seg.asl_loss(logits, label, search_seg.ASL_THETA["miou"], "miou")
+    extra = [weights(label).to(logits)] if name in search_seg.WEIGHTS else []
+    return search_seg.LOSSES[name](logits, label, *extra)
 
 
-@pytest.mark.parametrize("name", search_seg.LOSSES)
+@pytest.mark.parametrize("name", SLOW)
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_equal_slow_versions(name, seed):
     logits, label = sample(seed)
@@ -209,12 +298,66 @@ def test_losses_without_any_valid_pixel(name):
     assert value == 0 and not gradient.any()
 
 
-def test_class_weights():
-    label = torch.tensor([[[0, 0, 0, 2], [0, 0, 255, 2]]], dtype=torch.uint8)
-    weight = search_seg.class_weights(label, 4)
-    assert weight[1] == weight[3] == 0
-    assert weight[2] / weight[0] == pytest.approx(5 / 2)
-    assert weight[label[label != 255].long()].mean() == pytest.approx(1)
+@pytest.mark.parametrize("metric", search_seg.METRICS)
+def test_asl_equals_its_slow_version(metric):
+    logits, label = sample(4, H=14, W=15)
+    got = search_seg.asl_loss(logits, label, search_seg.ASL_THETA[metric], metric)
+    assert got.item() == pytest.approx(slow_asl(logits, label, metric).item(), abs=2e-5)
+    logits.requires_grad_()
+    for scale in (1, 1e4):  # 1e4: probabilities of exactly 0 and 1
+        value = search_seg.asl_loss(scale * logits, label, search_seg.ASL_THETA[metric], metric)
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert gradient.isfinite().all() and (gradient.any() or scale > 1)
+
+
+@pytest.mark.parametrize("metric", search_seg.METRICS)
+def test_asl_of_a_perfect_prediction(metric):
+    _, label = sample(5, H=14, W=15)
+    logits = 1e4 * F.one_hot(label % 255, 4).movedim(-1, 1).double().requires_grad_()
+    perfect = search_seg.asl_loss(logits, label, search_seg.ASL_THETA[metric], metric)
+    wrong = search_seg.asl_loss(-logits, label, search_seg.ASL_THETA[metric], metric)
+    assert perfect < 0.1 < wrong, "ignored pixels next to a boundary keep bf1 from an exact 0"
+    value = search_seg.asl_loss(logits, torch.full_like(label, 255), search_seg.ASL_THETA[metric], metric)
+    assert value == 0 and value.requires_grad
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_curves_rise_from_zero_to_one(pieces):
+    g = torch.Generator().manual_seed(pieces)
+    x = torch.linspace(0, 1, 1001, dtype=torch.float64, requires_grad=True)
+    for trial in range(30):
+        theta = torch.rand(2 * pieces - 1, 2, generator=g, dtype=torch.float64)
+        theta = theta.round() if trial % 3 == 0 else theta  # vertical and level pieces
+        points, last = [], torch.zeros(2, dtype=torch.float64)
+        for step in theta:
+            last = last + step * (1 - last)
+            points.append(last)
+        height = search_seg.bezier(x, torch.stack(points))
+        assert height[0] == 0 and height[-1] == 1
+        assert (height.diff() > -1e-6).all()
+        assert torch.autograd.grad(height.sum(), x)[0].isfinite().all()
+    identity = torch.linspace(0, 1, 2 * pieces + 1, dtype=torch.float64)[1:-1, None].expand(-1, 2)
+    torch.testing.assert_close(search_seg.bezier(x, identity), x, atol=1e-9, rtol=0)
+
+
+def test_unet_weights():
+    label = torch.zeros(1, 20, 20, dtype=torch.uint8)
+    label[0, :, :4], label[0, :, 10:], label[0, 0, 0] = 1, 2, 255
+    weight = search_seg.unet_weights(label, 4)[0].float()
+    assert weight[0, 0] == 0
+    balance = torch.tensor([label[label != 255].numel() / 3 / (label == c).sum() for c in (0, 1, 2)])
+    assert weight[5, 2].item() == pytest.approx(balance[1].item(), rel=1e-3)
+    assert weight[5, 15].item() == pytest.approx(balance[2].item(), rel=1e-3)
+    gap = balance[0] + 10 * math.exp(-((2 + 5) ** 2) / 50)  # column 5: 2 px from the left object, 5 from the right one
+    assert weight[5, 5].item() == pytest.approx(gap.item(), rel=1e-2)
+
+
+def test_distance_weights():
+    label = torch.zeros(2, 9, 9, dtype=torch.uint8)
+    label[0, :, 4:] = 1
+    weight = search_seg.distance_weights(label, 4).float()
+    assert (weight[0, :, 3:5] == 2).all() and (weight[0].diff(dim=1)[:, :3] > 0).all()
+    assert weight[0, 4, 8] == 1 and (weight[1] == 1).all()
 
 
 # Data
@@ -420,10 +563,21 @@ def test_training_learns(root):
     assert task.train("ce") > max(start, 0.65)
 
 
-def test_weighted_class_matters(task):
-    logits, label = sample()
-    uniform = search_seg.wce(logits, label, torch.ones(4, dtype=logits.dtype))
-    assert uniform == pytest.approx(F.cross_entropy(logits, label, ignore_index=255).item())
+@pytest.mark.parametrize("name", search_seg.LOSSES)
+def test_every_loss_trains(task, name):
+    assert 0 < task.train(name) < 1
+
+
+def test_weights_are_cut_like_their_labels(root):
+    task = search_seg.SegTask(arguments(root))
+    train = task.data["train"]
+    split = train._replace(weights=train.labels.half())
+    plan = task.proxy._replace(steps=1, scale=(1.0, 1.0))
+    ((_, labels, weights),) = search_seg.batches(split, plan, 0, "cpu")
+    inside = (labels == labels.roll(1, 1)) & (labels == labels.roll(1, 2)) & (labels == labels.roll((1, 1), (1, 2)))
+    inside = inside & inside.roll(-1, 1) & inside.roll(-1, 2) & inside.roll((-1, -1), (1, 2)) & (labels != 255)
+    assert inside.float().mean() > 0.5
+    torch.testing.assert_close(weights[inside], labels[inside].float(), atol=1e-3, rtol=0)
 
 
 def test_a_prediction_depends_on_its_picture_alone(task):

@@ -405,9 +405,8 @@ def judge(search: Search, trees: list[tuple[str, Expr]]) -> list[tuple[Fate, str
             gains = rejection_gains(branch, [trees[k][1] for k in keys])
         for (k, key), gain in zip(keys.items(), gains):
             gate = None if gain >= branch.eta else "rejected"
-            settle(
-                k, Fate(name, texts[k], gate or "passed", key, round(gain, 4) if math.isfinite(gain) else None), gate
-            )
+            shown = round(gain, 4) if math.isfinite(gain) else None
+            settle(k, Fate(name, texts[k], gate or "passed", key, shown), gate)
 
     for k in sorted(later):
         verdicts[k] = judge(search, [trees[k]])[0]

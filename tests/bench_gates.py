@@ -33,6 +33,8 @@ GOOD = (
     "Square(Mul(Tanh(y), Log(p)))",
 )
 
+BATCH = 16
+
 
 def plain_protocol(branch: evolve.Branch, expr, steps: int = 500) -> float:
     """The gain after all steps; -inf if the loss has no gradient or becomes invalid."""
@@ -82,6 +84,15 @@ def show_quality(task: search_seg.SegTask, trees: list, number: int) -> None:
         print(f"gain {gain:.2f}: {verdict}: {text}")
 
 
+def judge_together(task: search_seg.SegTask, trees: list, size: int) -> tuple[float, list[str]]:
+    """Seconds and fates of the same trees, `size` at a time."""
+    search, fates = evolve.Search(task), []
+    start = time.perf_counter()
+    for k in range(0, len(trees), size):
+        fates += [fate.gate for fate, _ in evolve.judge(search, [("loss", expr) for expr in trees[k : k + size]])]
+    return time.perf_counter() - start, fates
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trees", type=int, default=400)
@@ -91,11 +102,12 @@ def main() -> None:
     torch.set_num_threads(1)
     task = search_seg.SegTask(search_seg.parse_arguments(["--metric", args.metric]))
     branch, search = task.branches["loss"], evolve.Search(task)
-    counts, differ, seconds, verdicts = Counter(), [], Counter(), []
+    counts, differ, verdicts = Counter(), [], []
+    seconds = {"plain": 0.0, "ours, one by one": 0.0}
     for expr in some_trees(args.trees, 0):
         start = time.perf_counter()
         ((fate, gate),) = evolve.judge(search, [("loss", expr)])
-        seconds["ours"] += time.perf_counter() - start
+        seconds["ours, one by one"] += time.perf_counter() - start
         counts[gate or "passed"] += 1
         verdicts.append((expr, (fate, gate)))
         start = time.perf_counter()
@@ -107,10 +119,16 @@ def main() -> None:
         print(f"differs: {gate or 'passed'}, gain {early} here, {gain:.3f} after all steps: {text}")
     print(f"\n{args.trees} trees, {args.metric}, torch {torch.__version__}, one thread: " + ", ".join(
         f"{gate} {number}" for gate, number in counts.most_common()))  # fmt: skip
-    print(f"{'':24}{'seconds':>9}{'trees/s':>9}")
-    for side in ("plain", "ours"):
-        print(f"{side:<24}{seconds[side]:>9.1f}{args.trees / seconds[side]:>9.1f}")
-    print(f"ratio {seconds['plain'] / seconds['ours']:.1f}, verdicts agree {1 - len(differ) / args.trees:.2%}")
+    together, fates = judge_together(task, [expr for expr, _ in verdicts], BATCH)
+    seconds[f"ours, {BATCH} at a time"] = together
+    same = sum(fate.gate == other for (_, (fate, _)), other in zip(verdicts, fates))
+    print(f"{'':24}{'seconds':>9}{'trees/s':>9}{'ratio':>8}")
+    for side, number in seconds.items():
+        print(f"{side:<24}{number:>9.1f}{args.trees / number:>9.1f}{seconds['plain'] / number:>8.1f}")
+    print(
+        f"verdicts agree with the plain protocol: {1 - len(differ) / args.trees:.2%}; one by one and together: ", end=""
+    )
+    print(f"{same / args.trees:.2%}")
     if args.quality:
         show_quality(task, verdicts, args.quality)
 

@@ -333,12 +333,16 @@ def losses_text(losses: dict[str, Expr]) -> str:
 
 
 def select_parent(search: Search, rng: random.Random) -> Member | None:
-    """The best of a random 5 % of the population; None while no candidate of it is valid."""
-    size = max(TOURNAMENT_MIN, math.ceil(TOURNAMENT * len(search.population)))
-    valid = [member for member in search.population if member.score is not None]
-    if not valid:
+    """The best of a random 5 % of the population; None while no candidate of it is valid.
+
+    Equivalent losses share their score to the last digit; the newest stands for all of them [D]. Otherwise copies of
+    the best so far soon fill the population, win every tournament, and the search never leaves them.
+    """
+    distinct = list({member.score: member for member in search.population if member.score is not None}.values())
+    if not distinct:
         return None
-    return max(rng.sample(valid, min(size, len(valid))), key=lambda member: member.score)
+    size = max(TOURNAMENT_MIN, math.ceil(TOURNAMENT * len(distinct)))
+    return max(rng.sample(distinct, min(size, len(distinct))), key=lambda member: member.score)
 
 
 def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:

@@ -289,6 +289,17 @@ def test_parent_is_the_best_of_its_tournament():
     assert evolve.select_parent(search, rng) is None, "nobody valid is left"
 
 
+def test_copies_of_the_best_do_not_win_every_tournament():
+    search = Search(ToyTask())
+    others = [Member({"loss": CE}, k / 100) for k in range(100)]
+    newest = Member({"loss": parse("Neg(Mul(Log(p), y))")}, 1.0)
+    search.population.extend([*others, *[Member({"loss": CE}, 1.0)] * 900, newest])
+    rng = random.Random(4)
+    parents = [evolve.select_parent(search, rng) for _ in range(300)]
+    assert sum(parent.score == 1.0 for parent in parents) < 40
+    assert all(parent is newest for parent in parents if parent.score == 1.0), "the newest stands for its equivalents"
+
+
 def test_planted_formula_is_found(tmp_path):
     directory = run(tmp_path, "--evals", "150", planted="Neg(Mul(Sqrt(MeanNHW(y)), Mul(y, p)))")
     result = json.loads((directory / "result.json").read_text())
@@ -403,7 +414,7 @@ def test_files_of_a_run(tmp_path):
     assert len(result["test"]["found"]["toy"]) == len(result["test"]["baseline"]["toy"]) == 2
     first = (directory / "hall_of_fame.csv").read_text().splitlines()[1].split(",")
     assert float(first[1]) == max(line["score"] for line in journal(directory))
-    assert evolve.read_found(directory, "toy") == {k: parse(v) for k, v in result["losses"].items()}
+    assert evolve.read_found(directory, "toy", "--loss") == {k: parse(v) for k, v in result["losses"].items()}
 
 
 def test_equivalent_scores_are_reused():

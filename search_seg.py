@@ -753,15 +753,14 @@ def unet_weights(labels: Tensor, num_classes: int) -> Tensor:
     balance = torch.where(present, frequency.sum() / (present.sum() * frequency.clamp(min=1)), 0.0)
     weights = torch.where(valid, balance[torch.where(valid, labels, 0).long()], 0.0)
     for label, weight in zip(labels.cpu().numpy(), weights):
-        objects = []
+        nearest = np.full((2, *label.shape), np.inf, np.float32)  # d1, d2
         for c in range(1, num_classes):
             number, regions = cv2.connectedComponents((label == c).astype(np.uint8))
-            objects += [regions == k for k in range(1, number)]
-        if len(objects) > 1:
-            distances = np.stack([cv2.distanceTransform((~o).astype(np.uint8), cv2.DIST_L2, 5) for o in objects])
-            nearest = np.partition(distances, 1, axis=0)[:2].sum(0)
-            border = 10 * np.exp(-(nearest**2) / 50) * (label == 0)
-            weight += torch.from_numpy(border).to(weight)
+            for k in range(1, number):
+                distance = cv2.distanceTransform((regions != k).astype(np.uint8), cv2.DIST_L2, 5)
+                nearest = np.sort(np.stack([*nearest, distance]), axis=0)[:2]
+        border = 10 * np.exp(-(nearest.sum(0) ** 2) / 50) * (label == 0)
+        weight += torch.from_numpy(border).to(weight)
     return weights.half()
 
 

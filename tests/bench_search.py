@@ -1,9 +1,9 @@
 """Whole searches: two workers against one, and evolution against random search under the same budget.
 
-    python tests/bench_search.py [--minutes 2] [--seeds 3] [--metric miou]
+    python tests/bench_search.py [--rounds 3] [--minutes 2] [--seeds 3] [--metric miou]
 
-Workers: evaluations per minute of one and of two workers, between the first and the last line of the journal. Evolution
-and random search run side by side, a core each, with the same seed and the same minutes.
+Workers: evaluations per minute of one and of two workers in turn, a minute each, between the first and the last line of
+the journal. Evolution and random search run side by side, a core each, with the same seed and the same minutes.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def mean(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--metric", default="miou")
@@ -41,14 +42,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         print(f"{'workers':<10}{'evaluations':>12}{'per minute':>12}{'ratio':>8}", flush=True)
-        base = None
-        for workers in ("1", "2"):
-            runs = root / f"workers{workers}"
-            start(runs, args.metric, 1, 0, "--workers", workers, "--seeds", "1").wait()
-            journal, _ = outcome(runs)
-            rate = (len(journal) - 1) / (journal[-1]["elapsed"] - journal[0]["elapsed"]) * 60
-            base = base or rate
-            print(f"{workers:<10}{len(journal):>12}{rate:>12.1f}{rate / base:>8.2f}", flush=True)
+        for turn in range(args.rounds):
+            rates = []
+            for workers in ("1", "2"):
+                runs = root / f"workers{workers}-{turn}"
+                start(runs, args.metric, 1, turn, "--workers", workers, "--seeds", "1").wait()
+                journal, _ = outcome(runs)
+                rates.append((len(journal) - 1) / (journal[-1]["elapsed"] - journal[0]["elapsed"]) * 60)
+                print(f"{workers:<10}{len(journal):>12}{rates[-1]:>12.1f}{rates[-1] / rates[0]:>8.2f}", flush=True)
 
         print(
             f"\n{args.minutes:g} minutes of one core each, {args.metric}; proxy: best score; test: mean of three seeds"

@@ -753,10 +753,10 @@ def unet_weights(labels: Tensor, num_classes: int) -> Tensor:
     a background pixel to the nearest and the second nearest object, which is a connected region of one class.
     """
     valid = labels != IGNORE
-    frequency = count(torch.where(valid, labels, 0), valid, num_classes).float()
-    present = frequency > 0
-    balance = torch.where(present, frequency.sum() / (present.sum() * frequency.clamp(min=1)), 0.0)
-    weights = torch.where(valid, balance[torch.where(valid, labels, 0).long()], 0.0)
+    index = torch.where(valid, labels, 0).long()
+    frequency = count(index, valid, num_classes).float()
+    balance = frequency.sum() / ((frequency > 0).sum() * frequency.clamp(min=1))
+    weights = balance[index] * valid
     for label, weight in zip(labels.cpu().numpy(), weights):
         nearest = np.full((2, *label.shape), np.inf, np.float32)  # d1, d2
         for c in range(1, num_classes):
@@ -1037,7 +1037,7 @@ def compare(args) -> None:
     if args.compare:
         evolve.show_losses(test, METRICS, args.seeds)
     else:
-        evolve.show_table({name[:16]: scores for name, scores in test.items()}, METRICS, args.metric)
+        evolve.show_table({name if len(name) < 17 else "loss": test[name] for name in test}, METRICS, args.metric)
 
 
 def main() -> None:

@@ -404,6 +404,17 @@ def test_finalists_are_no_relatives():
     assert [losses["loss"] for losses in evolve.select_finalists(plain)] == (texts * 2)[: evolve.FINALISTS]
 
 
+def test_finalists_are_ranked_by_all_seeds_on_the_search_validation_split():
+    def result(text, seed, val, test):
+        scores = None if val is None else {"val": {"toy": val}, "test": {"toy": test}}
+        return {"losses": {"loss": text}, "seed": seed, "scores": scores}
+
+    retrained = [result("p", 0, 0.9, 0.1), result("p", 1, 0.1, 0.9), result("y", 0, 0.6, 0.2), result("y", 1, None, 0)]
+    reporter = SimpleNamespace(retrained=retrained, args=SimpleNamespace(metric="toy"))
+    score = {text: evolve.Reporter.closing_score(reporter, {"loss": text}) for text in ("p", "y", "1")}
+    assert score == {"p": pytest.approx(0.5), "y": -math.inf, "1": -math.inf}, "one invalid training is enough"
+
+
 def test_files_of_a_run(tmp_path):
     directory = run(tmp_path, "--evals", "25", "--seeds", "2")
     for name in ("args.json", "journal.jsonl", "retrain.jsonl", "hall_of_fame.csv", "best_loss.py", "result.json"):

@@ -149,6 +149,20 @@ def test_first_gradient_turns_away(text):
     assert evolve.first_gradients(toy_branch(), [parse(text)])[0] is None
 
 
+@pytest.mark.parametrize("special", [0.0, math.inf])
+def test_first_gradient_looks_at_the_true_targets_of_every_sample(special):
+    """Zero with the true targets though not with others; infinite on a single sample."""
+    branch = toy_branch()
+    first = branch.target[0]
+    where = branch.target if special == 0 else torch.stack([first, *torch.full_like(branch.target[1:], -1.0)])
+
+    def leaves(x, y):
+        return {"y": torch.where((y == where).expand_as(x), special, y.expand_as(x)), "p": x.softmax(-3)}
+
+    branch.leaves = leaves
+    assert evolve.first_gradients(branch, [parse("Mul(y, Square(p))")])[0] is None
+
+
 @pytest.mark.parametrize("text", [str(CE), "Square(Add(p, Neg(y)))", "Neg(Mul(Sqrt(MeanNHW(y)), Mul(y, p)))"])
 def test_first_gradient_lets_pass(text):
     assert evolve.first_gradients(toy_branch(), [parse(text)])[0] is not None

@@ -218,6 +218,7 @@ def test_several_losses_side_by_side(root, finished, capsys, monkeypatch):
         "| Mul(y, Exp(Neg(p)))",
         f"| {finished[0]}",
     ]
+    assert all(float(row.split(" | ")[4].split()[0]) > 1 for row in table[1:]), "gacc is in percent"
     assert all(row.count("+-") == 6 for row in table[1:]) and len(set(table)) == 5
 
 

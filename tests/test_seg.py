@@ -229,11 +229,10 @@ def slow_asl(logits, label, metric):
     C = prob.shape[1]
     if metric == "biou":
         near = torch.zeros_like(valid)
-        for m, h, w in valid.nonzero().tolist():
-            for i, j in valid[m].nonzero().tolist():
-                around = label[m, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2]
-                if max(abs(i - h), abs(j - w)) <= 5 and label[m, i, j] > 0 and (around != label[m, i, j]).any():
-                    near[m, h, w] = True
+        for m, i, j in valid.nonzero().tolist():
+            around = label[m, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2]
+            if label[m, i, j] > 0 and (around != label[m, i, j]).any():
+                near[m, max(0, i - 5) : i + 6, max(0, j - 5) : j + 6] = True
         valid = valid & near
     ratios, sizes, hits = [], [], []
     for c in range(C):
@@ -301,6 +300,8 @@ def test_losses_without_any_valid_pixel(name):
 @pytest.mark.parametrize("metric", search_seg.METRICS)
 def test_asl_equals_its_slow_version(metric):
     logits, label = sample(4, H=14, W=15)
+    if metric in ("biou", "bf1"):  # regions large enough to have pixels far from any boundary
+        label[:, :, :11], label[:, :6, 11:], label[:, 6:, 11:], label[0, 3, 13] = 0, 2, 3, 255
     got = search_seg.asl_loss(logits, label, search_seg.ASL_THETA[metric], metric)
     assert got.item() == pytest.approx(slow_asl(logits, label, metric).item(), abs=2e-5)
     logits.requires_grad_()
@@ -566,6 +567,20 @@ def test_training_learns(root):
 @pytest.mark.parametrize("name", search_seg.LOSSES)
 def test_every_loss_trains(task, name):
     assert 0 < task.train(name) < 1
+    if name in search_seg.WEIGHTS:
+        weights = search_seg.WEIGHTS[name](task.data["train"].labels, 7)
+        assert torch.equal(task.weighted[name].weights, weights)
+
+
+def test_each_loss_is_the_one_of_its_name(root):
+    assert search_seg.WEIGHTS == {"wce": search_seg.unet_weights, "dpce": search_seg.distance_weights}
+    task = search_seg.SegTask(arguments(root, "--metric", "macc"))
+    logits, label = sample()
+    for metric in ("macc", "bf1"):
+        task.args.metric = metric
+        want = search_seg.asl_loss(logits, label, search_seg.ASL_THETA[metric], metric)
+        assert task.loss("asl")(logits, label) == want
+    assert task.loss("dice")(logits, label) == search_seg.dice(logits, label)
 
 
 def test_weights_are_cut_like_their_labels(root):

@@ -1134,8 +1134,8 @@ def open_run(args, story: Story) -> Path:
     return directory
 
 
-def select_finalists(ranking: list[dict]) -> list[dict[str, str]]:
-    """The best few by proxy, no two with nearly the same gradient as long as there are others [D].
+def select_finalists(ranking: list[tuple[float, dict]], baseline: float | None) -> list[dict[str, str]]:
+    """The best few by proxy, no two with nearly the same gradient as long as others beat the baseline [D].
 
     Near relatives train alike: five of them would be one candidate, re-trained five times; and a whole family can have
     won by starting fast. The directions in the equivalence keys tell relatives: sqrt(2 (1 - cosine)) per sample.
@@ -1144,12 +1144,13 @@ def select_finalists(ranking: list[dict]) -> list[dict[str, str]]:
     def direction(record: dict) -> list[float]:
         return [float(part.split(":")[1]) for key in record["identity"] for part in key.split(" ") if ":" in part]
 
-    chosen, relatives = [], []
-    for record in ranking:
+    chosen, others = [], []
+    for score, record in ranking:
         here = direction(record)
         related = here and any(math.dist(here, direction(other)) < RELATED * len(here) ** 0.5 for other in chosen)
-        (relatives if related else chosen).append(record)
-    return [record["losses"] for record in (chosen[:FINALISTS] + relatives)[:FINALISTS]]
+        worse = baseline is not None and score < baseline
+        (others if related or worse else chosen).append(record)
+    return [record["losses"] for record in (chosen[:FINALISTS] + others)[:FINALISTS]]
 
 
 def close(args, story: Story, crew: Crew) -> None:
@@ -1157,7 +1158,7 @@ def close(args, story: Story, crew: Crew) -> None:
     reporter, search = crew.reporter, crew.reporter.search
     directory = reporter.directory
     seconds = reporter.elapsed
-    finalists = select_finalists([record for _, record in search.ranking()])
+    finalists = select_finalists(search.ranking(), reporter.baseline)
     print(f"closing round: the best {len(finalists)} by proxy and {story.baseline}, re-trained", flush=True)
     seeds = [args.seed + k for k in range(args.seeds)]
     pictures = {json.dumps(losses): directory / f"finalist_{k}.png" for k, losses in enumerate(finalists, 1)}

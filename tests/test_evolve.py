@@ -409,13 +409,17 @@ def test_finalists_are_no_relatives():
         "Mul(y, Log(p))",
         "Mul(y, p)",
     ]
-    ranking = [{"losses": {"loss": text}, "identity": [key(text)]} for text in texts]
-    assert len({record["identity"][0] for record in ranking}) == 4
-    names = [losses["loss"] for losses in evolve.select_finalists(ranking)]
-    assert names == [texts[k] for k in (0, 2, 1, 3)], "relatives wait until no stranger is left"
-    assert evolve.select_finalists([]) == []
-    plain = [{"losses": {"loss": text}, "identity": []} for text in texts * 2]
-    assert [losses["loss"] for losses in evolve.select_finalists(plain)] == (texts * 2)[: evolve.FINALISTS]
+    ranking = [(0.9 - 0.1 * k, {"losses": {"loss": text}, "identity": [key(text)]}) for k, text in enumerate(texts)]
+    assert len({record["identity"][0] for _, record in ranking}) == 4
+
+    def names(ranking, baseline):
+        return [losses["loss"] for losses in evolve.select_finalists(ranking, baseline)]
+
+    assert names(ranking, 0.5) == names(ranking, None) == [texts[k] for k in (0, 2, 1, 3)], "relatives wait"
+    assert names(ranking, 0.75) == texts, "a stranger that loses to the baseline is no better than a relative"
+    assert names([], 0.5) == []
+    plain = [(0.5, {"losses": {"loss": text}, "identity": []}) for text in texts * 2]
+    assert names(plain, 0.0) == (texts * 2)[: evolve.FINALISTS]
 
 
 def test_finalists_are_ranked_by_all_seeds_on_the_search_validation_split():

@@ -2,7 +2,7 @@
 
     python tests/bench_search.py [--rounds 3] [--minutes 2] [--seeds 3] [--metric miou]
 
-Workers: evaluations per minute of one and of two workers in turn, a minute each, between the first and the last line of
+Workers: evaluations per minute of one and of two workers in turn, between the first and the last line of
 the journal. Evolution and random search run side by side, a core each, with the same seed and the same minutes.
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
             rates = []
             for workers in ("1", "2"):
                 runs = root / f"workers{workers}-{turn}"
-                start(runs, args.metric, 1, turn, "--workers", workers, "--seeds", "1").wait()
+                start(runs, args.metric, args.minutes, turn, "--workers", workers, "--seeds", "1").wait()
                 journal, _ = outcome(runs)
                 rates.append((len(journal) - 1) / (journal[-1]["elapsed"] - journal[0]["elapsed"]) * 60)
                 print(f"{workers:<10}{len(journal):>12}{rates[-1]:>12.1f}{rates[-1] / rates[0]:>8.2f}", flush=True)

@@ -1,0 +1,1121 @@
+"""Pose estimation: search a loss over heatmaps for the metric you care about.
+
+    python search_pose.py --metric ap                         # evolve a loss on the embedded data set
+    python search_pose.py --metric ap --loss l1               # train and evaluate one loss instead
+    python search_pose.py --metric ar --loss "Abs(Add(p, Neg(y)))"
+    python search_pose.py --compare mse,awing,RUN_DIR         # several losses, five metrics, one table
+    python search_pose.py --metric ap --data coco --data-root coco --pretrained
+    tensorboard --logdir runs
+
+AutoLoss-Zero, arXiv 2103.14026 (marks [P]); Simple Baselines, arXiv 1804.06208 (marks [S]); own choices [D].
+The whole task is in this file: arguments, data, networks, metrics, hand-made losses, training, what the search needs.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image  # comes with torchvision
+from torch import Tensor, nn
+
+import evolve
+from data import shapes
+from evolve import Branch, InvalidLoss, fail
+from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source
+
+METRICS = ("ap", "ap50", "ap75", "ar", "pck")
+DATA = {"shapes": "small", "coco": "r50"}  # and the network that goes with each by default
+MODELS = ("small", "r50")
+STRIDE = 4  # pixels of a crop per pixel of its heatmaps [S]
+COARSEST = {"small": 8, "r50": 32}  # the stride of the deepest features, which the sides of a crop are multiples of
+
+
+class Schedule(NamedTuple):
+    """How one network is trained: by AdamW, from random weights or ImageNet's."""
+
+    steps: int
+    batch: int
+    crop: int  # height of a crop in pixels
+    sigma: float  # of the target Gaussians, in pixels of a heatmap
+    scale: tuple[float, float]  # range of the random scale
+    rotation: float  # standard deviation of the random rotation in degrees, cut off at twice this
+    lr: float  # decays to 0 as (1 - step / steps) ** 0.9 (poly)
+    weight_decay: float = 5e-4
+
+
+# The proxy of the small network was chosen by its rank correlation with re-training and by its cost (README) [D]. For
+# ResNet-50: crops, Gaussians, augmentation, batch and 140 epochs of COCO as published [S], the proxy a fiftieth [D].
+PROXY = {
+    "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003),
+    "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001),
+}
+RETRAIN = {
+    "small": PROXY["small"]._replace(steps=160),
+    "r50": PROXY["r50"]._replace(steps=160_000, batch=128),
+}
+
+
+# =====================================================================================================================
+# Arguments
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = evolve.Parser(description=__doc__.split("\n")[0], usage="python search_pose.py --metric ap [flags]")
+    task = parser.add_argument_group("task")
+    task.add_argument(
+        "--metric",
+        type=evolve.one_of(METRICS),
+        default="ap",
+        metavar="NAME",
+        help="what to search for: " + " ".join(METRICS) + " (%(default)s)",
+    )
+    task.add_argument(
+        "--loss",
+        metavar="LOSS",
+        help="train and evaluate this loss instead of searching: "
+        + " ".join(LOSSES)
+        + ", a formula or a run directory",
+    )
+    task.add_argument(
+        "--compare",
+        metavar="LOSSES",
+        help="the same for several, comma-separated, as one table: losses x metrics",
+    )
+    task.add_argument(
+        "--data",
+        type=evolve.one_of(tuple(DATA)),
+        default="shapes",
+        metavar="NAME",
+        help="data set: " + " ".join(DATA) + " (%(default)s)",
+    )
+    task.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
+    )
+    task.add_argument(
+        "--model",
+        type=evolve.one_of(MODELS),
+        metavar="NAME",
+        help="network: " + " ".join(MODELS) + " (the data set's own, for proxy and re-training)",
+    )
+    task.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="start ResNets from torchvision's ImageNet weights (downloaded on first use)",
+    )
+    task.add_argument(
+        "--sigmas",
+        type=sigma_list,
+        metavar="NUMBERS",
+        help="tolerance of each joint in OKS, comma-separated, or one for all (COCO's for 17 joints, else .067)",
+    )
+    task.add_argument(
+        "--flip-test",
+        action="store_true",
+        help="average the heatmaps of each crop and of its mirror image before decoding",
+    )
+    task.add_argument(
+        "--proxy-steps",
+        type=evolve.at_least(1),
+        metavar="N",
+        help="steps of a proxy training (small 100, r50 3200)",
+    )
+    task.add_argument(
+        "--retrain-steps",
+        type=evolve.at_least(1),
+        metavar="N",
+        help="steps of a re-training (small 160, r50 160000)",
+    )
+    task.add_argument(
+        "--crop",
+        type=evolve.at_least(8),
+        metavar="PIXELS",
+        help="height of a person's crop (small 64, r50 256)",
+    )
+    task.add_argument(
+        "--aspect",
+        type=evolve.at_least(0.1, float),
+        default=0.75,
+        metavar="RATIO",
+        help="width of a crop by its height; 1 suits most animals (%(default)s)",
+    )
+    task.add_argument(
+        "--batch",
+        type=evolve.at_least(2),
+        metavar="N",
+        help="persons in a batch (small 16, r50 64 in the proxy and 128 in re-training)",
+    )
+    task.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="NAME",
+        help="where to compute: cpu, cuda or cuda:1 (%(default)s here)",
+    )
+    evolve.add_search_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.resume:
+        args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "pose")
+    return check_arguments(args)
+
+
+def sigma_list(text: str) -> list[float]:
+    """An argparse type: positive numbers, comma-separated."""
+    return [evolve.at_least(1e-6, float)(number) for number in text.split(",")]
+
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on other flags; end the program with one line where something is wrong."""
+    evolve.settle_device_and_workers(args)
+    if args.data_root is None and args.data != "shapes":
+        fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
+    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
+    args.model = args.model or DATA[args.data]
+    args.crop = args.crop or PROXY[args.model].crop
+    width, multiple = round(args.crop * args.aspect), COARSEST[args.model]
+    if args.crop % multiple or width % multiple:
+        fail(f"--crop {args.crop}: height and width ({width}) of a crop must be multiples of {multiple}")
+    if args.loss and args.compare:
+        fail(f"--compare {args.compare}: not together with --loss; give one of them")
+    listed = split_outside_brackets(args.compare) if args.compare else [args.loss] if args.loss else []
+    flag = "--compare" if args.compare else "--loss"
+    args.wanted = {text: read_loss(text, flag) for text in listed}
+    return args
+
+
+def split_outside_brackets(text: str) -> list[str]:
+    """The parts between the commas that are not inside of a formula."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
+    """The name of a hand-made loss, a formula, or a run directory."""
+    if text in LOSSES:
+        return text
+    if "(" not in text:
+        if Path(text).is_dir():
+            return evolve.read_found(Path(text), "pose", flag)
+        fail(f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
+    try:
+        expr = parse(text)
+    except ValueError as error:
+        fail(f"{flag} {text}: {error}")
+    if foreign := leaves_of(expr) - set("yp1"):
+        fail(f"{flag} {text}: '{min(foreign)}' has no meaning in pose estimation; use y, p and 1")
+    if is_dead(expr):
+        fail(f"{flag} {text}: its gradient knows nothing of prediction and target together; it cannot teach")
+    return {"loss": expr}
+
+
+# =====================================================================================================================
+# Data
+
+
+class Skeleton(NamedTuple):
+    """What the joints are."""
+
+    names: tuple[str, ...]
+    limbs: list[list[int]]  # pairs of joints to draw a line between, counted from 1 as in COCO's files
+    swap: Tensor  # (J,) int64, the joint that each one is in a mirror
+    sigmas: Tensor  # (J,) float64, tolerances in OKS
+
+
+class Split(NamedTuple):
+    """The persons of a split who have a labelled joint, each cut out of the picture once, and all that AP must know."""
+
+    images: Tensor  # (M, 3, H, W) uint8, RGB; larger than a crop, to turn and to scale in; black outside the picture
+    joints: Tensor  # (M, J, 2) float32, x and y in pixels of `images`; pixel k reaches from k to k + 1
+    labelled: Tensor  # (M, J) bool
+    frames: Tensor  # (M, 3) float64, left and top of the cut in the picture, and the side of one of its pixels there
+    sizes: Tensor  # (M,) float64, longer side of the box in the picture
+    group: Tensor  # (M,) int64, as in `persons`
+    category: Tensor  # (M,) int64
+    persons: "Persons"  # everybody in these pictures, the unlabelled and the crowds as well
+
+
+MARGIN = 1.25  # a crop is this much larger than the box, whose shorter side grows to the aspect of the crop [S]
+ROOM = 1.25  # and the stored cut this much larger than a crop [D]
+
+
+def read_annotations(path: Path) -> dict:
+    """A file of COCO keypoints, checked; raises DataError naming what is missing or does not fit."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError:
+        raise DataError(f"{path}: not found; --data-root must be the folder with annotations and train2017") from None
+    except ValueError:
+        raise DataError(f"{path}: not a JSON file; fetch it again") from None
+    missing = [key for key in ("images", "annotations", "categories") if key not in content]
+    if missing:
+        raise DataError(f"{path}: no {missing[0]!r} in it; it must be a file of COCO keypoints")
+    kinds = {tuple(category.get("keypoints", ())) for category in content["categories"]}
+    if len(kinds) != 1 or kinds == {()}:
+        raise DataError(f"{path}: its categories must name the same joints ('keypoints')")
+    (names,) = kinds
+    for entry in content["annotations"]:
+        for key in ("id", "image_id", "category_id", "bbox", "area", "keypoints", "num_keypoints"):
+            if key not in entry:
+                raise DataError(f"{path}: annotation {entry.get('id')} has no {key!r}")
+        if len(entry["keypoints"]) != 3 * len(names):
+            raise DataError(f"{path}: annotation {entry['id']} has not 3 x {len(names)} numbers of keypoints")
+    return content
+
+
+def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
+    """Annotations, folder and choice of pictures of train, val (what the search sees) and test (what is reported).
+
+    Where a data set has no third labelled split, every eighth training picture is held out for the search, and the
+    official validation split is the test split [D]. Draws shapes if need be.
+    """
+    root = args.data_root
+
+    def listing(split: str, choose: Callable[[list], list] = list):
+        return root / f"annotations/person_keypoints_{split}2017.json", root / f"{split}2017", choose
+
+    if args.data == "shapes":
+        if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
+            raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
+        shapes.write_shapes(root, show=shapes.show_progress)
+        return {split: listing(split) for split in ("train", "val", "test")}
+    for split in ("train", "val"):
+        if not listing(split)[0].is_file():
+            raise DataError(f"{listing(split)[0]}: not found; --data-root must be the folder with annotations in it")
+    return {
+        "train": listing("train", lambda pictures: [picture for k, picture in enumerate(pictures) if k % 8]),
+        "val": listing("train", lambda pictures: pictures[::8]),
+        "test": listing("val"),
+    }
+
+
+def read_data(args) -> tuple[dict[str, Split], Skeleton]:
+    """The three splits of `list_data`, decoded and on the device, and what their joints are."""
+    data, skeletons = {}, []
+    for name, (path, folder, choose) in list_data(args).items():
+        content = read_annotations(path)
+        content["images"] = choose(sorted(content["images"], key=lambda picture: picture["id"]))
+        skeletons.append(read_skeleton(content, args.sigmas))
+        if skeletons[-1].names != skeletons[0].names:
+            raise DataError(f"{path}: other joints than in the training split")
+        data[name] = place(read_split(content, folder, args.crop, round(args.crop * args.aspect)), args.device)
+    return data, skeletons[0]._replace(
+        swap=skeletons[0].swap.to(args.device), sigmas=skeletons[0].sigmas.to(args.device)
+    )
+
+
+def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
+    """Joints and limbs as the category has them; left and right are told by the names."""
+    category = content["categories"][0]
+    names = tuple(category["keypoints"])
+    partner = {"left": "right", "right": "left"}
+
+    def mirrored(name: str) -> int:
+        other = "_".join(partner.get(word, word) for word in name.split("_"))
+        return names.index(other if other in names else name)
+
+    if sigmas and len(sigmas) not in (1, len(names)):
+        fail(f"--sigmas {','.join(map(str, sigmas))}: {len(sigmas)} numbers; give one, or {len(names)}, one per joint")
+    sigmas = default_sigmas(len(names)) if not sigmas else doubles(sigmas).expand(len(names))
+    return Skeleton(names, category.get("skeleton", []), torch.tensor([*map(mirrored, names)]), sigmas)
+
+
+def read_split(content: dict, folder: Path, height: int, width: int) -> Split:
+    """Cut everybody with a labelled joint, crowds excepted, out of the pictures; a crop is (height, width) pixels.
+
+    Raises DataError naming a picture that is missing or cannot be read, or the folder if nobody is in it.
+    """
+    persons, entries = read_persons(content)
+    names = {picture["id"]: picture["file_name"] for picture in content["images"]}
+    chosen = [k for k in range(len(entries)) if not persons.ignored[k]]
+    if not chosen:
+        raise DataError(f"{folder}: nobody with a labelled joint in its pictures")
+    H, W = (round(side * ROOM / 2) * 2 for side in (height, width))
+    images = torch.zeros(len(chosen), 3, H, W, dtype=torch.uint8)
+    frames, boxes = torch.zeros(len(chosen), 3, dtype=torch.float64), persons.boxes[chosen]
+    for k, person in enumerate(chosen):
+        x, y, w, h = boxes[k].tolist()
+        pixel = MARGIN * max(w / width, h / height, 1 / height)
+        frames[k] = doubles([x + (w - pixel * W) / 2, y + (h - pixel * H) / 2, pixel])
+        images[k] = cut(decode(folder / names[entries[person]["image_id"]]), *frames[k].tolist(), H, W)
+    joints = (persons.joints[chosen] - frames[:, None, :2]) / frames[:, None, 2:]
+    group, category = persons.group[chosen], persons.category[chosen]
+    labelled, sizes = persons.labelled[chosen], boxes[:, 2:].amax(1)
+    return Split(images, joints.float(), labelled, frames, sizes, group, category, persons)
+
+
+@functools.lru_cache(1)  # the persons of one picture mostly stand together
+def decode(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise unreadable(path) from error
+
+
+def unreadable(path: Path) -> "DataError":
+    return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
+
+
+def cut(picture: Image.Image, left: float, top: float, pixel: float, height: int, width: int) -> Tensor:
+    """A window (3, height, width) uint8 of `picture`, with pixels `pixel` wide there; smoothed where it shrinks."""
+    box = (left, top, left + pixel * width, top + pixel * height)
+    outer = (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3]))
+    inner = [edge - outer[k % 2] for k, edge in enumerate(box)]
+    window = picture.crop(outer).resize((width, height), Image.Resampling.BILINEAR, inner)
+    return torch.from_numpy(np.array(window)).movedim(-1, 0)
+
+
+def place(split: Split, device: str) -> Split:
+    """Move a split to the device, once; what would fill over half of its free memory stays in pinned host memory."""
+    if not device.startswith("cuda"):
+        return split
+    images, *rest, persons = split
+    if images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        print(f"a split of {images.nbytes / 2**30:.1f} GiB stays in pinned host memory", flush=True)
+        images = images.pin_memory()
+    else:
+        images = images.to(device)
+    return Split(images, *(t.to(device) for t in rest), Persons(*(t.to(device) for t in persons)))
+
+
+class DataError(Exception):
+    """A data set that is missing or broken; the message names the path and the cure."""
+
+
+MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
+STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
+
+
+def batch_scale_rotate_flip(
+    split: Split, swap: Tensor, index: Tensor, size: tuple[int, int], plan: Schedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, rotate and mirror persons and cut a crop of `size` (height, width) out of their middle, in one sampling.
+
+    Returns images (N, 3, height, width) float in 0..255, joints (N, J, 2) in pixels of the crop, and which of them are
+    labelled and inside of it (N, J) bool, on the generator's device. The scale is log-uniform; three in five are
+    rotated [S]; half of them are mirrored, left and right joints exchanged.
+    """
+    N, (height, width), (H, W), device = len(index), size, split.images.shape[-2:], generator.device
+    u = torch.rand(3, N, generator=generator, device=device)
+    angle = torch.randn(N, generator=generator, device=device).clamp(-2, 2) * math.radians(plan.rotation)
+    angle = angle * (u[0] < 0.6)
+    zoom = plan.scale[0] * (plan.scale[1] / plan.scale[0]) ** u[1]
+    mirror = torch.where(u[2] < 0.5, -1.0, 1.0)
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    # From pixels of the crop to pixels of the cut, both counted from the middle: the mirror first, then the rotation.
+    turn = torch.stack([mirror * cos, -sin, mirror * sin, cos], -1).view(N, 2, 2)
+    crop, whole = torch.tensor([[width, height], [W, H]], dtype=torch.float32).to(device, non_blocking=True)
+    theta = F.pad(turn * crop / whole[:, None], (0, 1))  # the same in coordinates -1..1
+    grid = F.affine_grid(theta, [N, 3, height, width], align_corners=False)
+    images = split.images[index.to(split.images.device)].to(device, non_blocking=True)
+    images = F.grid_sample(images.float(), grid, align_corners=False)
+    index = index.to(device, non_blocking=True)
+    order = torch.where(mirror[:, None] < 0, swap, torch.arange(len(swap), device=device))  # (N, J)
+    joints = split.joints[index].gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
+    # The inverse of `turn` is its transpose times zoom^2; a row vector times the matrix is its transpose at work.
+    joints = (joints - whole / 2) @ (turn * zoom.view(N, 1, 1) ** 2) + crop / 2
+    inside = ((joints >= 0) & (joints < crop)).all(-1)
+    return images, joints, split.labelled[index].gather(1, order) & inside
+
+
+def batch_heatmaps(joints: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """Gaussians of height 1 around joints (N, J, 2), all in pixels of the heatmap: (N, J, *size)."""
+    y, x = (torch.arange(n, device=joints.device) + 0.5 for n in size)
+    across, down = ((-0.5 * ((c - joints[..., k, None]) / sigma) ** 2).exp() for k, c in enumerate((x, y)))
+    return down.unsqueeze(-1) * across.unsqueeze(-2)
+
+
+def middle(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """The crop of `size` in the middle of each cut."""
+    top, left = ((n - m) // 2 for n, m in zip(images.shape[-2:], size))
+    return images[..., top : top + size[0], left : left + size[1]]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """0..255 to zero mean and unit variance by ImageNet's statistics."""
+    return (images - MEAN.to(images.device)) / STD.to(images.device)
+
+
+# =====================================================================================================================
+# Network
+
+
+def conv(channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, size: int = 3) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, size, stride, dilation * (size // 2), dilation, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+def deconv(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Twice the size."""
+    layer = nn.ConvTranspose2d(channels_in, channels_out, 4, 2, 1, bias=False)
+    nn.init.normal_(layer.weight, std=0.001)  # [S]
+    return nn.Sequential(layer, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
+
+
+def head(channels: int, joints: int) -> nn.Conv2d:
+    """The last layer. It starts near zero [S]: a squared error collapses if it has to unlearn random heatmaps first."""
+    layer = nn.Conv2d(channels, joints, 1)
+    nn.init.normal_(layer.weight, std=0.001)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class SmallNet(nn.Module):
+    """For the embedded data: features at strides 4 and 8, one deconvolution. 155 thousand weights."""
+
+    def __init__(self, joints: int, width: int = 16):
+        super().__init__()
+        wide, deep = 2 * width, 4 * width
+        self.fine = nn.Sequential(conv(3, width, 2), conv(width, wide, 2), conv(wide, wide))
+        self.coarse = nn.Sequential(conv(wide, deep, 2), conv(deep, deep), conv(deep, deep, 1, 2), deconv(deep, wide))
+        self.skip = conv(wide, wide, size=1)
+        self.head = head(wide, joints)
+
+    def forward(self, images: Tensor) -> Tensor:
+        fine = self.fine(images)
+        return self.head(self.coarse(fine) + self.skip(fine))
+
+
+class SimpleBaseline(nn.Module):
+    """ResNet-50 and three deconvolutions (Xiao 2018, arXiv 1804.06208)."""
+
+    def __init__(self, joints: int, pretrained: bool = False):
+        super().__init__()
+        net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if pretrained else None)
+        self.backbone = nn.Sequential(*list(net.children())[:-2])  # without mean and classifier
+        self.deconvolutions = nn.Sequential(deconv(2048, 256), deconv(256, 256), deconv(256, 256))
+        self.head = head(256, joints)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.deconvolutions(self.backbone(images)))
+
+
+def build_model(name: str, joints: int, pretrained: bool = False) -> nn.Module:
+    """One of MODELS: images (N, 3, H, W), normalised, to heatmaps (N, joints, H / 4, W / 4)."""
+    return SmallNet(joints) if name == "small" else SimpleBaseline(joints, pretrained)
+
+
+# =====================================================================================================================
+# Metric
+
+
+COCO_SIGMAS = (0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072,
+               0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089)  # fmt: skip
+OTHER_SIGMA = 0.067  # for every joint of another skeleton: the mean of COCO's [D]
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of OKS
+RECALLS = np.linspace(0, 1, 101)
+AREAS = ((0, 1e10), (32**2, 96**2), (96**2, 1e10))  # all, medium, large; in square pixels
+MOST = 20  # poses that count in one picture
+
+
+def doubles(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def default_sigmas(joints: int) -> Tensor:
+    return doubles(COCO_SIGMAS) if joints == len(COCO_SIGMAS) else doubles([OTHER_SIGMA] * joints)
+
+
+class Persons(NamedTuple):
+    """The ground truth: P persons of J joints. A group is one category in one picture, counted category by category."""
+
+    group: Tensor  # (P,) int64
+    category: Tensor  # (P,) int64
+    joints: Tensor  # (P, J, 2) float64
+    labelled: Tensor  # (P, J) bool
+    boxes: Tensor  # (P, 4) float64: left, top, width, height
+    area: Tensor  # (P,) float64
+    crowd: Tensor  # (P,) bool
+    ignored: Tensor  # (P,) bool, crowds and those without a labelled joint: to find them is neither right nor wrong
+    countable: Tensor  # (P,) bool, False for the id 0, which COCO's API takes for "nobody"
+
+
+class Poses(NamedTuple):
+    """D detections."""
+
+    group: Tensor  # (D,) int64
+    category: Tensor  # (D,) int64
+    joints: Tensor  # (D, J, 2) float64
+    score: Tensor  # (D,) float64
+    area: Tensor  # (D,) float64
+
+
+def grouping(content: dict) -> Callable[[dict], tuple[int, int] | None]:
+    """Group and category of an annotation or a detection; None if its picture or category is not in `content`."""
+    pictures, categories = (
+        {number: k for k, number in enumerate(sorted({entry["id"] for entry in content[key]}))}
+        for key in ("images", "categories")
+    )
+
+    def find(entry: dict) -> tuple[int, int] | None:
+        picture, category = pictures.get(entry["image_id"]), categories.get(entry["category_id"])
+        return None if picture is None or category is None else (category * len(pictures) + picture, category)
+
+    return find
+
+
+def keypoints(entries: list[dict]) -> Tensor:
+    """(n, J, 3) float64."""
+    return (
+        doubles([entry["keypoints"] for entry in entries]).view(len(entries), -1, 3)
+        if entries
+        else doubles([[]]).view(0, 0, 3)
+    )
+
+
+def extent(joints: Tensor) -> Tensor:
+    """Area of the box around all joints of a pose."""
+    return (joints.amax(1) - joints.amin(1)).prod(1) if len(joints) else joints.new_zeros(0)
+
+
+def read_persons(content: dict) -> tuple[Persons, list[dict]]:
+    """The annotations of the pictures and categories of `content`, as tensors and as they are."""
+    find = grouping(content)
+    entries = [entry for entry in content["annotations"] if find(entry)]
+    group, category = torch.tensor([find(entry) for entry in entries], dtype=torch.long).view(-1, 2).unbind(1)
+    points = keypoints(entries)
+    boxes = doubles([entry["bbox"] for entry in entries]).view(-1, 4)
+    area = doubles([entry["area"] for entry in entries])
+    crowd = [bool(entry.get("iscrowd", 0)) for entry in entries]
+    ignored = [crowd[k] or entry["num_keypoints"] == 0 for k, entry in enumerate(entries)]
+    flags = [crowd, ignored, [entry["id"] != 0 for entry in entries]]
+    flags = [torch.tensor(values, dtype=torch.bool) for values in flags]
+    return Persons(group, category, points[..., :2], points[..., 2] > 0, boxes, area, *flags), entries
+
+
+def read_poses(detections: list[dict], content: dict) -> Poses:
+    """COCO results as tensors; their area is that of the box if the first one has one, as in COCO's API, or of the joints."""
+    boxed = bool(detections) and bool(detections[0].get("bbox"))
+    find = grouping(content)
+    entries = [entry for entry in detections if find(entry)]
+    group, category = torch.tensor([find(entry) for entry in entries], dtype=torch.long).view(-1, 2).unbind(1)
+    joints = keypoints(entries)[..., :2]
+    area = doubles([entry["bbox"][2] * entry["bbox"][3] for entry in entries]) if boxed else extent(joints)
+    return Poses(group, category, joints, doubles([entry["score"] for entry in entries]), area)
+
+
+def pick(rows: NamedTuple, index: Tensor):
+    """The same rows of all tensors."""
+    return type(rows)(*(tensor[index] for tensor in rows))
+
+
+def place_in_run(values: Tensor) -> Tensor:
+    """How many equal values stand before each one; `values` is sorted."""
+    return torch.arange(len(values), device=values.device) - torch.searchsorted(values, values)
+
+
+def oks(persons: Persons, poses: Poses, sigmas: Tensor) -> Tensor:
+    """Object keypoint similarity of the k-th person and the k-th pose.
+
+    The mean over labelled joints of exp(-d^2 / (2 area (2 sigma)^2)). Of a person without any, d is how far each joint
+    lies outside of a box of three times the width and height.
+    """
+    corner, size = persons.boxes.unsqueeze(1).split(2, -1)
+    x = poses.joints
+    beyond = (corner - size - x).clamp(min=0) + (x - (corner + 2 * size)).clamp(min=0)
+    blank = ~persons.labelled.any(1, keepdim=True)
+    offset = torch.where(blank.unsqueeze(-1), beyond, x - persons.joints)
+    e = offset.square().sum(-1) / (2 * sigmas) ** 2 / (persons.area.unsqueeze(1) + np.spacing(1)) / 2
+    counts = persons.labelled | blank
+    return (e.neg().exp() * counts).sum(1) / counts.sum(1)
+
+
+def match(persons: Persons, poses: Poses, ignored: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Which poses find somebody, and which of these somebody who is ignored; both (A, T, D) bool.
+
+    A ranges, T thresholds. In each group the poses choose in the order of their score: the most similar free person;
+    somebody ignored only if nobody else will do; the later one of equals. Crowds are always free.
+    persons and poses: sorted by group, poses then by falling score. ignored: (A, P) bool.
+    """
+    A, T, device = len(AREAS), len(THRESHOLDS), poses.group.device
+    if not len(persons.group) or not len(poses.group):
+        return (torch.zeros(A, T, len(poses.group), dtype=torch.bool, device=device),) * 2
+    # All groups at once, one row each: the numbers of its persons and poses, -1 where a row is shorter than others.
+    sizes = [len(persons.group), len(poses.group)]
+    groups, row = torch.cat([persons.group, poses.group]).unique(return_inverse=True)
+    tables = []
+    for where, column in zip(row.split(sizes), (place_in_run(persons.group), place_in_run(poses.group))):
+        table = torch.full((len(groups), int(column.max()) + 1), -1, device=device)
+        table[where, column] = torch.arange(len(where), device=device)
+        tables.append(table)
+    person, pose = tables  # (R, G), (R, D)
+    pairs = (pose.unsqueeze(2) >= 0) & (person.unsqueeze(1) >= 0)  # (R, D, G)
+    similarity = torch.full(pairs.shape, -1.0, dtype=torch.float64, device=device)
+    at, d, g = pairs.nonzero(as_tuple=True)
+    similarity[pairs] = oks(pick(persons, person[at, g]), pick(poses, pose[at, d]), sigmas)
+
+    limits = torch.from_numpy(THRESHOLDS).to(device).clamp(max=1 - 1e-10).view(T, 1, 1)
+    regular = ~ignored[:, None, person].expand(A, T, -1, -1)
+    crowd, countable = persons.crowd[person], persons.countable[person].expand_as(regular)
+    taken = torch.zeros_like(regular)
+    found, spared = [], []
+    for s in similarity.unbind(1):  # the next best pose of every group, (R, G)
+        free = (s >= limits) & (~taken | crowd)
+        better = free & regular
+        free = torch.where(better.any(-1, keepdim=True), better, free)
+        best = torch.where(free, s, -1.0).flip(-1).argmax(-1, keepdim=True)  # the first of equals: the last, unflipped
+        best = s.shape[-1] - 1 - best
+        hit = free.gather(-1, best)
+        taken.scatter_(-1, best, taken.gather(-1, best) | hit)
+        found.append(hit & countable.gather(-1, best))
+        spared.append(hit & ~regular.gather(-1, best))
+    row, column = row.split(sizes)[1], place_in_run(poses.group)
+    return torch.cat(found, -1)[..., row, column], torch.cat(spared, -1)[..., row, column]
+
+
+def oks_numbers(persons: Persons, poses: Poses, sigmas: Tensor) -> dict[str, float]:
+    """The ten numbers of `oks_eval`, from tensors on one device."""
+    persons = pick(persons, persons.group.argsort(stable=True))
+    order = poses.score.argsort(descending=True, stable=True)
+    order = order[poses.group[order].argsort(stable=True)]
+    poses = pick(poses, order[place_in_run(poses.group[order]) < MOST])
+    low, high = doubles(AREAS).to(order.device).T.unsqueeze(-1)
+    ignored = persons.ignored | (persons.area < low) | (persons.area > high)  # (A, P)
+    found, spared = match(persons, poses, ignored, sigmas)
+    outside = (poses.area < low) | (poses.area > high)
+    spared |= ~found & outside.unsqueeze(1)
+
+    ap, ar = [], []  # for each category (A, T); NaN where it has nobody in a range
+    recalls = torch.from_numpy(RECALLS).to(order.device).repeat(*found.shape[:2], 1)
+    for category in persons.category.unique():
+        total = (~ignored & (persons.category == category)).sum(1).view(-1, 1, 1)
+        mine = (poses.category == category).nonzero().squeeze(1)
+        mine = mine[poses.score[mine].argsort(descending=True, stable=True)]
+        counts = ~spared[..., mine]
+        right = (found[..., mine] & counts).cumsum(-1).double()
+        recall = F.pad(right / total, (1, 0))
+        precision = right / (counts.cumsum(-1).double() + np.spacing(1))
+        precision = F.pad(precision.flip(-1).cummax(-1).values.flip(-1), (0, 1))
+        reached = torch.searchsorted(recall[..., 1:].contiguous(), recalls)
+        ap.append(torch.where(total > 0, precision.gather(-1, reached), torch.nan).mean(-1))
+        ar.append(torch.where(total[..., 0] > 0, recall[..., -1], torch.nan))
+    numbers = {}
+    for kind, values in (("AP", ap), ("AR", ar)):
+        values = torch.stack(values) if values else torch.full((1, *found.shape[:2]), torch.nan)
+        for name, part in (
+            ("", values[:, 0]),
+            ("50", values[:, 0, 0]),
+            ("75", values[:, 0, 5]),
+            ("m", values[:, 1]),
+            ("l", values[:, 2]),
+        ):
+            mean = part.nanmean().item()
+            numbers[kind + name] = -1.0 if math.isnan(mean) else mean
+    return numbers
+
+
+def oks_eval(ground_truth, detections, sigmas=None, device="cpu") -> dict[str, float]:
+    """COCO's ten keypoint numbers, equal to pycocotools' `COCOeval(..., "keypoints")`.
+
+    ground_truth: a COCO file of keypoints or its content; detections: a file of COCO results or the list in it;
+    sigmas: (J,) tolerances, by default COCO's for 17 joints and .067 for other skeletons. Keys: AP AP50 AP75 APm APl AR
+    AR50 AR75 ARm ARl; -1 where nobody is in the ground truth. Raises ValueError if the numbers of joints differ.
+    """
+    ground_truth, detections = (
+        json.loads(Path(given).read_text()) if isinstance(given, (str, Path)) else given
+        for given in (ground_truth, detections)
+    )
+    persons, poses = read_persons(ground_truth)[0], read_poses(detections, ground_truth)
+    sigmas = default_sigmas(persons.joints.shape[1]) if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+    persons, poses = (type(rows)(*(tensor.to(device) for tensor in rows)) for rows in (persons, poses))
+    return oks_numbers(persons, poses, sigmas.to(device))
+
+
+def locate(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest pixel of each heatmap (N, J, h, w), a quarter pixel towards its higher neighbours [S].
+
+    Returns joints (N, J, 2), x and y in pixels of the heatmap, and how high it is there (N, J).
+    """
+    h, w = heatmaps.shape[-2:]
+    flat = heatmaps.flatten(2)
+    height, index = flat.max(-1)
+    x, y = index % w, index // w
+
+    def shift(position: Tensor, last: int, step: int) -> Tensor:
+        inside = (position > 0) & (position < last)
+        after, before = (flat.gather(-1, (index + s * inside).unsqueeze(-1)).squeeze(-1) for s in (step, -step))
+        return 0.25 * (after - before).sign()
+
+    return torch.stack([x + 0.5 + shift(x, w - 1, 1), y + 0.5 + shift(y, h - 1, w)], -1), height
+
+
+def pose_metrics(joints: Tensor, height: Tensor, split: Split, sigmas: Tensor) -> dict[str, float]:
+    """METRICS of the joints (M, J, 2) found in the middle crops of a split, in pixels of `split.images`.
+
+    A pose scores the mean height of its heatmaps' peaks. PCK: the share of labelled joints that are found within a
+    tenth of the longer side of the box.
+    """
+    left_top, pixel = split.frames[:, None, :2], split.frames[:, None, 2:]
+    joints, target = left_top + joints * pixel, left_top + split.joints * pixel
+    poses = Poses(split.group, split.category, joints, height.double().mean(1), extent(joints))
+    numbers = oks_numbers(split.persons, poses, sigmas)
+    near = (joints - target).norm(dim=-1) < 0.1 * split.sizes.unsqueeze(1)
+    pck = (near & split.labelled).sum() / split.labelled.sum()
+    return {name: numbers[name.upper()] for name in METRICS if name != "pck"} | {"pck": pck.item()}
+
+
+# =====================================================================================================================
+# Losses: the hand-made ones. Each takes predicted and target heatmaps (N, J, H, W) and a weight (N, J), 0 where a joint
+# has no label, and returns a scalar; without any label it is 0 and still connected to the graph
+
+
+def mean_over_joints(value: Tensor, weight: Tensor) -> Tensor:
+    """The mean of `value` (N, J) over the joints that have a label."""
+    return (value * weight).sum() / weight.sum().clamp(min=1)
+
+
+def mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Squared error, the mean over pixels and joints [S]; the published factor of 1/2 does nothing to AdamW."""
+    return mean_over_joints((prediction - target).square().mean((2, 3)), weight)
+
+
+def l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Absolute error, the mean over pixels and joints."""
+    return mean_over_joints((prediction - target).abs().mean((2, 3)), weight)
+
+
+def bce(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Binary cross entropy of the heatmaps as logits, the mean over pixels and joints."""
+    value = F.binary_cross_entropy_with_logits(prediction, target, reduction="none")
+    return mean_over_joints(value.mean((2, 3)), weight)
+
+
+def ohkm(prediction: Tensor, target: Tensor, weight: Tensor, hardest: int = 8) -> Tensor:
+    """Squared error of each person's hardest joints (online hard keypoints mining; Chen 2018, arXiv 1711.07319)."""
+    value = (prediction - target).square().mean((2, 3)) * weight
+    return value.topk(min(hardest, value.shape[1]), 1).values.mean()
+
+
+def awing(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Adaptive Wing loss (Wang 2019, arXiv 1904.07399, Eqs. 6 and 7): omega 14, epsilon 1, theta 0.5, alpha 2.1."""
+    omega, theta, power = 14.0, 0.5, 2.1 - target
+    error = (prediction - target).abs()
+    slope = omega * power * theta ** (power - 1) / (1 + theta**power)
+    offset = theta * slope - omega * torch.log1p(theta**power)
+    # The power of an exact zero has no finite gradient in float32 wherever its exponent is near one: kept off it.
+    near = omega * torch.log1p(error.clamp(min=1e-12) ** power)
+    return mean_over_joints(torch.where(error < theta, near, slope * error - offset).mean((2, 3)), weight)
+
+
+LOSSES = {"mse": mse, "l1": l1, "bce": bce, "ohkm": ohkm, "awing": awing}
+BASELINE = "mse"
+
+
+def heatmap_leaves(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Leaves and mask of heatmaps (N, J, H, W) with a weight (N, J): each joint is one sample, (N * J, 1, H, W).
+
+    `p` is the heatmap as the network gives it: Simple Baselines regress heatmaps, and squared error is thus part of the
+    language. Joints are folded into N because each person lacks others [D]: where the mask varies along C, a mean over
+    C would mix in unlabelled joints, and a loss would depend on how many joints a skeleton has.
+    """
+    y, p = (heatmaps.flatten(0, 1).unsqueeze(1) for heatmaps in (target, prediction))
+    return {"y": y, "p": p}, (weight > 0).view(-1, 1, 1, 1).expand_as(p)
+
+
+def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A searched tree as a loss of predicted and target heatmaps and weight."""
+
+    def loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        leaves, mask = heatmap_leaves(prediction, target, weight)
+        return evaluate(expr, leaves, mask)
+
+    return loss
+
+
+# The opening of the standalone file: what `heatmap_leaves` does.
+HEAD = '''def loss(prediction, target, weight=None):
+    """{expr}
+
+    prediction, target: heatmaps (N, J, H, W); weight: (N, J), zero where a joint has no label, None if all have one.
+    Returns a scalar: the mean over pixels and labelled joints.
+    """
+    y, p = (heatmaps.flatten(0, 1).unsqueeze(1) for heatmaps in (target, prediction))
+    mask = None if weight is None else (weight > 0).view(-1, 1, 1, 1).expand_as(p)
+'''
+
+
+# =====================================================================================================================
+# Training
+
+
+def batches(
+    split: Split, swap: Tensor, size: tuple[int, int], plan: Schedule, seed: int, device: str
+) -> Iterator[tuple[Tensor, ...]]:
+    """`plan.steps` batches (images normalised, target heatmaps, weights), drawn with replacement.
+
+    Order and augmentation have seeds of their own.
+    """
+    order = torch.Generator().manual_seed(2 * seed)
+    augmentation = torch.Generator(device).manual_seed(2 * seed + 1)
+    for _ in range(plan.steps):
+        index = torch.randint(len(split.images), (plan.batch,), generator=order)
+        images, joints, labelled = batch_scale_rotate_flip(split, swap, index, size, plan, augmentation)
+        heatmaps = batch_heatmaps(joints / STRIDE, (size[0] // STRIDE, size[1] // STRIDE), plan.sigma)
+        yield normalise(images), heatmaps, labelled.float()
+
+
+def train_network(
+    net: nn.Module, loss: Callable, data, plan: Schedule, stop_invalid: bool = True
+) -> list[tuple[int, float]]:
+    """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
+
+    Raises InvalidLoss as soon as the loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
+    only, so that the host seldom waits for the device.
+    """
+    cuda = next(net.parameters()).is_cuda
+    optimizer = torch.optim.AdamW(net.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
+    weights = list(net.parameters())
+    curve, valid = [], None
+    net.train()
+    for step, (images, *targets) in enumerate(data):
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            heatmaps = net(images)
+        value = loss(heatmaps.float(), *targets)
+        if not value.requires_grad:
+            raise InvalidLoss("the first step, for want of a gradient")
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        if stop_invalid:
+            norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+            finite = value.isfinite() & norm.isfinite()
+            valid = finite if valid is None else valid & finite
+            if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
+                raise InvalidLoss(f"step {step}")
+        optimizer.step()
+        schedule.step()
+        if step % max(1, plan.steps // 20) == 0:
+            curve.append((step, value.detach()))
+    return [(step, value.item()) for step, value in curve]
+
+
+@torch.no_grad()
+def test_network(
+    net: nn.Module, split: Split, skeleton: Skeleton, size: tuple[int, int], device: str, flip: bool = False
+) -> dict[str, float]:
+    """All metrics of `net` on a split; with `flip` each crop is seen in a mirror as well."""
+    found = []
+    number = max(1, 2**20 // (size[0] * size[1]))
+    for start in range(0, len(split.images), number):
+        images = middle(split.images[start : start + number], size).to(device, non_blocking=True)
+        heatmaps = predict(net, images)
+        if flip:
+            heatmaps = (heatmaps + predict(net, images.flip(-1)).flip(-1)[:, skeleton.swap]) / 2
+        found.append(locate(heatmaps))
+    joints, height = (torch.cat(parts) for parts in zip(*found))
+    corner = doubles([(n - m) // 2 for n, m in zip(split.images.shape[-2:], size)]).flip(0).to(device)
+    return pose_metrics(corner + joints.double() * STRIDE, height, split, skeleton.sigmas)
+
+
+@torch.no_grad()
+def predict(net: nn.Module, images: Tensor) -> Tensor:
+    """Heatmaps (N, J, h, w) of crops (N, 3, H, W) uint8."""
+    net.eval()
+    with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+        return net(normalise(images.float())).float()
+
+
+def draw_predictions(
+    net: nn.Module, split: Split, skeleton: Skeleton, size: tuple[int, int], path: Path, device: str, number: int = 8
+) -> None:
+    """The skeletons of the first few persons, as labelled and below it as predicted, as a PNG."""
+    images = middle(split.images[:number], size)
+    joints, _ = locate(predict(net, images.to(device)))
+    corner = torch.tensor([(n - m) // 2 for n, m in zip(split.images.shape[-2:], size)]).flip(0)
+    labelled, rows = split.labelled[:number].tolist(), []
+    for poses in (split.joints[:number].cpu() - corner, joints.cpu() * STRIDE):
+        for image, pose, known in zip(images.cpu(), poses, labelled):
+            enlarged = F.interpolate(image[None].float(), scale_factor=max(1, 256 // size[0]))[0]
+            picture = np.ascontiguousarray(enlarged.movedim(0, -1).byte().numpy())
+            draw_skeleton(picture, pose * max(1, 256 // size[0]), known, skeleton.limbs)
+            rows.append(torch.from_numpy(picture).movedim(-1, 0))
+    grid = torchvision.utils.make_grid(torch.stack(rows), nrow=len(images), pad_value=255)
+    Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
+
+
+def draw_skeleton(picture: np.ndarray, pose: Tensor, known: list[bool], limbs: list[list[int]]) -> None:
+    """Limbs in green, joints in red, those without a label left out."""
+    points = [tuple(int(round(v)) for v in point) for point in pose.tolist()]
+    for a, b in limbs:
+        if known[a - 1] and known[b - 1]:
+            cv2.line(picture, points[a - 1], points[b - 1], (0, 230, 0), 1, cv2.LINE_AA)
+    for point, shown in zip(points, known):
+        if shown:
+            cv2.circle(picture, point, 2, (255, 0, 0), -1, cv2.LINE_AA)
+
+
+# =====================================================================================================================
+# Search
+
+
+GATE_SIZE = 16  # height of the rejection samples in pixels of a heatmap [D]
+GATE_SAMPLES = 5  # [P]
+
+
+class PoseTask:
+    """What evolve.py needs to know of pose estimation."""
+
+    def __init__(self, args):
+        self.args, self.device = args, args.device
+        self.size = (args.crop, round(args.crop * args.aspect))
+        self.data, self.skeleton = read_data(args)
+        self.proxy, self.retraining = (self.plan(plans[args.model], steps) for plans, steps in
+                                       ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
+        self.curve: list[tuple[int, float]] = []
+        self.branches = {"loss": self.branch()}
+
+    def plan(self, plan: Schedule, steps: int | None) -> Schedule:
+        """A schedule with the user's flags in it."""
+        flags = {"steps": steps, "batch": self.args.batch}
+        return plan._replace(**{name: value for name, value in flags.items() if value is not None})
+
+    def branch(self) -> Branch:
+        """The training persons with most labelled joints, small, and random heatmaps as their predictions.
+
+        Not those of a random network: it starts at zero, where losses that differ everywhere else look the same [D].
+        """
+        train = self.data["train"]
+        index = train.labelled.sum(1).sort(descending=True, stable=True).indices[:GATE_SAMPLES]
+        size = (GATE_SIZE, round(GATE_SIZE * self.args.aspect))
+        corner = torch.tensor([(n - m) / 2 for n, m in zip(train.images.shape[-2:], self.size)]).flip(0)
+        joints = (train.joints[index] - corner.to(self.device)) * (size[0] / self.size[0])
+        target = batch_heatmaps(joints, size, 1.0) * train.labelled[index, :, None, None]
+        noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
+        return Branch(
+            ("y", "p", "1"),
+            0.5 * noise.unsqueeze(2).to(self.device),
+            target.unsqueeze(2),  # (B, J, 1, H, W): each joint is a sample, as in training
+            self.gate_leaves,
+            self.gate_score,
+            ETA,
+            scale_free=True,
+        )
+
+    @staticmethod
+    def gate_leaves(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"y": target.expand_as(prediction), "p": prediction}
+
+    @staticmethod
+    def gate_score(prediction: Tensor, target: Tensor) -> Tensor:
+        """The share of labelled joints whose highest pixel is at most one pixel off, diagonals included."""
+        width = target.shape[-1]
+        found, wanted = (heatmaps.flatten(-3).argmax(-1) for heatmaps in (prediction, target))
+        off = torch.maximum((found % width - wanted % width).abs(), (found // width - wanted // width).abs())
+        labelled = target.flatten(-3).any(-1)
+        return ((off <= 1) & labelled).sum(-1) / labelled.sum(-1)
+
+    def network(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        net = build_model(self.args.model, len(self.skeleton.names), self.args.pretrained)
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def loss(self, losses: dict[str, Expr] | str) -> Callable[..., Tensor]:
+        return LOSSES[losses] if isinstance(losses, str) else tree_loss(losses["loss"])
+
+    def batches(self, plan: Schedule, seed: int) -> Iterator[tuple[Tensor, ...]]:
+        return batches(self.data["train"], self.skeleton.swap, self.size, plan, seed, self.device)
+
+    @functools.cached_property
+    def proxy_batches(self):
+        """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
+        plan, (height, width) = self.proxy, self.size
+        if plan.steps * plan.batch * height * width * (12 + 4 * len(self.skeleton.names) / STRIDE**2) < 2**29:
+            return list(self.batches(plan, self.args.seed))
+        return None
+
+    def test(self, net: nn.Module, split: str) -> dict[str, float]:
+        return test_network(net, self.data[split], self.skeleton, self.size, self.device, self.args.flip_test)
+
+    def train(self, losses: dict[str, Expr] | str) -> float:
+        net = self.network(self.args.seed)
+        data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
+        self.curve = []
+        self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
+        return round(self.test(net, "val")[self.args.metric], 6)
+
+    def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None) -> dict:
+        own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
+        net = self.network(own)
+        train_network(net, self.loss(losses), self.batches(self.retraining, own), self.retraining)
+        if picture:
+            draw_predictions(net, self.data["test"], self.skeleton, self.size, picture, self.device)
+        return {name: self.test(net, name) for name in ("val", "test")}
+
+
+# Least gain in the rejection protocol. The published 0.6 [P] stands where hand-made losses exceed it with a margin.
+ETA = evolve.ETA
+
+
+# =====================================================================================================================
+# Main
+
+
+def compare(args) -> None:
+    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split."""
+    task = PoseTask(args)
+    test: dict[str, dict[str, list[float]]] = {}
+    for name, losses in args.wanted.items():
+        test[name] = {metric: [] for metric in METRICS}
+        for seed in range(args.seed, args.seed + args.seeds):
+            start = time.time()
+            try:
+                scores = task.retrain(losses, seed)["test"]
+            except InvalidLoss as error:
+                print(f"{name}, seed {seed}: the loss or its gradient became invalid at {error}", flush=True)
+                continue
+            for metric, value in scores.items():
+                test[name][metric].append(value)
+            print(
+                f"{name}, seed {seed}: {args.metric} {scores[args.metric]:.3f}  {time.time() - start:.1f} s", flush=True
+            )
+    if args.compare:
+        evolve.show_losses(test, METRICS, args.seeds)
+    else:
+        evolve.show_table({name if len(name) < 17 else "loss": test[name] for name in test}, METRICS, args.metric)
+
+
+def main() -> None:
+    args = parse_arguments(sys.argv[1:])
+    torch.set_num_threads(1)  # a second thread of one process gains less than a second process
+    cv2.setNumThreads(1)
+    try:
+        list_data(args)
+        if args.wanted:
+            compare(args)
+        else:
+            make_task = functools.partial(PoseTask, args)
+            evolve.run(
+                args,
+                evolve.Story(
+                    "pose", BASELINE, METRICS, make_task, lambda found: python_source(found["loss"], head=HEAD)
+                ),
+            )
+    except DataError as error:
+        fail(f"--data-root {args.data_root}: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

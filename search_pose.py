@@ -605,7 +605,7 @@ def read_persons(content: dict) -> tuple[Persons, list[dict]]:
 
 
 def read_poses(detections: list[dict], content: dict) -> Poses:
-    """COCO results as tensors; their area is that of the box if the first one has one, as in COCO's API, or of the joints."""
+    """COCO results as tensors; their area is the box's if the first one has a box, as in COCO's API, or the joints'."""
     boxed = bool(detections) and bool(detections[0].get("bbox"))
     find = grouping(content)
     entries = [entry for entry in detections if find(entry)]
@@ -795,10 +795,10 @@ def l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return mean_over_joints((prediction - target).abs().mean((2, 3)), weight)
 
 
-def bce(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Binary cross entropy of the heatmaps as logits, the mean over pixels and joints."""
-    value = F.binary_cross_entropy_with_logits(prediction, target, reduction="none")
-    return mean_over_joints(value.mean((2, 3)), weight)
+def ce(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Cross entropy of the joint's position, with heatmaps as logits: the tree Neg(Mul(y, Log(p)))."""
+    log = (SHARPNESS * prediction).flatten(2).log_softmax(-1).view_as(prediction)
+    return mean_over_joints(-(target * log).mean((2, 3)), weight)
 
 
 def ohkm(prediction: Tensor, target: Tensor, weight: Tensor, hardest: int = 8) -> Tensor:
@@ -818,19 +818,28 @@ def awing(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return mean_over_joints(torch.where(error < theta, near, slope * error - offset).mean((2, 3)), weight)
 
 
-LOSSES = {"mse": mse, "l1": l1, "bce": bce, "ohkm": ohkm, "awing": awing}
+LOSSES = {"mse": mse, "l1": l1, "ohkm": ohkm, "awing": awing, "ce": ce}
 BASELINE = "mse"
+
+
+# Networks that regress heatmaps give 0 to 1: times ten, that is a softmax from flat to nearly one-hot [D].
+SHARPNESS = 10.0
 
 
 def heatmap_leaves(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Leaves and mask of heatmaps (N, J, H, W) with a weight (N, J): each joint is one sample, (N * J, 1, H, W).
 
-    `p` is the heatmap as the network gives it: Simple Baselines regress heatmaps, and squared error is thus part of the
-    language. Joints are folded into N because each person lacks others [D]: where the mask varies along C, a mean over
-    C would mix in unlabelled joints, and a loss would depend on how many joints a skeleton has.
+    `p` is where the joint is: a softmax over the pixels. With heatmaps as they are, or their sigmoid, hardly a random
+    tree in a thousand pulls a peak up and the rest down; a softmax makes pixels compete (README) [D]. Joints are folded
+    into N because each person lacks others: where the mask varies along C, a mean over C would mix in joints without a
+    label, and a loss would depend on how many joints a skeleton has [D].
     """
     y, p = (heatmaps.flatten(0, 1).unsqueeze(1) for heatmaps in (target, prediction))
-    return {"y": y, "p": p}, (weight > 0).view(-1, 1, 1, 1).expand_as(p)
+    return {"y": y, "p": softmax_2d(SHARPNESS * p)}, (weight > 0).view(-1, 1, 1, 1).expand_as(p)
+
+
+def softmax_2d(logits: Tensor) -> Tensor:
+    return logits.flatten(-2).softmax(-1).view_as(logits)
 
 
 def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -844,13 +853,14 @@ def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 # The opening of the standalone file: what `heatmap_leaves` does.
-HEAD = '''def loss(prediction, target, weight=None):
-    """{expr}
+HEAD = f'''def loss(prediction, target, weight=None):
+    """{{expr}}
 
-    prediction, target: heatmaps (N, J, H, W); weight: (N, J), zero where a joint has no label, None if all have one.
-    Returns a scalar: the mean over pixels and labelled joints.
+    prediction, target: heatmaps (N, J, H, W), targets with peaks of height 1; weight: (N, J), zero where a joint has no
+    label, None if all have one. Returns a scalar: the mean over pixels and labelled joints.
     """
     y, p = (heatmaps.flatten(0, 1).unsqueeze(1) for heatmaps in (target, prediction))
+    p = ({SHARPNESS} * p).flatten(-2).softmax(-1).view_as(p)
     mask = None if weight is None else (weight > 0).view(-1, 1, 1, 1).expand_as(p)
 '''
 
@@ -991,7 +1001,7 @@ class PoseTask:
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def branch(self) -> Branch:
-        """The training persons with most labelled joints, small, and random heatmaps as their predictions.
+        """The training persons with most labelled joints, small, and random logits as their predictions.
 
         Not those of a random network: it starts at zero, where losses that differ everywhere else look the same [D].
         """
@@ -1004,7 +1014,7 @@ class PoseTask:
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
         return Branch(
             ("y", "p", "1"),
-            0.5 * noise.unsqueeze(2).to(self.device),
+            noise.unsqueeze(2).to(self.device),
             target.unsqueeze(2),  # (B, J, 1, H, W): each joint is a sample, as in training
             self.gate_leaves,
             self.gate_score,
@@ -1013,14 +1023,14 @@ class PoseTask:
         )
 
     @staticmethod
-    def gate_leaves(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return {"y": target.expand_as(prediction), "p": prediction}
+    def gate_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"y": target.expand_as(logits), "p": softmax_2d(logits)}
 
     @staticmethod
-    def gate_score(prediction: Tensor, target: Tensor) -> Tensor:
+    def gate_score(logits: Tensor, target: Tensor) -> Tensor:
         """The share of labelled joints whose highest pixel is at most one pixel off, diagonals included."""
         width = target.shape[-1]
-        found, wanted = (heatmaps.flatten(-3).argmax(-1) for heatmaps in (prediction, target))
+        found, wanted = (heatmaps.flatten(-3).argmax(-1) for heatmaps in (logits, target))
         off = torch.maximum((found % width - wanted % width).abs(), (found // width - wanted // width).abs())
         labelled = target.flatten(-3).any(-1)
         return ((off <= 1) & labelled).sum(-1) / labelled.sum(-1)

@@ -61,7 +61,7 @@ PROXY = {
     "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001),
 }
 RETRAIN = {
-    "small": PROXY["small"]._replace(steps=160),
+    "small": PROXY["small"]._replace(steps=200),
     "r50": PROXY["r50"]._replace(steps=160_000, batch=128),
 }
 
@@ -137,7 +137,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--retrain-steps",
         type=evolve.at_least(1),
         metavar="N",
-        help="steps of a re-training (small 160, r50 160000)",
+        help="steps of a re-training (small 200, r50 160000)",
     )
     task.add_argument(
         "--crop",
@@ -156,7 +156,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--batch",
         type=evolve.at_least(2),
         metavar="N",
-        help="persons in a batch (small 16, r50 64 in the proxy and 128 in re-training)",
+        help="images in a batch (small 16, r50 64 in the proxy and 128 in re-training)",
     )
     task.add_argument(
         "--device",
@@ -737,7 +737,14 @@ def oks_eval(ground_truth, detections, sigmas=None, device="cpu") -> dict[str, f
         for given in (ground_truth, detections)
     )
     persons, poses = read_persons(ground_truth)[0], read_poses(detections, ground_truth)
-    sigmas = default_sigmas(persons.joints.shape[1]) if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+    joints = (persons if len(persons.group) else poses).joints.shape[1]
+    sigmas = default_sigmas(joints) if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+    for what, number in (
+        ("sigmas", len(sigmas)),
+        ("detections", poses.joints.shape[1] if len(poses.group) else joints),
+    ):
+        if number != joints:
+            raise ValueError(f"{what} of {number} joints; the ground truth has {joints} joints")
     persons, poses = (type(rows)(*(tensor.to(device) for tensor in rows)) for rows in (persons, poses))
     return oks_numbers(persons, poses, sigmas.to(device))
 
@@ -863,6 +870,11 @@ HEAD = f'''def loss(prediction, target, weight=None):
     p = ({SHARPNESS} * p).flatten(-2).softmax(-1).view_as(p)
     mask = None if weight is None else (weight > 0).view(-1, 1, 1, 1).expand_as(p)
 '''
+
+
+def export(losses: dict[str, Expr]) -> str:
+    """A found loss as a standalone file."""
+    return python_source(losses["loss"], head=HEAD)
 
 
 # =====================================================================================================================
@@ -1115,12 +1127,7 @@ def main() -> None:
             compare(args)
         else:
             make_task = functools.partial(PoseTask, args)
-            evolve.run(
-                args,
-                evolve.Story(
-                    "pose", BASELINE, METRICS, make_task, lambda found: python_source(found["loss"], head=HEAD)
-                ),
-            )
+            evolve.run(args, evolve.Story("pose", BASELINE, METRICS, make_task, export))
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
     except KeyboardInterrupt:

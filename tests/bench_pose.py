@@ -1,0 +1,152 @@
+"""Pose: is the proxy's ranking worth something, where its seconds go, and OKS AP against pycocotools.
+
+    python tests/bench_pose.py [--proxy-steps 60 100]
+
+Ranking: losses of all qualities, trained with the proxy schedule (for each number of steps) and with the re-training
+schedule (other weights, other batches), both scored on the search-validation split of the embedded data. Metric: random
+people in as many pictures as COCO's val2017 has with people in them. Ratios within one run; one torch thread.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import search_pose  # noqa: E402
+from loss_ops import parse  # noqa: E402
+
+TREES = (
+    "Neg(Mul(y, Log(p)))",
+    "Square(Add(p, Neg(y)))",
+    "Neg(Mul(y, Sqrt(p)))",
+    "Neg(Mul(y, p))",
+    "Mul(Neg(Square(y)), Log(Log(p)))",
+    "Exp(Neg(Mul(p, y)))",
+    "Sqrt(Neg(Mul(y, p)))",
+    "Neg(Log(MeanNHW(Mul(p, y))))",
+    "Mul(Square(MaxPool3(p)), Neg(y))",
+    "Neg(Mul(MaxPool3(y), Log(p)))",
+    "Abs(Add(p, Neg(y)))",
+    "MinPool3(Mul(Inv(p), y))",
+    "Add(Mul(Log(p), Neg(y)), Square(p))",
+    "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))",
+)
+
+
+def ranks(values: list[float]) -> torch.Tensor:
+    """Ranks with ties at their mean."""
+    v = torch.tensor(values, dtype=torch.float64)
+    return (v[:, None] > v).sum(1) + 0.5 * (v[:, None] == v).sum(1)
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+def score(task: search_pose.PoseTask, losses, plan: search_pose.Schedule, seed: int) -> dict[str, float]:
+    net = task.network(seed)
+    try:
+        search_pose.train_network(net, task.loss(losses), task.batches(plan, seed), plan)
+    except search_pose.InvalidLoss:
+        return dict.fromkeys(search_pose.METRICS, 0.0)
+    return task.test(net, "val")
+
+
+def show_ranking(task: search_pose.PoseTask, steps: list[int]) -> None:
+    plans = {f"proxy{n}": task.proxy._replace(steps=n) for n in steps} | {"retrain": task.retraining}
+    losses = {name: name for name in search_pose.LOSSES} | {text: {"loss": parse(text)} for text in TREES}
+    table, seconds = {}, dict.fromkeys(plans, 0.0)
+    print("ap pck by " + ", ".join(plans))
+    for name, loss in losses.items():
+        for plan_name, plan in plans.items():
+            start = time.process_time()
+            table[name, plan_name] = score(task, loss, plan, 1000 if plan_name == "retrain" else 0)
+            seconds[plan_name] += time.process_time() - start
+        cells = ["{ap:.3f} {pck:.3f}".format(**table[name, plan]) for plan in plans]
+        print(" | ".join(cells), name, flush=True)
+    print(f"\n{'':12}{'s/eval':>8}" + "".join(f"{metric:>8}" for metric in search_pose.METRICS))
+    for plan in plans:
+        columns = [[[table[n, p][m] for n in losses] for p in (plan, "retrain")] for m in search_pose.METRICS]
+        cells = "".join(f"{spearman(*pair):>8.2f}" for pair in columns)
+        print(f"{plan:<12}{seconds[plan] / len(losses):>8.1f}{cells}")
+    print(f"Spearman with re-training over {len(losses)} losses; s/eval is the processor's time")
+
+
+def people(pictures: int, rng: np.random.Generator) -> tuple[dict, list[dict]]:
+    """One to fifteen people in each picture, and for each of them and for one nobody a detection."""
+    truth, detections = [], []
+    for picture in range(1, pictures + 1):
+        for _ in range(rng.integers(1, 16)):
+            height, corner = rng.uniform(30, 300), rng.uniform(0, 400, 2)
+            joints = np.column_stack([corner + rng.uniform(0, height, (17, 2)), rng.choice([0, 2], 17, p=[0.2, 0.8])])
+            about = {"image_id": picture, "category_id": 1}
+            truth.append(
+                {
+                    **about, "id": len(truth) + 1, "bbox": [*corner, height, height], "area": height**2 / 2,
+                    "iscrowd": 0, "num_keypoints": int((joints[:, 2] > 0).sum()),
+                    "keypoints": joints.flatten().tolist(),
+                }
+            )  # fmt: skip
+            joints[:, :2] += rng.normal(0, 0.05 * height, (17, 2))
+            detections.append({**about, "keypoints": joints.flatten().tolist(), "score": rng.random()})
+        detections.append({**detections[-1], "score": rng.random()})
+    pictures = [{"id": k} for k in range(1, pictures + 1)]
+    return {"images": pictures, "annotations": truth, "categories": [{"id": 1, "name": "person"}]}, detections
+
+
+def show_metric(pictures: int = 2693) -> None:
+    truth, detections = people(pictures, np.random.default_rng(0))
+    start = time.perf_counter()
+    ours = search_pose.oks_eval(truth, detections)
+    middle = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        known = COCO()
+        known.dataset = truth
+        known.createIndex()
+        oracle = COCOeval(known, known.loadRes(detections), "keypoints")
+        oracle.evaluate()
+        oracle.accumulate()
+        oracle.summarize()
+    end = time.perf_counter()
+    differ = max(abs(a - b) for a, b in zip(ours.values(), oracle.stats))
+    print(f"\nOKS AP of {len(detections):,} poses, {len(truth):,} people: {middle - start:.2f} s;", end=" ")
+    print(f"pycocotools {end - middle:.2f} s, {(end - middle) / (middle - start):.1f} times; differ by {differ:.1e}")
+
+
+def show_seconds(task: search_pose.PoseTask) -> None:
+    start = time.perf_counter()
+    data = list(task.batches(task.proxy, 0))
+    drawn = time.perf_counter() - start
+    print(f"\nloader: {len(data) * len(data[0][0]) / drawn:,.0f} persons/s")
+    print(f"{'one proxy training, s':<40}{'loader':>8}{'training':>10}{'metric':>8}")
+    for name in ("mse", "Neg(Mul(y, Log(p)))", "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))"):
+        loss, net = task.loss(name if name in search_pose.LOSSES else {"loss": parse(name)}), task.network(0)
+        start = time.perf_counter()
+        search_pose.train_network(net, loss, data, task.proxy)
+        middle = time.perf_counter()
+        task.test(net, "val")
+        print(f"{name:<40}{'once':>8}{middle - start:>10.2f}{time.perf_counter() - middle:>8.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--proxy-steps", type=int, nargs="+", default=[search_pose.PROXY["small"].steps])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    task = search_pose.PoseTask(search_pose.parse_arguments(["--device", "cpu"]))
+    show_ranking(task, args.proxy_steps)
+    show_seconds(task)
+    show_metric()
+    print(f"\ntorch {torch.__version__}, CPU")
+
+
+if __name__ == "__main__":
+    main()

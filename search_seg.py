@@ -17,10 +17,13 @@ Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p)))).
 
 import argparse
 import functools
+import inspect
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 import cv2
@@ -152,7 +155,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="where to compute: cpu, cuda or cuda:1 (%(default)s here)",
     )
-    evolve.add_search_arguments(parser)
+    evolve.add_search_arguments(parser, {"asl": "the parameters of Auto Seg-Loss"})
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "seg")
@@ -185,13 +188,18 @@ def split_outside_brackets(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
-    """The name of a hand-made loss, a formula, or a run directory."""
+def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
+    """The name of a hand-made loss, a formula, Auto Seg-Loss as `str(Asl)` writes it, or a run directory."""
     if text in LOSSES:
         return text
+    if text.startswith("asl("):
+        try:
+            return {"loss": Asl.read(text)}
+        except ValueError as error:
+            fail(f"{flag} {text}: {error}")
     if "(" not in text:
         if Path(text).is_dir():
-            return evolve.read_found(Path(text), "seg", flag)
+            return evolve.read_found(Path(text), "seg", flag, read_searched)
         fail(f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     try:
         expr = parse(text)
@@ -784,6 +792,30 @@ def distance_weights(labels: Tensor, num_classes: int) -> Tensor:
     return weights.half().to(labels.device)
 
 
+class Asl(NamedTuple):
+    """Auto Seg-Loss with its parameters, written `asl(miou: x1 y1 x2 y2 ...)`."""
+
+    metric: str
+    theta: tuple[float, ...]  # as asl_loss takes them
+
+    def __str__(self) -> str:
+        return f"asl({self.metric}: {' '.join(map(str, self.theta))})"
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        return asl_loss(logits, label, self.theta, self.metric)
+
+    @classmethod
+    def read(cls, text: str) -> "Asl":
+        """The inverse of `str`. Raises ValueError saying what is wrong."""
+        metric, _, numbers = text.removeprefix("asl(").removesuffix(")").partition(":")
+        if metric not in METRICS:
+            raise ValueError(f"{metric!r} is no metric; write asl(miou: x1 y1 x2 y2 ...)")
+        theta = tuple(float(number) for number in numbers.split())
+        if len(theta) != len(ASL_THETA[metric]) or not all(0 <= value <= 1 for value in theta):
+            raise ValueError(f"{metric} takes {len(ASL_THETA[metric])} numbers in 0..1, got {len(theta)}")
+        return cls(metric, theta)
+
+
 LOSSES = {
     "ce": ce,
     "wce": weighted_ce,
@@ -794,6 +826,13 @@ LOSSES = {
     "asl": asl_loss,
 }
 WEIGHTS = {"wce": unet_weights, "dpce": distance_weights}
+KNOWN = (  # what `--search cse` starts from: cross entropy, squared and absolute error, Dice, soft recall
+    "Neg(Mul(y, Log(p)))",
+    "Square(Add(p, Neg(y)))",
+    "Abs(Add(p, Neg(y)))",
+    "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))",
+    "Neg(Sqrt(MeanNHW(Mul(p, y))))",
+)
 BASELINE = "ce"
 
 
@@ -807,6 +846,29 @@ def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor], Tensor]:
         return evaluate(expr, leaves, mask)
 
     return loss
+
+
+def read_searched(text: str) -> Expr | Asl:
+    """A searched loss from its text."""
+    return Asl.read(text) if text.startswith("asl(") else parse(text)
+
+
+def export(found: dict[str, Expr | Asl]) -> str:
+    """A found loss as a standalone file with `loss(logits, label)`; it imports nothing of this repository."""
+    loss = found["loss"]
+    if isinstance(loss, Expr):
+        return python_source(loss)
+    needed = (softmax_leaves, edges, dilate_bits, bezier, asl_boundary_f1, asl_loss)
+    parts = [
+        f'"""Auto Seg-Loss (arXiv 2010.07930) for {loss.metric}, its parameters found by search."""\n\n'
+        "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor",
+        f"IGNORE = {IGNORE}\nASL_CURVES = {ASL_CURVES}\nTHETA = {loss.theta}",
+        *(inspect.getsource(function).strip() for function in needed),
+        "def loss(logits: Tensor, label: Tensor) -> Tensor:\n"
+        '    """logits: (N, C, H, W) before softmax; label: (N, H, W), integers 0..C-1 or 255, ignored. A scalar."""\n'
+        f'    return asl_loss(logits, label, THETA, "{loss.metric}")',
+    ]
+    return "\n\n\n".join(parts) + "\n"
 
 
 # =====================================================================================================================
@@ -932,7 +994,7 @@ class SegTask:
         """The training images with most classes, small, and what a random network makes of them."""
         train = self.data["train"]
         seen = torch.stack([(train.labels == c).flatten(1).any(1) for c in range(self.num_classes)]).sum(0)
-        index = seen.sort(descending=True, stable=True).indices[:GATE_SAMPLES]
+        self.few = index = seen.sort(descending=True, stable=True).indices[:GATE_SAMPLES]
         label = F.interpolate(train.labels[index].unsqueeze(1).float(), (GATE_SIZE, GATE_SIZE)).squeeze(1)
         label = torch.where(label == IGNORE, 0, label).long().to(self.device)  # the gates look at losses, not at data
         net = self.network(self.proxy, self.args.seed)
@@ -948,6 +1010,8 @@ class SegTask:
             self.gate_score,
             ETA[self.args.metric],
             scale_free=self.proxy.optimizer == "adamw",
+            ideal=10 * onehot.unsqueeze(1),
+            known=KNOWN,
         )
 
     @staticmethod
@@ -969,9 +1033,10 @@ class SegTask:
 
     def loss(self, losses: dict[str, Expr] | str) -> Callable[..., Tensor]:
         if losses == "asl":
-            metric = self.args.metric
-            return functools.partial(asl_loss, theta=ASL_THETA[metric], metric=metric)
-        return LOSSES[losses] if isinstance(losses, str) else tree_loss(losses["loss"])
+            return Asl(self.args.metric, ASL_THETA[self.args.metric])
+        if isinstance(losses, str):
+            return LOSSES[losses]
+        return losses["loss"] if isinstance(losses["loss"], Asl) else tree_loss(losses["loss"])
 
     def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Iterator[tuple[Tensor, ...]]:
         """The batches of a training; those of wce and dpce carry weights, which are made on first use."""
@@ -999,6 +1064,24 @@ class SegTask:
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
         return round(test_network(net, self.data["val"], self.num_classes, self.device)[self.args.metric], 6)
 
+    def simulate(self, losses: dict[str, Expr]) -> float:
+        """A short training on the pictures of the gates: the score on these, as a share of the baseline's."""
+        try:
+            return self.score_of_few(losses) / self.baseline_of_few
+        except InvalidLoss:
+            return 0.0
+
+    @functools.cached_property
+    def baseline_of_few(self) -> float:
+        return self.score_of_few(BASELINE)
+
+    def score_of_few(self, losses: dict[str, Expr] | str) -> float:
+        few = Split(*(tensor[self.few] for tensor in self.data["train"] if tensor is not None))
+        plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
+        net = self.network(plan, self.args.seed)
+        train_network(net, self.loss(losses), batches(few, plan, self.args.seed, self.device), plan)
+        return test_network(net, few, self.num_classes, self.device)[self.args.metric]
+
     def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None) -> dict:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
         net = self.network(self.retraining, own)
@@ -1006,6 +1089,83 @@ class SegTask:
         if picture:
             draw_predictions(net, self.data["test"], picture, self.device)
         return {name: test_network(net, self.data[name], self.num_classes, self.device) for name in ("val", "test")}
+
+
+class AslSearch:
+    """Auto Seg-Loss's own search (ASL, Sec. 3.4): PPO2 over the control points, drawn from a truncated normal.
+
+    The points are relative here, each a share of the way from its predecessor to (1, 1) in either coordinate: any
+    numbers in 0..1 make rising curves. A round of samples shares the mean `mu`; its update moves `mu` towards what
+    scored above the round's average. Workers draw from the `mu` that they know; each record says which one it was.
+    """
+
+    ROUND = 16  # samples; half as many as published, for twice the rounds out of the same budget [D]
+    SIGMA, CLIP, UPDATES, LR = 0.2, 0.2, 60, 0.2  # [A]
+
+    def __init__(self, metric: str):
+        points = len(ASL_THETA[metric]) // (2 * ASL_CURVES[metric])
+        start = [1 / (points + 1 - k) for k in range(points) for _ in "xy"] * ASL_CURVES[metric]  # identity curves [A]
+        self.metric, self.mu = metric, torch.tensor(start, dtype=torch.float64)
+        self.round: list[dict] = []
+        self.rounds = self.shown = 0
+
+    def propose(self, rng: random.Random) -> tuple[dict[str, Asl], dict]:
+        mean, normal, sample = self.mu.tolist(), NormalDist(), []
+        for mu in mean:
+            low, high = normal.cdf(-mu / self.SIGMA), normal.cdf((1 - mu) / self.SIGMA)
+            value = mu + self.SIGMA * normal.inv_cdf(low + (high - low) * rng.uniform(1e-9, 1 - 1e-9))
+            sample.append(round(min(max(value, 0.0), 1.0), 6))
+        theta = [round(value, 6) for value in self.control_points(torch.tensor(sample)).tolist()]
+        return {"loss": Asl(self.metric, tuple(theta))}, {"sample": sample, "mu": mean}
+
+    def control_points(self, relative: Tensor) -> Tensor:
+        """Absolute control points, as published: p_k = p_{k-1} + theta_k (1 - p_{k-1})."""
+        share = relative.view(ASL_CURVES[self.metric], -1, 2)
+        return (1 - (1 - share).cumprod(1)).flatten()
+
+    def learn(self, record: dict) -> None:
+        self.round.append(record)
+        if len(self.round) == self.ROUND:
+            self.update()
+            self.round, self.rounds = [], self.rounds + 1
+
+    def update(self) -> None:
+        """The round's steps of Adam on the logit of mu: PPO2's clipped objective (Schulman 2017, Eq. 7)."""
+        sample, old = (torch.tensor([r[key] for r in self.round], dtype=torch.float64) for key in ("sample", "mu"))
+        reward = torch.tensor([r["score"] or 0.0 for r in self.round], dtype=torch.float64)  # invalid: worth nothing
+        advantage = reward - reward.mean()
+        before = self.log_density(sample, old)
+        logit = self.mu.logit(eps=1e-6).requires_grad_()
+        optimizer = torch.optim.Adam([logit], self.LR)
+        for _ in range(self.UPDATES):
+            ratio = (self.log_density(sample, logit.sigmoid()) - before).exp()
+            clipped = ratio.clamp(1 - self.CLIP, 1 + self.CLIP)
+            optimizer.zero_grad()
+            (-torch.minimum(ratio * advantage, clipped * advantage).mean()).backward()
+            optimizer.step()
+        self.mu = logit.detach().sigmoid()
+
+    def log_density(self, x: Tensor, mu: Tensor) -> Tensor:
+        """Of samples (S, D) under truncated normals around `mu` (D,) or (S, D), up to a constant; (S,)."""
+        inside = torch.special.ndtr((1 - mu) / self.SIGMA) - torch.special.ndtr(-mu / self.SIGMA)
+        return (-((x - mu) ** 2) / (2 * self.SIGMA**2) - inside.log()).sum(-1)
+
+    def show(self, board) -> None:
+        """After each round: `mu`, and a picture of its curves."""
+        if self.rounds == self.shown:
+            return
+        self.shown = self.rounds
+        for k, value in enumerate(self.mu.tolist()):
+            board.add_scalar(f"asl/mu_{k}", value, self.rounds)
+        points = self.control_points(self.mu).view(ASL_CURVES[self.metric], -1, 2)
+        x = torch.linspace(0, 1, 200, dtype=torch.float64)
+        picture = np.full((256, 256 * len(points), 3), 255, np.uint8)
+        for k, curve in enumerate(points):
+            y = bezier(x, curve)
+            line = torch.stack([28 + 200 * x + 256 * k, 228 - 200 * y], 1).round().int().numpy()
+            cv2.rectangle(picture, (28 + 256 * k, 28), (228 + 256 * k, 228), (160, 160, 160))
+            cv2.polylines(picture, [line], False, (0, 0, 0), 2, cv2.LINE_AA)
+        board.add_image("asl/curves", picture, self.rounds, dataformats="HWC")
 
 
 # Least gain in the rejection protocol. The published 0.6 [P] stands where hand-made losses exceed it with a margin.
@@ -1050,9 +1210,8 @@ def main() -> None:
             compare(args)
         else:
             make_task = functools.partial(SegTask, args)
-            evolve.run(
-                args, evolve.Story("seg", BASELINE, METRICS, make_task, lambda found: python_source(found["loss"]))
-            )
+            samplers = {"asl": lambda: AslSearch(args.metric)}
+            evolve.run(args, evolve.Story("seg", BASELINE, METRICS, make_task, export, samplers, read_searched))
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
     except KeyboardInterrupt:

@@ -93,7 +93,7 @@ def test_tensorboard_shows_what_the_readme_explains(finished):
         for tag in tags
     }
     glossary = (REPOSITORY / "README.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
-    explained = set(re.findall(r"^\| `([^`]+)` \|", glossary, re.M))
+    explained = {tag for tag in re.findall(r"^\| `([^`]+)` \|", glossary, re.M) if not tag.startswith("asl/")}
     assert general - {tag for tag in general if tag.startswith("_hparams_")} == explained
     best = [event.value for event in events.Scalars("search/best")]
     assert best == sorted(best)
@@ -179,6 +179,9 @@ def test_torchrun_enters_the_same_way(root, tmp_path):
     [
         ["--search", "naive", "--evals", "25"],
         ["--search", "random", "--evals", "2"],
+        ["--search", "cse", "--evals", "2"],
+        ["--search", "cse-rand", "--evals", "1"],
+        ["--search", "aml", "--evals", "25"],
         ["--without", "dead,gradient", "--evals", "2"],
     ],
 )
@@ -189,9 +192,55 @@ def test_other_searches(root, tmp_path, monkeypatch, capsys, flags):
     (directory,) = tmp_path.iterdir()
     lines = journal(directory)
     assert len(lines) == int(flags[-1])
-    if "naive" in flags:
+    if "naive" in flags or "aml" in flags:
         assert lines[-1]["gates"]["invalid"] > 0, "most random trees cannot even be trained with"
         assert any(line["parent"] for line in lines)
+
+
+def test_search_of_auto_seg_loss(root, tmp_path, monkeypatch, capsys):
+    """Rounds are learned from, a resume goes on exactly, and the found parameters can be taken away in three ways."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(search_seg.AslSearch, "ROUND", 3)
+    common = ["--data-root", str(root), *SMALL, "--workers", "1", "--seeds", "1"]
+
+    def begin(runs, *flags):
+        monkeypatch.setattr(sys, "argv", ["search_seg.py", *common, "--runs", str(tmp_path / runs), *flags])
+        search_seg.main()
+        (directory,) = (tmp_path / runs).iterdir()
+        return directory
+
+    whole = begin("whole", "--search", "asl", "--metric", "bf1", "--evals", "8")
+    part = begin("part", "--search", "asl", "--metric", "bf1", "--evals", "4")
+    begin("part", "--resume", str(part), "--evals", "8")
+    assert journal(part) == journal(whole) and len(journal(whole)) == 8
+    means = [line["mu"] for line in journal(whole)]
+    assert means[0] == means[2] == [0.5] * 8, "the identity"
+    assert means[2] != means[3] == means[5] != means[6]
+
+    found = json.loads((whole / "result.json").read_text())["losses"]["loss"]
+    assert found.startswith("asl(bf1: ") and found in (whole / "hall_of_fame.csv").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *common, "--compare", f"{whole},{found},asl", "--metric", "bf1"])
+    search_seg.main()
+    rows = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1] == rows[2] != rows[3]
+
+    events = EventAccumulator(str(whole)).Reload()
+    assert len(events.Images("asl/curves")) == 2
+    assert [event.step for event in events.Scalars("asl/mu_7")] == [1, 2]
+    glossary = (REPOSITORY / "README.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
+    assert "| `asl/curves` |" in glossary and "| `asl/mu_<k>` |" in glossary
+
+    logits, label = torch.randn(2, 7, 8, 8), torch.randint(0, 7, (2, 8, 8))
+    label[0, 0] = 255
+    torch.save((logits, label, search_seg.Asl.read(found)(logits, label)), tmp_path / "numbers")
+    code = (
+        "import torch; from best_loss import loss; x, y, value = torch.load('numbers');"
+        "x.requires_grad_(); z = loss(x, y); z.backward(); assert z == value and x.grad.isfinite().all()"
+    )
+    shutil.copy(whole / "best_loss.py", tmp_path)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("loss", ["dice", "Neg(Mul(y, Log(p)))", "RUN_DIR"])
@@ -250,7 +299,10 @@ def bad(monkeypatch, capsys, *argv):
         (["--minutes", "0"], ["--minutes", "0", "at least"]),
         (["--minutes", "nan"], ["--minutes", "nan", "at least"]),
         (["--workers", "-1"], ["--workers", "-1"]),
-        (["--search", "grid"], ["--search", "grid", "evolve random naive"]),
+        (["--search", "grid"], ["--search", "grid", "evolve random naive cse cse-rand aml asl"]),
+        (["--loss", "asl(miou: 0.1 0.2)"], ["--loss asl(miou: 0.1 0.2)", "12 numbers in 0..1, got 2"]),
+        (["--loss", "asl(iou: 0.1)"], ["--loss asl(iou", "'iou' is no metric"]),
+        (["--loss", "asl(macc: 0 0 0 0 0 x)"], ["--loss asl(macc", "'x'"]),
         (["--without", "dead,foo"], ["--without", "foo", "equivalent"]),
         (["--data", "coco"], ["--data", "coco", "shapes voc cityscapes"]),
         (["--data", "voc"], ["--data voc", "--data-root"]),

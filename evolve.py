@@ -1159,14 +1159,14 @@ def run(args, story: Story) -> None:
         port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(os.environ["MASTER_ADDR"], port, None, own_server, wait_for_workers=False)
         if under_torchrun and rank == 0:
-            directory = Path(store.get("run_dir").decode()) if store.check(["run_dir"]) else open_run(args, story)
+            directory = Path(store.get("run_dir").decode()) if store.check(["run_dir"]) else open_run(args, story.name)
             store.set("run_dir", str(directory))
         else:
             directory = Path(os.environ.get("AUTOLOSS_RUN_DIR") or store.get("run_dir").decode())
     else:
         world = args.workers
         store = dist.HashStore() if world == 1 else dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        directory = open_run(args, story)
+        directory = open_run(args, story.name)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic restart begins with fresh logs
     board = Board(dist.PrefixStore(f"attempt{attempt}", store), rank, world)
 
@@ -1261,13 +1261,13 @@ def publish_baseline(story: Story, task: Task, board: Board) -> None:
     board.publish(baseline=score)
 
 
-def open_run(args, story: Story) -> Path:
+def open_run(args, task_name: str) -> Path:
     """Make a run directory, or go on in the given one."""
     if args.resume:
         print(f"going on in {args.resume}")
         return args.resume
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{story.name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
+    name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
     for suffix in ("", *(f"-{k}" for k in range(2, 100))):
         directory = args.runs / (name + suffix)
         try:
@@ -1280,7 +1280,7 @@ def open_run(args, story: Story) -> Path:
         here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
         revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
     about = {
-        "task": story.name,
+        "task": task_name,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},

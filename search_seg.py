@@ -4,6 +4,7 @@
     python search_seg.py --metric miou --loss dice            # train and evaluate one loss instead
     python search_seg.py --metric bf1 --loss "Neg(Mul(y, Log(p)))"
     python search_seg.py --compare ce,dice,lovasz,RUN_DIR     # several losses, six metrics, one table
+    python search_seg.py --metric miou --search asl           # search the parameters of Auto Seg-Loss instead
     python search_seg.py --metric miou --data voc --data-root VOCdevkit/VOC2012 --model r50-dlv3p
     tensorboard --logdir runs
 
@@ -18,6 +19,9 @@ Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p)))).
 import argparse
 import functools
 import inspect
+import itertools
+import json
+import os
 import random
 import sys
 import time
@@ -29,6 +33,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image  # comes with torchvision
@@ -148,6 +153,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         type=evolve.at_least(2),
         metavar="N",
         help="images in a batch (shapes 16, others 32 in the proxy and 16 in re-training)",
+    )
+    task.add_argument(
+        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (shapes 0.01, others 0.02)"
+    )
+    task.add_argument(
+        "--checkpoint-steps",
+        type=evolve.at_least(1),
+        default=500,
+        metavar="N",
+        help="steps between two checkpoints of a --loss or --compare training (%(default)s)",
     )
     task.add_argument(
         "--device",
@@ -875,17 +890,61 @@ def export(found: dict[str, Expr | Asl]) -> str:
 # Training
 
 
-def batches(split: Split, plan: Schedule, seed: int, device: str) -> Iterator[tuple[Tensor, ...]]:
-    """`plan.steps` batches (images normalised, labels, weights if the split has them), drawn with replacement.
+def rank_and_world() -> tuple[int, int]:
+    """This process among those that share one training under torchrun; (0, 1) where none do, as in a search."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Order and augmentation have seeds of their own.
+
+class Batches:
+    """Batches without end (images normalised, labels, weights if the split has them), drawn with replacement.
+
+    Order and augmentation have generators of their own; their states say where in the sequence the training is. Of
+    several processes each draws its share of a batch.
     """
-    order = torch.Generator().manual_seed(2 * seed)
-    augmentation = torch.Generator(device).manual_seed(2 * seed + 1)
-    for _ in range(plan.steps):
-        index = torch.randint(len(split.images), (plan.batch,), generator=order)
-        images, *targets = batch_scale_crop_flip(split, index, plan.crop, plan.scale, augmentation)
-        yield normalise(batch_colour_jitter(images, 0.25, augmentation)), *targets
+
+    def __init__(self, split: Split, plan: Schedule, seed: int, device: str):
+        rank, world = rank_and_world()
+        self.split, self.plan, self.size = split, plan, max(1, plan.batch // world)
+        seed += 1_000_003 * rank
+        self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order, augmentation = self.generators
+        while True:
+            index = torch.randint(len(self.split.images), (self.size,), generator=order)
+            images, *targets = batch_scale_crop_flip(self.split, index, self.plan.crop, self.plan.scale, augmentation)
+            yield normalise(batch_colour_jitter(images, 0.25, augmentation)), *targets
+
+
+class Checkpoint:
+    """A training on disk, written every so many steps: a kill costs no more than the steps since the last one."""
+
+    def __init__(self, path: Path, every: int, generators):
+        self.path, self.every, self.generators = path, every, generators
+
+    def load(self, *parts) -> tuple[int, list]:
+        """Restore network, optimizer, schedule and generators; how many steps are done, and the curve so far."""
+        if not self.path.exists():
+            return 0, []
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for part, saved in zip(parts, state["parts"]):
+            part.load_state_dict(saved)
+        for generator, saved in zip(self.generators, state["generators"][rank_and_world()[0]]):
+            generator.set_state(saved)
+        return state["steps"], state["curve"]
+
+    def save(self, steps: int, curve: list, *parts) -> None:
+        """Written by rank 0; of the others only the generators differ."""
+        states = [[generator.get_state() for generator in self.generators]]
+        rank, world = rank_and_world()
+        if world > 1:
+            own, states = states[0], [None] * world
+            dist.all_gather_object(states, own)
+        if rank == 0:
+            unfinished = self.path.with_suffix(".part")
+            parts = [part.state_dict() for part in parts]
+            torch.save({"steps": steps, "curve": curve, "parts": parts, "generators": states}, unfinished)
+            unfinished.replace(self.path)
 
 
 def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
@@ -900,9 +959,17 @@ def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
 
 
 def train_network(
-    net: nn.Module, loss: Callable, data, plan: Schedule, stop_invalid: bool = True
+    net: nn.Module,
+    loss: Callable,
+    data,
+    plan: Schedule,
+    stop_invalid: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> list[tuple[int, float]]:
     """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
+
+    Goes on from `checkpoint` where that has been written. Under torchrun the gradients are averaged over the processes,
+    each of which evaluates the loss on its own part of the batch.
 
     Raises InvalidLoss as soon as the loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
     only, so that the host seldom waits for the device.
@@ -910,27 +977,39 @@ def train_network(
     cuda = next(net.parameters()).is_cuda
     optimizer = make_optimizer(net, plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
-    weights = list(net.parameters())
-    curve, valid = [], None
+    _, world = rank_and_world()
+    parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
+    first, curve = checkpoint.load(*parts) if checkpoint else (0, [])
+    weights, valid = list(net.parameters()), None
     net.train()
-    for step, (images, *targets) in enumerate(data):
+    if world > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if cuda else net
+        net = nn.parallel.DistributedDataParallel(net)
+    for step, (images, *targets) in zip(range(first, plan.steps), data):
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             logits = net(images)
         value = loss(logits.float(), *targets)
         if not value.requires_grad:
             raise InvalidLoss("the first step, for want of a gradient")
+        shown = value.detach()
+        if world > 1:  # if one process alone saw what is invalid, the others would wait for it forever
+            dist.all_reduce(shown := shown / world)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         if stop_invalid:
             norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-            finite = value.isfinite() & norm.isfinite()
+            finite = shown.isfinite() & norm.isfinite()
             valid = finite if valid is None else valid & finite
             if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
                 raise InvalidLoss(f"step {step}")
         optimizer.step()
         schedule.step()
         if step % max(1, plan.steps // 20) == 0:
-            curve.append((step, value.detach()))
+            curve.append((step, shown))
+        if checkpoint and (step + 1) % checkpoint.every == 0:
+            checkpoint.save(step + 1, curve, *parts)
+    if checkpoint:
+        checkpoint.save(plan.steps, curve, *parts)
     return [(step, value.item()) for step, value in curve]
 
 
@@ -987,7 +1066,7 @@ class SegTask:
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
         args = self.args
-        flags = {"steps": steps, "crop": args.crop, "batch": args.batch, "model": args.model}
+        flags = {"steps": steps, "crop": args.crop, "batch": args.batch, "lr": args.lr, "model": args.model}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def branch(self) -> Branch:
@@ -1038,7 +1117,7 @@ class SegTask:
             return LOSSES[losses]
         return losses["loss"] if isinstance(losses["loss"], Asl) else tree_loss(losses["loss"])
 
-    def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Batches:
         """The batches of a training; those of wce and dpce carry weights, which are made on first use."""
         name = losses if isinstance(losses, str) and losses in WEIGHTS else None
         if name not in self.weighted:
@@ -1046,14 +1125,14 @@ class SegTask:
             self.weighted[name] = place(
                 train._replace(weights=WEIGHTS[name](train.labels, self.num_classes)), self.device
             )
-        return batches(self.weighted[name], plan, seed, self.device)
+        return Batches(self.weighted[name], plan, seed, self.device)
 
     @functools.cached_property
     def proxy_batches(self):
         """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
         plan = self.proxy
         if plan.steps * plan.batch * plan.crop**2 * 13 < 2**29:
-            return list(self.batches(BASELINE, plan, self.args.seed))
+            return list(itertools.islice(self.batches(BASELINE, plan, self.args.seed), plan.steps))
         return None
 
     def train(self, losses: dict[str, Expr] | str) -> float:
@@ -1079,13 +1158,17 @@ class SegTask:
         few = Split(*(tensor[self.few] for tensor in self.data["train"] if tensor is not None))
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
-        train_network(net, self.loss(losses), batches(few, plan, self.args.seed, self.device), plan)
+        train_network(net, self.loss(losses), Batches(few, plan, self.args.seed, self.device), plan)
         return test_network(net, few, self.num_classes, self.device)[self.args.metric]
 
-    def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None) -> dict:
+    def retrain(
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint: Path | None = None
+    ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        net = self.network(self.retraining, own)
-        train_network(net, self.loss(losses), self.batches(losses, self.retraining, own), self.retraining)
+        plan = self.retraining
+        net, data = self.network(plan, own), self.batches(losses, plan, own)
+        saved = Checkpoint(checkpoint, self.args.checkpoint_steps, data.generators) if checkpoint else None
+        self.curve = train_network(net, self.loss(losses), data, plan, checkpoint=saved)
         if picture:
             draw_predictions(net, self.data["test"], picture, self.device)
         return {name: test_network(net, self.data[name], self.num_classes, self.device) for name in ("val", "test")}
@@ -1177,27 +1260,66 @@ ETA = dict.fromkeys(METRICS, evolve.ETA)
 
 
 def compare(args) -> None:
-    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split."""
+    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split.
+
+    Everything goes into a run directory; `--resume` repeats nothing that is finished there and goes on with the
+    training in flight. Under torchrun all processes share each training.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    rank, world = rank_and_world()
     task = SegTask(args)
-    test: dict[str, dict[str, list[float]]] = {}
-    for name, losses in args.wanted.items():
-        test[name] = {metric: [] for metric in METRICS}
-        for seed in range(args.seed, args.seed + args.seeds):
-            start = time.time()
-            try:
-                scores = task.retrain(losses, seed)["test"]
-            except InvalidLoss as error:
-                print(f"{name}, seed {seed}: the loss or its gradient became invalid at {error}", flush=True)
-                continue
-            for metric, value in scores.items():
-                test[name][metric].append(value)
-            print(
-                f"{name}, seed {seed}: {args.metric} {scores[args.metric]:.3f}  {time.time() - start:.1f} s", flush=True
-            )
+    directory = [evolve.open_run(args, "seg") if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(directory)
+    (directory,) = directory
+    done = {(line["loss"], line["seed"]): line for line in evolve.read_lines(directory / "retrain.jsonl")}
+    seeds = range(args.seed, args.seed + args.seeds)
+    for k, (name, losses) in enumerate(args.wanted.items()):
+        for seed in seeds:
+            if (name, seed) not in done:
+                try:
+                    done[name, seed] = train_once(task, name, losses, seed, directory / f"training_{k}_{seed}.pt")
+                except KeyboardInterrupt:
+                    print(f"\ninterrupted; go on with: python search_seg.py --resume {directory}")
+                    raise
+            if rank == 0:
+                line = done[name, seed]
+                scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
+                print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
+    if rank > 0:
+        return
+    test = {
+        name: {metric: [line["scores"]["test"][metric] for line in lines if line["scores"]] for metric in METRICS}
+        for name in args.wanted
+        for lines in [[done[name, seed] for seed in seeds]]
+    }
     if args.compare:
         evolve.show_losses(test, METRICS, args.seeds)
     else:
         evolve.show_table({name if len(name) < 17 else "loss": test[name] for name in test}, METRICS, args.metric)
+        print(f"\nthe trained networks are in {directory}")
+
+
+def train_once(task: SegTask, name: str, losses, seed: int, checkpoint: Path) -> dict:
+    """One training of `compare` as its line in retrain.jsonl, and its curve in TensorBoard."""
+    line, start = {"loss": name, "seed": seed, "scores": None}, time.time()
+    try:
+        line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
+    except InvalidLoss as error:
+        line["invalid"] = f"the loss or its gradient became invalid at {error}"
+    line["seconds"] = round(time.time() - start, 2)
+    if rank_and_world()[0] == 0:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
+
+        with (checkpoint.parent / "retrain.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        with SummaryWriter(str(checkpoint.parent)) as board:
+            for step, value in task.curve:
+                board.add_scalar(f"retrain/{checkpoint.stem}", value, step)
+        if task.args.compare:  # the networks of a single loss are kept
+            checkpoint.unlink(missing_ok=True)
+    return line
 
 
 def main() -> None:

@@ -93,7 +93,9 @@ def test_tensorboard_shows_what_the_readme_explains(finished):
         for tag in tags
     }
     glossary = (REPOSITORY / "README.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
-    explained = {tag for tag in re.findall(r"^\| `([^`]+)` \|", glossary, re.M) if not tag.startswith("asl/")}
+    explained = {
+        tag for tag in re.findall(r"^\| `([^`]+)` \|", glossary, re.M) if not tag.startswith(("asl/", "retrain/"))
+    }
     assert general - {tag for tag in general if tag.startswith("_hparams_")} == explained
     best = [event.value for event in events.Scalars("search/best")]
     assert best == sorted(best)
@@ -221,7 +223,8 @@ def test_search_of_auto_seg_loss(root, tmp_path, monkeypatch, capsys):
     found = json.loads((whole / "result.json").read_text())["losses"]["loss"]
     assert found.startswith("asl(bf1: ") and found in (whole / "hall_of_fame.csv").read_text()
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["search_seg.py", *common, "--compare", f"{whole},{found},asl", "--metric", "bf1"])
+    flags = ["--runs", str(tmp_path / "table"), "--compare", f"{whole},{found},asl", "--metric", "bf1"]
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *common, *flags])
     search_seg.main()
     rows = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert rows[1] == rows[2] != rows[3]
@@ -246,18 +249,75 @@ def test_search_of_auto_seg_loss(root, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("loss", ["dice", "Neg(Mul(y, Log(p)))", "RUN_DIR"])
 def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypatch, loss):
     loss = str(finished[0]) if loss == "RUN_DIR" else loss
-    flags = ["--data-root", str(root), *SMALL, "--loss", loss, "--seeds", "2", "--metric", "bf1"]
+    flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL]
+    flags += ["--loss", loss, "--seeds", "2", "--metric", "bf1"]
     monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags])
     search_seg.main()
     printed = capsys.readouterr().out
     assert ">>>>  bf1" in printed and printed.count("+-") == 6
+    (directory,) = tmp_path.iterdir()
+    state = torch.load(directory / "training_0_1.pt", weights_only=True)
+    search_seg.build_model("small", 7).load_state_dict(state["parts"][0])
 
 
-def test_several_losses_side_by_side(root, finished, capsys, monkeypatch):
-    listed = f"ce,wce,Mul(y, Exp(Neg(p))),{finished[0]}"
-    monkeypatch.setattr(
-        sys, "argv", ["search_seg.py", "--data-root", str(root), *SMALL, "--compare", listed, "--seeds", "2"]
+def test_one_training_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch, capsys):
+    common = ["search_seg.py", "--data-root", str(root), *SMALL, "--retrain-steps", "7", "--checkpoint-steps", "2"]
+
+    def start(*flags):
+        monkeypatch.setattr(sys, "argv", [*common, *flags])
+        search_seg.main()
+
+    def results(runs):
+        (log,) = runs.glob("*/retrain.jsonl")
+        return [{**json.loads(line), "seconds": 0} for line in log.read_text().splitlines()]
+
+    flags = ["--compare", "ce,wce", "--seeds", "2", "--runs"]
+    start(*flags, str(tmp_path / "whole"))
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    save, saved = search_seg.Checkpoint.save, []
+
+    def save_and_stop(self, *args):
+        save(self, *args)
+        saved.append(self.path.name)
+        if saved.count("training_1_0.pt") == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_seg.Checkpoint, "save", save_and_stop)
+        with pytest.raises(SystemExit) as stop:
+            start(*flags, str(tmp_path / "part"))
+    (directory,) = (tmp_path / "part").iterdir()
+    assert stop.value.code == 130 and f"--resume {directory}" in capsys.readouterr().out
+    assert len(results(tmp_path / "part")) == 2 and (directory / "training_1_0.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(search_seg.Checkpoint, "save", lambda self, steps, *rest: saved.append((self.path.stem, steps)))
+        start("--resume", str(directory))
+    assert saved[-6:] == [("training_1_0", 6), ("training_1_0", 7)] + [("training_1_1", k) for k in (2, 4, 6, 7)]
+    assert results(tmp_path / "part") == results(tmp_path / "whole")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")] == table
+    assert not list(directory.glob("*.pt")), "of a comparison no networks are kept"
+
+
+def test_several_processes_share_one_training(root, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29614"]
+    flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--loss", "dice", "--seeds", "1"]
+    done = subprocess.run(
+        [*launcher, "search_seg.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dice, seed 0: miou") == 1 == done.stdout.count(">>>>"), "one of them speaks"
+    (directory,) = tmp_path.iterdir()
+    assert len((directory / "retrain.jsonl").read_text().splitlines()) == 1
+    state = torch.load(directory / "training_0_0.pt", weights_only=True)
+    assert state["steps"] == 3
+    orders = [order for order, _ in state["generators"]]
+    assert len(orders) == 2 and not torch.equal(*orders), "each draws pictures of its own"
+
+
+def test_several_losses_side_by_side(root, finished, capsys, monkeypatch, tmp_path):
+    listed = f"ce,wce,Mul(y, Exp(Neg(p))),{finished[0]}"
+    flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--compare", listed, "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags])
     search_seg.main()
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in table] == [

@@ -589,7 +589,7 @@ def test_weights_are_cut_like_their_labels(root):
     train = task.data["train"]
     split = train._replace(weights=train.labels.half())
     plan = task.proxy._replace(steps=1, scale=(1.0, 1.0))
-    ((_, labels, weights),) = search_seg.batches(split, plan, 0, "cpu")
+    _, labels, weights = next(iter(search_seg.Batches(split, plan, 0, "cpu")))
     inside = (labels == labels.roll(1, 1)) & (labels == labels.roll(1, 2)) & (labels == labels.roll((1, 1), (1, 2)))
     inside = inside & inside.roll(-1, 1) & inside.roll(-1, 2) & inside.roll((-1, -1), (1, 2)) & (labels != 255)
     assert inside.float().mean() > 0.5

@@ -821,11 +821,11 @@ class Asl(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> "Asl":
-        """The inverse of `str`. Raises ValueError saying what is wrong."""
+        """The inverse of `str`; `asl(miou)` has the published parameters. Raises ValueError saying what is wrong."""
         metric, _, numbers = text.removeprefix("asl(").removesuffix(")").partition(":")
         if metric not in METRICS:
-            raise ValueError(f"{metric!r} is no metric; write asl(miou: x1 y1 x2 y2 ...)")
-        theta = tuple(float(number) for number in numbers.split())
+            raise ValueError(f"{metric!r} is no metric; write asl(miou) or asl(miou: x1 y1 x2 y2 ...)")
+        theta = tuple(float(number) for number in numbers.split()) or ASL_THETA[metric]
         if len(theta) != len(ASL_THETA[metric]) or not all(0 <= value <= 1 for value in theta):
             raise ValueError(f"{metric} takes {len(ASL_THETA[metric])} numbers in 0..1, got {len(theta)}")
         return cls(metric, theta)

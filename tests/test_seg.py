@@ -581,6 +581,9 @@ def test_each_loss_is_the_one_of_its_name(root):
         task.args.metric = metric
         want = search_seg.asl_loss(logits, label, search_seg.ASL_THETA[metric], metric)
         assert task.loss("asl")(logits, label) == want
+        published = search_seg.read_loss(f"asl({metric})", "--loss")
+        assert task.loss(published)(logits, label) == want
+        assert search_seg.read_loss(str(published["loss"]), "--loss") == published
     assert task.loss("dice")(logits, label) == search_seg.dice(logits, label)
 
 

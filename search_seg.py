@@ -1269,10 +1269,10 @@ def compare(args) -> None:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     rank, world = rank_and_world()
     task = SegTask(args)
-    directory = [evolve.open_run(args, "seg") if rank == 0 else None]
+    shared = [evolve.open_run(args, "seg") if rank == 0 else None]
     if world > 1:
-        dist.broadcast_object_list(directory)
-    (directory,) = directory
+        dist.broadcast_object_list(shared)
+    (directory,) = shared
     done = {(line["loss"], line["seed"]): line for line in evolve.read_lines(directory / "retrain.jsonl")}
     seeds = range(args.seed, args.seed + args.seeds)
     for k, (name, losses) in enumerate(args.wanted.items()):
@@ -1289,11 +1289,10 @@ def compare(args) -> None:
                 print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
     if rank > 0:
         return
-    test = {
-        name: {metric: [line["scores"]["test"][metric] for line in lines if line["scores"]] for metric in METRICS}
-        for name in args.wanted
-        for lines in [[done[name, seed] for seed in seeds]]
-    }
+    test = {}
+    for name in args.wanted:
+        valid = [line["scores"]["test"] for line in (done[name, seed] for seed in seeds) if line["scores"]]
+        test[name] = {metric: [scores[metric] for scores in valid] for metric in METRICS}
     if args.compare:
         evolve.show_losses(test, METRICS, args.seeds)
     else:

@@ -338,30 +338,7 @@ def softmax_leaves(logits: Tensor, label: Tensor, ignore_index: int = 255) -> tu
     return {"y": y, "p": logits.softmax(1)}, mask
 
 
-def python_source(expr: Expr, title: str = "A loss function found by search.") -> str:
-    """A standalone Python file with `loss(logits, label, ignore_index=255)`; it computes the same number as `evaluate`.
-
-    The file imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
-    """
-    order = [node for node in subtrees(expr) if node.args]
-    names = {node: f"x{k}" for k, node in enumerate(order, 1)} | {Expr("y"): "y", Expr("p"): "p", ONE: "one"}
-    steps = []
-    for node in order:
-        operator = OPERATORS[node.op]
-        args = [names[arg] for arg in node.args] + ["mask"] * operator.masked
-        steps.append(f"    {names[node]} = {operator.function.__name__}({', '.join(args)})")
-    if "1" in leaves_of(expr):
-        steps.insert(0, "    one = logits.new_ones((1, 1, 1, 1))")
-
-    used = {OPERATORS[node.op].function for node in order} | {mean_nhw}
-    used |= {max_pool3} if min_pool3 in used else set()
-    functions = [op.function for op in OPERATORS.values() if op.function in used] + [reduce]
-    pools = "import torch.nn.functional as F\n" * (max_pool3 in used)
-    parts = [
-        f'r"""{title}\n\n    {expr}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {latex(expr)}\n"""',
-        f"import torch\n{pools}\nEPS = {EPS}",
-        *(SOURCES[function] for function in functions),
-        f'''def loss(logits, label, ignore_index=255):
+SEGMENTATION = '''def loss(logits, label, ignore_index=255):
     """{expr}
 
     logits: (N, C, H, W) or (N, C), before softmax; label: (N, H, W) or (N,), integers 0..C-1 or ignore_index.
@@ -373,7 +350,48 @@ def python_source(expr: Expr, title: str = "A loss function found by search.") -
     y = torch.zeros_like(logits).scatter_(1, label.long().unsqueeze(1) * mask, 1.0)
     p = logits.softmax(1)
 '''
-        + "\n".join([*steps, f"    return reduce({names[expr]}, logits.shape[1], mask)"]),
+
+
+def python_source(expr: Expr, title: str = "A loss function found by search.") -> str:
+    """A standalone Python file with `loss(logits, label, ignore_index=255)`; it computes the same number as `evaluate`.
+
+    The file imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
+    """
+    return python_module([(expr, SEGMENTATION)], title)
+
+
+def python_module(losses: Sequence[tuple[Expr, str]], title: str) -> str:
+    """As `python_source` for several losses, each with the head of its function.
+
+    A head is the text of a function up to its formula, with `{expr}` where the documentation shows that. It must define
+    the leaves of its formula, (N, C, H, W), and `mask`, None where every position counts.
+    """
+    used, bodies = {mean_nhw}, []
+    for expr, head in losses:
+        order = [node for node in subtrees(expr) if node.args]
+        names = {Expr(leaf): leaf for leaf in LEAVES} | {ONE: "one"}
+        names |= {node: f"x{k}" for k, node in enumerate(order, 1)}
+        steps = []
+        for node in order:
+            operator = OPERATORS[node.op]
+            args = [names[arg] for arg in node.args] + ["mask"] * operator.masked
+            steps.append(f"    {names[node]} = {operator.function.__name__}({', '.join(args)})")
+            used.add(operator.function)
+        some = min(leaves_of(expr) - {"1"}, default="p")
+        if "1" in leaves_of(expr):
+            steps.insert(0, f"    one = {some}.new_ones((1, 1, 1, 1))")
+        steps.append(f"    return reduce({names[expr]}, {some}.shape[1], mask)")
+        bodies.append(head.replace("{expr}", str(expr)) + "\n".join(steps))
+
+    used |= {max_pool3} if min_pool3 in used else set()
+    functions = [op.function for op in OPERATORS.values() if op.function in used] + [reduce]
+    pools = "import torch.nn.functional as F\n" * (max_pool3 in used)
+    formulas, shown = ("\n    ".join(show(expr) for expr, _ in losses) for show in (str, latex))
+    parts = [
+        f'r"""{title}\n\n    {formulas}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {shown}\n"""',
+        f"import torch\n{pools}\nEPS = {EPS}",
+        *(SOURCES[function] for function in functions),
+        *bodies,
     ]
     return "\n\n\n".join(parts).replace('"""\n\n\nimport', '"""\n\nimport') + "\n"
 

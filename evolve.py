@@ -250,10 +250,13 @@ def first_gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None
     """dL/d(prediction) at the start, (B, D) float64 for each tree; None where nothing can be learned from it.
 
     That is: a gradient that is not finite, that is zero on every sample, or that stays the same (to a thousandth of its
-    norm, on every sample) when the targets are exchanged between samples and when they are shifted within each.
+    norm, on every sample) when the targets are exchanged between samples and when they are shifted within each: along N
+    where there are several, so that each stays whole; a box shifted by a coordinate would be none.
     """
     x, y = branch.prediction, branch.target
-    targets = torch.stack([y, y.roll(1, 0), y.flatten(2).roll(y[0, 0].numel() // 3 + 1, -1).view_as(y)])
+    several, flat = y.shape[1] > 1, y.flatten(1)
+    shifted = y.roll(y.shape[1] // 3 + 1, 1) if several else flat.roll(flat.shape[1] // 3 + 1, 1).view_as(y)
+    targets = torch.stack([y, y.roll(1, 0), shifted])
     x = x.expand(len(exprs), 3, *x.shape).clone().requires_grad_()  # (K, 3, B, N, C, H, W)
     values = evaluate_batch(exprs, branch.leaves(x, targets))  # (K, 3, B)
     if not values.requires_grad:

@@ -338,7 +338,8 @@ def softmax_leaves(logits: Tensor, label: Tensor, ignore_index: int = 255) -> tu
     return {"y": y, "p": logits.softmax(1)}, mask
 
 
-SEGMENTATION = '''def loss(logits, label, ignore_index=255):
+# How `python_source` begins a function of logits and labels.
+CLASSIFICATION = '''def loss(logits, label, ignore_index=255):
     """{expr}
 
     logits: (N, C, H, W) or (N, C), before softmax; label: (N, H, W) or (N,), integers 0..C-1 or ignore_index.
@@ -352,12 +353,13 @@ SEGMENTATION = '''def loss(logits, label, ignore_index=255):
 '''
 
 
-def python_source(expr: Expr, title: str = "A loss function found by search.") -> str:
-    """A standalone Python file with `loss(logits, label, ignore_index=255)`; it computes the same number as `evaluate`.
+def python_source(expr: Expr, title: str = "A loss function found by search.", head: str = CLASSIFICATION) -> str:
+    """A standalone Python file with a function `loss`; it computes the same number as `evaluate`.
 
-    The file imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
+    By default its arguments are (logits, label, ignore_index=255); `head` says otherwise, see `python_module`. The file
+    imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
     """
-    return python_module([(expr, SEGMENTATION)], title)
+    return python_module([(expr, head)], title)
 
 
 def python_module(losses: Sequence[tuple[Expr, str]], title: str) -> str:

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_ops import OPERATORS, Expr, canonical, evaluate_batch, is_dead, latex, parse
+from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate_batch, is_dead, latex, parse
 
 POPULATION = 2500  # [P] the newest P candidates stay
 INITIAL = 20  # [P] random candidates to begin with
@@ -50,7 +50,33 @@ GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core 
 FINALISTS = 5  # [D] candidates of the closing round ...
 RELATED = 0.45  # ... whose gradients differ at least this much: cosine 0.9 at most [D]
 
+PROGRAM = 20  # [P] instructions of an AutoML-Zero program, at most ...
+REGISTERS = 5  # ... and its memory beyond the symbols of the task [D]
+TREE = 500  # nodes of a program written as a tree, at most [D]: repeated squaring would write millions
+SIMULATION = 0.75  # [D] share of the baseline's score that a loss must reach in CSE's short training on a few samples
+
 GATES = ("dead", "seen", "gradient", "equivalent", "rejected")
+OTHER_GATES = ("rising", "simulation")  # of convergence simulation (CSE)
+
+
+class Kind(NamedTuple):
+    """What one kind of search consists of."""
+
+    gates: tuple[str, ...]
+    about: str
+    evolving: bool = True  # False: every candidate is fresh
+    known: bool = False  # fresh candidates come from the known losses, not from nowhere
+    programs: bool = False  # what is mutated is a program, not a tree
+
+
+SEARCHES = {
+    "evolve": Kind(GATES, "all gates"),
+    "random": Kind(GATES, "the same gates, no evolution", evolving=False),
+    "naive": Kind((), "evolution without gates"),
+    "cse": Kind(("seen", *OTHER_GATES), "convergence simulation, from the known losses", known=True),
+    "cse-rand": Kind(("seen", *OTHER_GATES), "the same from random trees"),
+    "aml": Kind((), "programs as in AutoML-Zero, without gates", programs=True),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +93,8 @@ class Branch:
 
     prediction: (B, N, C, H, W) raw network outputs; target: (B, N, ...) in whatever form the two functions take.
     leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target) -> (..., B), how
-    well each prediction scores. Both take leading dimensions.
+    well each prediction scores. Both take leading dimensions. `ideal`, of the shape of `prediction`, is right about the
+    target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone.
     """
 
     symbols: tuple[str, ...]
@@ -77,6 +104,21 @@ class Branch:
     score: Callable[[Tensor, Tensor], Tensor]
     eta: float = ETA
     scale_free: bool = False  # the task trains with an optimiser that a factor before the loss does not change
+    ideal: Tensor | None = None
+    known: tuple[str, ...] = ()
+
+
+class Sampler(Protocol):
+    """A search over losses that are not trees, which a script may bring along; the state is a fold over the records."""
+
+    def propose(self, rng: random.Random) -> tuple[dict[str, object], dict]:
+        """Losses to train next (`str` writes them, `Story.read` reads them), and what else their record shall hold."""
+
+    def learn(self, record: dict) -> None:
+        """A finished evaluation."""
+
+    def show(self, board) -> None:
+        """Write to TensorBoard what is new."""
 
 
 class Task(Protocol):
@@ -90,6 +132,9 @@ class Task(Protocol):
 
     def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None) -> dict[str, dict[str, float]]:
         """The longer schedule: all metrics on `val` and `test`; predictions drawn to `picture`. Raises InvalidLoss."""
+
+    def simulate(self, losses: dict[str, Expr]) -> float:
+        """A short training on a few samples, the metric on these samples as a share of the baseline's; for CSE."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,6 +200,48 @@ def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     return kind(rng, expr, symbols)
 
 
+# Programs, as AutoML-Zero evolves them (Real 2020, arXiv 2003.03384): instructions that write one register each, over a
+# memory that holds the symbols first and zeros behind them. The value of a program is its last register.
+
+Instruction = tuple[str, int, int, int]  # operator, registers of its operands, register that is written
+
+
+def random_instruction(rng: random.Random, symbols: tuple[str, ...]) -> Instruction:
+    first, size = len(symbols), len(symbols) + REGISTERS
+    return rng.choice(list(OPERATORS)), rng.randrange(size), rng.randrange(size), rng.randrange(first, size)
+
+
+def random_program(rng: random.Random, symbols: tuple[str, ...]) -> list[Instruction]:
+    return [random_instruction(rng, symbols) for _ in range(rng.randint(1, PROGRAM))]
+
+
+def mutate_program(rng: random.Random, program: list[Instruction], symbols: tuple[str, ...]) -> list[Instruction]:
+    """Insert or remove an instruction, redraw all of them, or redraw one part of one [P: AutoML-Zero, Sec. 3.2]."""
+    program = list(program)
+    kind = rng.choice(("length", "all", "part"))
+    if kind == "all":
+        return [random_instruction(rng, symbols) for _ in program]
+    k = rng.randrange(len(program))
+    if kind == "length":
+        longer = len(program) == 1 or (len(program) < PROGRAM and rng.random() < 0.5)
+        program[k : k + (not longer)] = [random_instruction(rng, symbols)] * longer
+    else:
+        part, other = rng.randrange(4), random_instruction(rng, symbols)
+        program[k] = (*program[k][:part], other[part], *program[k][part + 1 :])
+    return program
+
+
+def program_tree(program: Sequence[Instruction], symbols: tuple[str, ...]) -> Expr | None:
+    """What a program computes, as a tree; None if that would have more than TREE nodes."""
+    memory = [(Expr(symbol), 1) for symbol in symbols] + [(ZERO, 4)] * REGISTERS  # trees and how many nodes they have
+    for op, *operands, out in program:
+        used = [memory[k] for k in operands[: OPERATORS[op].arity]]
+        memory[out] = Expr(op, tuple(tree for tree, _ in used)), 1 + sum(size for _, size in used)
+        if memory[out][1] > TREE:
+            return None
+    return memory[-1][0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gates that look at tensors
 
@@ -163,10 +250,13 @@ def first_gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None
     """dL/d(prediction) at the start, (B, D) float64 for each tree; None where nothing can be learned from it.
 
     That is: a gradient that is not finite, that is zero on every sample, or that stays the same (to a thousandth of its
-    norm, on every sample) when the targets are exchanged between samples and when they are shifted within each.
+    norm, on every sample) when the targets are exchanged between samples and when they are shifted within each: along N
+    where there are several, so that each stays whole; a box shifted by a coordinate would be none.
     """
     x, y = branch.prediction, branch.target
-    targets = torch.stack([y, y.roll(1, 0), y.flatten(2).roll(y[0, 0].numel() // 3 + 1, -1).view_as(y)])
+    several, flat = y.shape[1] > 1, y.flatten(1)
+    shifted = y.roll(y.shape[1] // 3 + 1, 1) if several else flat.roll(flat.shape[1] // 3 + 1, 1).view_as(y)
+    targets = torch.stack([y, y.roll(1, 0), shifted])
     x = x.expand(len(exprs), 3, *x.shape).clone().requires_grad_()  # (K, 3, B, N, C, H, W)
     values = evaluate_batch(exprs, branch.leaves(x, targets))  # (K, 3, B)
     if not values.requires_grad:
@@ -239,6 +329,15 @@ def rejection_gains(branch: Branch, exprs: Sequence[Expr], steps: int = REJECTIO
     return gains
 
 
+def falling(branch: Branch, exprs: Sequence[Expr]) -> list[bool]:
+    """CSE's convergence property (Liu 2021, arXiv 2102.04700, Sec. 3.3): whether the loss, averaged over the samples,
+    falls with every step of the way from the prediction to the right one.
+    """
+    way = torch.stack([branch.prediction.lerp(branch.ideal, t) for t in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    values = evaluate_batch(exprs, branch.leaves(way.expand(len(exprs), *way.shape), branch.target))  # (K, 5, B)
+    return (values.mean(-1).diff(dim=-1) < 0).all(-1).tolist()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The state of a search: a fold over its records
 
@@ -264,8 +363,10 @@ class Search:
 
     task: Task | None
     gates: frozenset[str] = frozenset(GATES)
-    evolving: bool = True  # False: random search
+    kind: Kind = SEARCHES["evolve"]
     batch: int = 1  # children that are judged together
+    sampler: "Sampler | None" = None  # proposes in place of evolution
+    read: Callable[[str], object] = parse  # a loss from its text
     waiting: deque = field(default_factory=deque)  # children that have passed, with parent and deciding gate
     population: deque[Member] = field(default_factory=lambda: deque(maxlen=POPULATION))
     counts: Counter = field(default_factory=Counter)
@@ -275,11 +376,17 @@ class Search:
     evaluated: int = 0
     best: Member | None = None
     hall: dict[str, tuple[float, dict]] = field(default_factory=dict)  # score and record by text, evaluated ones only
+    programs: dict[str, list[Instruction]] = field(default_factory=dict)  # the latest one that computes a tree
 
     @property
     def explored(self) -> int:
         """Candidates looked at: those that a gate decided and those that were trained."""
-        return sum(self.counts[gate] for gate in GATES) + self.evaluated
+        return sum(self.counts[gate] for gate in (*GATES, *OTHER_GATES)) + self.evaluated
+
+    def gate_counts(self) -> dict[str, int]:
+        """What each gate has turned away, and how many trainings became invalid."""
+        others = [gate for gate in OTHER_GATES if gate in self.kind.gates]
+        return {gate: self.counts[gate] for gate in (*GATES, *others, "invalid")}
 
     def text(self, expr: Expr) -> str:
         """What a tree is remembered by."""
@@ -295,15 +402,18 @@ class Search:
 
     def add(self, record: dict) -> None:
         """A finished evaluation: enters population, score cache and hall of fame."""
-        losses = {branch: parse(text) for branch, text in record["losses"].items()}
+        losses = {branch: self.read(text) for branch, text in record["losses"].items()}
         member = Member(losses, record["score"])
         self.population.append(member)
         self.evaluated += 1
+        if self.sampler:
+            self.sampler.learn(record)
         self.counts["invalid"] += member.score is None
+        self.programs.update(record.get("programs", {}))
         if record["identity"]:
             self.scores.setdefault(tuple(record["identity"]), member.score)
         if member.score is not None:
-            self.hall.setdefault(losses_text(losses), (member.score, record))
+            self.hall.setdefault(losses_text(record["losses"]), (member.score, record))
             if self.best is None or member.score > self.best.score:
                 self.best = member
 
@@ -321,8 +431,8 @@ class Search:
         return sorted(self.hall.values(), key=lambda entry: -entry[0])
 
 
-def losses_text(losses: dict[str, Expr]) -> str:
-    """One line for one or several losses."""
+def losses_text(losses: dict[str, object]) -> str:
+    """One line for one or several losses, or their texts."""
     if len(losses) == 1:
         return str(next(iter(losses.values())))
     return "; ".join(f"{branch}={expr}" for branch, expr in losses.items())
@@ -345,16 +455,45 @@ def select_parent(search: Search, rng: random.Random) -> Member | None:
     return max(rng.sample(distinct, min(size, len(distinct))), key=lambda member: member.score)
 
 
+def fresh_loss(search: Search, rng: random.Random, branch: Branch) -> Expr:
+    """A loss without a parent: random; for CSE a known one, mutated up to three times."""
+    if search.kind.programs:
+        return compile_program(search, branch, lambda: random_program(rng, branch.symbols))
+    if not search.kind.known:
+        return random_tree(rng, branch.symbols)
+    expr = parse(rng.choice(branch.known))
+    for _ in range(rng.randrange(4)):
+        expr = mutate(rng, expr, branch.symbols)
+    return expr
+
+
+def mutate_loss(search: Search, rng: random.Random, branch: Branch, expr: Expr) -> Expr:
+    if search.kind.programs:
+        parent = search.programs[str(expr)]
+        return compile_program(search, branch, lambda: mutate_program(rng, parent, branch.symbols))
+    return mutate(rng, expr, branch.symbols)
+
+
+def compile_program(search: Search, branch: Branch, make: Callable[[], list[Instruction]]) -> Expr:
+    """The tree of the first program out of `make` that is not too large; by its tree the program is remembered."""
+    tree = None
+    while tree is None:
+        program = make()
+        tree = program_tree(program, branch.symbols)
+    search.programs[str(tree)] = program
+    return tree
+
+
 def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:
     """A child, its parent (None for a fresh one) and the branches of it that are new."""
     branches = search.task.branches
     parent = None
-    if search.evolving and search.evaluated >= INITIAL and rng.random() >= FRESH:
+    if search.kind.evolving and search.evaluated >= INITIAL and rng.random() >= FRESH:
         parent = select_parent(search, rng)
     if parent is None:
-        return {name: random_tree(rng, branch.symbols) for name, branch in branches.items()}, None, list(branches)
+        return {name: fresh_loss(search, rng, branch) for name, branch in branches.items()}, None, list(branches)
     name = rng.choice(list(branches))
-    child = mutate(rng, parent.losses[name], branches[name].symbols)
+    child = mutate_loss(search, rng, branches[name], parent.losses[name])
     return {**parent.losses, name: child}, parent.losses, [name]
 
 
@@ -404,6 +543,11 @@ def judge(search: Search, trees: list[tuple[str, Expr]]) -> list[tuple[Fate, str
                     continue
             keys[k] = key
 
+        if keys and "rising" in gates:
+            for k, falls in zip(list(keys), falling(branch, [trees[k][1] for k in keys])):
+                if not falls:
+                    settle(k, Fate(name, texts[k], "rising"), "rising")
+                    del keys[k]
         gains = [math.inf] * len(keys)
         if keys and "rejected" in gates:
             gains = rejection_gains(branch, [trees[k][1] for k in keys])
@@ -427,6 +571,7 @@ def next_candidate(search: Search, rng: random.Random, deadline: float):
     in the same way: a parent is always the best of its tournament among the newest P that are known.
     """
     tried = {"counts": Counter(), "fates": [], "reused": []}
+    order = (*GATES, *OTHER_GATES).index
 
     def tally(gate: str) -> None:
         tried["counts"][gate] += 1
@@ -439,6 +584,9 @@ def next_candidate(search: Search, rng: random.Random, deadline: float):
             fates = [search.fates[name, search.text(expr)] for name, expr in losses.items()]
             identity = [fate.key for fate in fates] if search.gates & {"seen", "equivalent"} else []
             if tuple(identity) not in search.scores:
+                if "simulation" in search.gates and not search.task.simulate(losses) >= SIMULATION:
+                    tally("simulation")
+                    continue
                 return losses, parent, identity, {fate.branch: fate.gain for fate in fates}, tried
             tally(gate or "equivalent")
             member = Member(losses, search.scores[tuple(identity)])
@@ -461,19 +609,26 @@ def next_candidate(search: Search, rng: random.Random, deadline: float):
                 passed = {name: losses[name] for name, (fate, _) in decided.items() if fate.gate == "passed"}
                 draft = draft | passed if blocking else {}
             if blocking:
-                tally(min(blocking, key=GATES.index))
+                tally(min(blocking, key=order))
             else:
                 known = [gate for _, gate in decided.values() if gate]
-                search.waiting.append((losses, parent, min(known, key=GATES.index) if known else None))
+                search.waiting.append((losses, parent, min(known, key=order) if known else None))
     return None
 
 
 def evaluation(search: Search, rng: random.Random, deadline: float) -> dict | None:
     """One turn of the search, as the record that goes into the journal; None if the deadline came first."""
-    candidate = next_candidate(search, rng, deadline)
-    if candidate is None:
-        return None
-    losses, parent, identity, gains, tried = candidate
+    more = {}
+    if search.sampler:
+        losses, more = search.sampler.propose(rng)
+        parent, identity, gains, tried = None, [], {}, {"counts": {}, "fates": [], "reused": []}
+    else:
+        candidate = next_candidate(search, rng, deadline)
+        if candidate is None:
+            return None
+        losses, parent, identity, gains, tried = candidate
+    if search.kind.programs:
+        more = {"programs": {str(expr): search.programs[str(expr)] for expr in losses.values()}}
     start = time.time()
     try:
         score = search.task.train(losses)
@@ -488,6 +643,7 @@ def evaluation(search: Search, rng: random.Random, deadline: float) -> dict | No
         "tried": tried,
         "curve": [[step, float(f"{loss:.4g}")] for step, loss in search.task.curve],
         "seconds": round(time.time() - start, 3),
+        **more,
     }
 
 
@@ -548,16 +704,16 @@ def search_loop(search: Search, board: Board, args, elapsed: float, finished: in
     hear()
 
 
-def serve(task: Task, board: Board, phase: int, jobs: list[dict]) -> None:
+def serve(search: Search, board: Board, phase: int, jobs: list[dict]) -> None:
     """Re-train what nobody else has claimed; publish each result."""
     for k, job in enumerate(jobs):
         if board.claim(f"{phase}/{k}") == 1:
             losses = job["losses"]
             if isinstance(losses, dict):
-                losses = {name: parse(text) for name, text in losses.items()}
+                losses = {name: search.read(text) for name, text in losses.items()}
             start = time.time()
             try:
-                scores = task.retrain(losses, job["seed"], Path(job["picture"]) if job["picture"] else None)
+                scores = search.task.retrain(losses, job["seed"], Path(job["picture"]) if job["picture"] else None)
             except InvalidLoss:
                 scores = None
             board.publish(retrained={**job, "scores": scores, "seconds": round(time.time() - start, 2)})
@@ -631,8 +787,7 @@ class Reporter:
 
     def hear_record(self, record: dict) -> None:
         search, args = self.search, self.args
-        n, score = search.evaluated, record["score"]
-        gates = {gate: search.counts[gate] for gate in (*GATES, "invalid")}
+        n, score, gates = search.evaluated, record["score"], search.gate_counts()
         line = {"n": n, **record, "explored": search.explored, "gates": gates, "elapsed": round(self.elapsed, 3)}
         self.journal.write(json.dumps(line) + "\n")
         self.journal.flush()
@@ -670,10 +825,14 @@ class Reporter:
         if improved:
             for step, loss in record["curve"]:
                 add(f"proxy_curve/{n:04d}", loss, step)
-            formulas = [(name, parse(text)) for name, text in record["losses"].items()]
-            shown = "\n\n".join(f"{name}: `{expr}`\n\n$${latex(expr)}$$" for name, expr in formulas)
-            self.board.add_text("search/formula", shown, x)
+            formulas = [
+                f"{name}: `{loss}`" + (f"\n\n$${latex(loss)}$$" if isinstance(loss, Expr) else "")
+                for name, loss in search.best.losses.items()
+            ]
+            self.board.add_text("search/formula", "\n\n".join(formulas), x)
             write_atomically(self.directory / "best_loss.py", self.story.export(search.best.losses))
+        if search.sampler:
+            search.sampler.show(self.board)
         self.write_hall_of_fame()
 
     def write_hall_of_fame(self) -> None:
@@ -683,7 +842,7 @@ class Reporter:
         for rank, (score, record) in enumerate(self.search.ranking()[:50], 1):
             again = self.closing_score(record["losses"])
             gain = min((g for g in record["gain"].values() if g is not None), default="")
-            text = losses_text({name: parse(text) for name, text in record["losses"].items()})
+            text = losses_text(record["losses"])
             writer.writerow([rank, score, round(again, 6) if again > -math.inf else "", gain, text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
 
@@ -692,7 +851,7 @@ class Reporter:
         self.retrain_log.write(json.dumps(result) + "\n")
         self.retrain_log.flush()
         name, scores = result["losses"], result["scores"]
-        text = name if isinstance(name, str) else losses_text({k: parse(v) for k, v in name.items()})
+        text = name if isinstance(name, str) else losses_text(name)
         shown = "invalid" if scores is None else " ".join(f"{k} {v[self.args.metric]:.3f}" for k, v in scores.items())
         print(
             f"re-trained, seed {result['seed']}: {self.args.metric} {shown}  {result['seconds']:.1f} s  {text}",
@@ -719,9 +878,9 @@ class Reporter:
         print(f"\n{'':6}{'proxy':>7} {'re-trained':>10}  loss ({args.metric} on the search-validation split)")
         proxy = {json.dumps(record["losses"]): score for score, record in search.ranking()}
         for losses in finalists:
-            text = losses_text({name: parse(formula) for name, formula in losses.items()})
             mark = ">>>>" if losses == found else "    "
-            print(f"{mark}  {proxy[json.dumps(losses)]:>7.3f} {self.closing_score(losses):>10.3f}  {text}")
+            scores = f"{proxy[json.dumps(losses)]:>7.3f} {self.closing_score(losses):>10.3f}"
+            print(f"{mark}  {scores}  {losses_text(losses)}")
         named = {("found" if name == "found" else story.baseline): column for name, column in test.items()}
         show_table(named, story.metrics, args.metric)
         print(f"\nexplored {search.explored:,} losses, trained {search.evaluated}; everything is in {self.directory}")
@@ -784,7 +943,7 @@ class Crew:
                 return
             self.board.post_jobs(self.phase, left)
             if self.task:
-                serve(self.task, self.board, self.phase, left)
+                serve(self.reporter.search, self.board, self.phase, left)
             self.wait_until_idle(self.phase)
             self.phase += 1
         raise ChildProcessError("workers keep ending while they re-train")
@@ -839,18 +998,16 @@ def one_of(names):
     return convert
 
 
-SEARCHES = ("evolve", "random", "naive")
-
-
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the search itself, the same in every script."""
+def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | None = None) -> None:
+    """The flags of the search itself, the same in every script but for the task's `own` kinds of search."""
+    kinds = {name: kind.about for name, kind in SEARCHES.items()} | (own or {})
     group = parser.add_argument_group("search")
     group.add_argument(
         "--search",
-        type=one_of(SEARCHES),
+        type=one_of(tuple(kinds)),
         default="evolve",
         metavar="NAME",
-        help="evolve: all gates; random: the same gates, no evolution; naive: evolution without gates (%(default)s)",
+        help="; ".join(f"{name}: {about}" for name, about in kinds.items()) + " (%(default)s)",
     )
     group.add_argument(
         "--without",
@@ -922,7 +1079,7 @@ def settle_device_and_workers(args) -> None:
         args.workers = max(1, min(most, args.evals // INITIAL))
 
 
-def read_found(directory: Path, task_name: str, flag: str) -> dict[str, Expr]:
+def read_found(directory: Path, task_name: str, flag: str, read: Callable[[str], object] = parse) -> dict[str, object]:
     """The losses that a finished run has found; of an unfinished one the best so far."""
     result, journal = directory / "result.json", directory / "journal.jsonl"
     if result.is_file():
@@ -937,7 +1094,7 @@ def read_found(directory: Path, task_name: str, flag: str) -> dict[str, Expr]:
         fail(f"{flag} {directory}: not a run directory (neither result.json nor journal.jsonl in it)")
     if not found:
         fail(f"{flag} {directory}: that run has found no valid loss")
-    return {name: parse(text) for name, text in found.items()}
+    return {name: read(text) for name, text in found.items()}
 
 
 RESUMABLE = ("evals", "minutes", "workers", "resume", "runs")  # flags that may change when a run goes on
@@ -990,6 +1147,8 @@ class Story:
     metrics: tuple[str, ...]
     make_task: Callable[[], Task]
     export: Callable[[dict[str, Expr]], str]  # the losses as one standalone Python file
+    samplers: dict[str, Callable[[], Sampler]] = field(default_factory=dict)  # searches of its own, by name
+    read: Callable[[str], object] = parse  # a loss from its text
 
 
 def run(args, story: Story) -> None:
@@ -1003,14 +1162,14 @@ def run(args, story: Story) -> None:
         port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(os.environ["MASTER_ADDR"], port, None, own_server, wait_for_workers=False)
         if under_torchrun and rank == 0:
-            directory = Path(store.get("run_dir").decode()) if store.check(["run_dir"]) else open_run(args, story)
+            directory = Path(store.get("run_dir").decode()) if store.check(["run_dir"]) else open_run(args, story.name)
             store.set("run_dir", str(directory))
         else:
             directory = Path(os.environ.get("AUTOLOSS_RUN_DIR") or store.get("run_dir").decode())
     else:
         world = args.workers
         store = dist.HashStore() if world == 1 else dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        directory = open_run(args, story)
+        directory = open_run(args, story.name)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic restart begins with fresh logs
     board = Board(dist.PrefixStore(f"attempt{attempt}", store), rank, world)
 
@@ -1019,9 +1178,10 @@ def run(args, story: Story) -> None:
         lines = lines[: int(board.store.get("lines"))]  # what has come since is in the others' logs
     else:
         board.store.set("lines", str(len(lines)))
-    gates = frozenset() if args.search == "naive" else frozenset(GATES) - set(args.without)
+    kind = SEARCHES.get(args.search, Kind((), "the task's own"))
+    sampler = story.samplers[args.search]() if args.search in story.samplers else None
     batch = GPU_BATCH if args.device.startswith("cuda") else 1
-    search = Search(task, gates, args.search != "random", batch)
+    search = Search(task, frozenset(kind.gates) - set(args.without), kind, batch, sampler, story.read)
     for line in lines:
         search.absorb(line)
     finished = sum(line["worker"] == rank for line in lines)
@@ -1091,7 +1251,7 @@ def work(args, story: Story, search: Search, board: Board, elapsed: float, finis
             jobs = board.wait_for_jobs(phase)
             if jobs is None:
                 return
-            serve(search.task, board, phase, jobs)
+            serve(search, board, phase, jobs)
     except dist.DistError:  # whoever reports has gone, and so does this worker
         os._exit(1)
 
@@ -1104,13 +1264,13 @@ def publish_baseline(story: Story, task: Task, board: Board) -> None:
     board.publish(baseline=score)
 
 
-def open_run(args, story: Story) -> Path:
+def open_run(args, task_name: str) -> Path:
     """Make a run directory, or go on in the given one."""
     if args.resume:
         print(f"going on in {args.resume}")
         return args.resume
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{story.name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
+    name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
     for suffix in ("", *(f"-{k}" for k in range(2, 100))):
         directory = args.runs / (name + suffix)
         try:
@@ -1123,7 +1283,7 @@ def open_run(args, story: Story) -> Path:
         here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
         revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
     about = {
-        "task": story.name,
+        "task": task_name,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -1138,16 +1298,20 @@ def select_finalists(ranking: list[tuple[float, dict]], baseline: float | None) 
     """The best few by proxy, no two with nearly the same gradient as long as others beat the baseline [D].
 
     Near relatives train alike: five of them would be one candidate, re-trained five times; and a whole family can have
-    won by starting fast. The directions in the equivalence keys tell relatives: sqrt(2 (1 - cosine)) per sample.
+    won by starting fast. The directions in the equivalence keys tell relatives: sqrt(2 (1 - cosine)) per sample; so
+    does a score that is equal to the last digit.
     """
 
     def direction(record: dict) -> list[float]:
         return [float(part.split(":")[1]) for key in record["identity"] for part in key.split(" ") if ":" in part]
 
-    chosen, others = [], []
+    chosen, others, last = [], [], None
     for score, record in ranking:
         here = direction(record)
-        related = here and any(math.dist(here, direction(other)) < RELATED * len(here) ** 0.5 for other in chosen)
+        related = score == last or (
+            here and any(math.dist(here, direction(other)) < RELATED * len(here) ** 0.5 for other in chosen)
+        )
+        last = score
         worse = baseline is not None and score < baseline
         (others if related or worse else chosen).append(record)
     return [record["losses"] for record in (chosen[:FINALISTS] + others)[:FINALISTS]]
@@ -1176,7 +1340,7 @@ def close(args, story: Story, crew: Crew) -> None:
     names = {"baseline": story.baseline}
     if found is not None:
         names = {"found": found, **names}
-        write_atomically(directory / "best_loss.py", story.export({k: parse(v) for k, v in found.items()}))
+        write_atomically(directory / "best_loss.py", story.export({k: search.read(v) for k, v in found.items()}))
     reporter.write_hall_of_fame()
 
     test = {}
@@ -1189,7 +1353,7 @@ def close(args, story: Story, crew: Crew) -> None:
         "losses": found or {},
         "explored": search.explored,
         "evaluated": search.evaluated,
-        "gates": {gate: search.counts[gate] for gate in (*GATES, "invalid")},
+        "gates": search.gate_counts(),
         "seconds": round(seconds, 1),
         "test": {"found": {}, **test},
     }

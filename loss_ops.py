@@ -338,6 +338,7 @@ def softmax_leaves(logits: Tensor, label: Tensor, ignore_index: int = 255) -> tu
     return {"y": y, "p": logits.softmax(1)}, mask
 
 
+# How `python_source` begins a function of logits and labels.
 CLASSIFICATION = '''def loss(logits, label, ignore_index=255):
     """{expr}
 
@@ -355,29 +356,44 @@ CLASSIFICATION = '''def loss(logits, label, ignore_index=255):
 def python_source(expr: Expr, title: str = "A loss function found by search.", head: str = CLASSIFICATION) -> str:
     """A standalone Python file with a function `loss`; it computes the same number as `evaluate`.
 
-    The file imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
-    head: how the function begins, up to the lines that set `y`, `p` and `mask` (None where all positions count);
-    {expr} in it becomes the formula.
+    By default its arguments are (logits, label, ignore_index=255); `head` says otherwise, see `python_module`. The file
+    imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
     """
-    order = [node for node in subtrees(expr) if node.args]
-    names = {node: f"x{k}" for k, node in enumerate(order, 1)} | {Expr("y"): "y", Expr("p"): "p", ONE: "one"}
-    steps = []
-    for node in order:
-        operator = OPERATORS[node.op]
-        args = [names[arg] for arg in node.args] + ["mask"] * operator.masked
-        steps.append(f"    {names[node]} = {operator.function.__name__}({', '.join(args)})")
-    if "1" in leaves_of(expr):
-        steps.insert(0, "    one = p.new_ones((1, 1, 1, 1))")
+    return python_module([(expr, head)], title)
 
-    used = {OPERATORS[node.op].function for node in order} | {mean_nhw}
+
+def python_module(losses: Sequence[tuple[Expr, str]], title: str) -> str:
+    """As `python_source` for several losses, each with the head of its function.
+
+    A head is the text of a function up to its formula, with `{expr}` where the documentation shows that. It must define
+    the leaves of its formula, (N, C, H, W), and `mask`, None where every position counts.
+    """
+    used, bodies = {mean_nhw}, []
+    for expr, head in losses:
+        order = [node for node in subtrees(expr) if node.args]
+        names = {Expr(leaf): leaf for leaf in LEAVES} | {ONE: "one"}
+        names |= {node: f"x{k}" for k, node in enumerate(order, 1)}
+        steps = []
+        for node in order:
+            operator = OPERATORS[node.op]
+            args = [names[arg] for arg in node.args] + ["mask"] * operator.masked
+            steps.append(f"    {names[node]} = {operator.function.__name__}({', '.join(args)})")
+            used.add(operator.function)
+        some = min(leaves_of(expr) - {"1"}, default="p")
+        if "1" in leaves_of(expr):
+            steps.insert(0, f"    one = {some}.new_ones((1, 1, 1, 1))")
+        steps.append(f"    return reduce({names[expr]}, {some}.shape[1], mask)")
+        bodies.append(head.replace("{expr}", str(expr)) + "\n".join(steps))
+
     used |= {max_pool3} if min_pool3 in used else set()
     functions = [op.function for op in OPERATORS.values() if op.function in used] + [reduce]
     pools = "import torch.nn.functional as F\n" * (max_pool3 in used)
+    formulas, shown = ("\n    ".join(show(expr) for expr, _ in losses) for show in (str, latex))
     parts = [
-        f'r"""{title}\n\n    {expr}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {latex(expr)}\n"""',
+        f'r"""{title}\n\n    {formulas}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {shown}\n"""',
         f"import torch\n{pools}\nEPS = {EPS}",
         *(SOURCES[function] for function in functions),
-        head.replace("{expr}", str(expr)) + "\n".join([*steps, f"    return reduce({names[expr]}, p.shape[1], mask)"]),
+        *bodies,
     ]
     return "\n\n\n".join(parts).replace('"""\n\n\nimport', '"""\n\nimport') + "\n"
 

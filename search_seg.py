@@ -4,6 +4,7 @@
     python search_seg.py --metric miou --loss dice            # train and evaluate one loss instead
     python search_seg.py --metric bf1 --loss "Neg(Mul(y, Log(p)))"
     python search_seg.py --compare ce,dice,lovasz,RUN_DIR     # several losses, six metrics, one table
+    python search_seg.py --metric miou --search asl           # search the parameters of Auto Seg-Loss instead
     python search_seg.py --metric miou --data voc --data-root VOCdevkit/VOC2012 --model r50-dlv3p
     tensorboard --logdir runs
 
@@ -17,15 +18,22 @@ Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p)))).
 
 import argparse
 import functools
+import inspect
+import itertools
+import json
+import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image  # comes with torchvision
@@ -147,12 +155,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="images in a batch (shapes 16, others 32 in the proxy and 16 in re-training)",
     )
     task.add_argument(
+        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (shapes 0.01, others 0.02)"
+    )
+    task.add_argument(
+        "--checkpoint-steps",
+        type=evolve.at_least(1),
+        default=500,
+        metavar="N",
+        help="steps between two checkpoints of a --loss or --compare training (%(default)s)",
+    )
+    task.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         metavar="NAME",
         help="where to compute: cpu, cuda or cuda:1 (%(default)s here)",
     )
-    evolve.add_search_arguments(parser)
+    evolve.add_search_arguments(parser, {"asl": "the parameters of Auto Seg-Loss"})
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "seg")
@@ -185,13 +203,18 @@ def split_outside_brackets(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
-    """The name of a hand-made loss, a formula, or a run directory."""
+def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
+    """The name of a hand-made loss, a formula, Auto Seg-Loss as `str(Asl)` writes it, or a run directory."""
     if text in LOSSES:
         return text
+    if text.startswith("asl("):
+        try:
+            return {"loss": Asl.read(text)}
+        except ValueError as error:
+            fail(f"{flag} {text}: {error}")
     if "(" not in text:
         if Path(text).is_dir():
-            return evolve.read_found(Path(text), "seg", flag)
+            return evolve.read_found(Path(text), "seg", flag, read_searched)
         fail(f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     try:
         expr = parse(text)
@@ -784,6 +807,30 @@ def distance_weights(labels: Tensor, num_classes: int) -> Tensor:
     return weights.half().to(labels.device)
 
 
+class Asl(NamedTuple):
+    """Auto Seg-Loss with its parameters, written `asl(miou: x1 y1 x2 y2 ...)`."""
+
+    metric: str
+    theta: tuple[float, ...]  # as asl_loss takes them
+
+    def __str__(self) -> str:
+        return f"asl({self.metric}: {' '.join(map(str, self.theta))})"
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        return asl_loss(logits, label, self.theta, self.metric)
+
+    @classmethod
+    def read(cls, text: str) -> "Asl":
+        """The inverse of `str`; `asl(miou)` has the published parameters. Raises ValueError saying what is wrong."""
+        metric, _, numbers = text.removeprefix("asl(").removesuffix(")").partition(":")
+        if metric not in METRICS:
+            raise ValueError(f"{metric!r} is no metric; write asl(miou) or asl(miou: x1 y1 x2 y2 ...)")
+        theta = tuple(float(number) for number in numbers.split()) or ASL_THETA[metric]
+        if len(theta) != len(ASL_THETA[metric]) or not all(0 <= value <= 1 for value in theta):
+            raise ValueError(f"{metric} takes {len(ASL_THETA[metric])} numbers in 0..1, got {len(theta)}")
+        return cls(metric, theta)
+
+
 LOSSES = {
     "ce": ce,
     "wce": weighted_ce,
@@ -794,6 +841,13 @@ LOSSES = {
     "asl": asl_loss,
 }
 WEIGHTS = {"wce": unet_weights, "dpce": distance_weights}
+KNOWN = (  # what `--search cse` starts from: cross entropy, squared and absolute error, Dice, soft recall
+    "Neg(Mul(y, Log(p)))",
+    "Square(Add(p, Neg(y)))",
+    "Abs(Add(p, Neg(y)))",
+    "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))",
+    "Neg(Sqrt(MeanNHW(Mul(p, y))))",
+)
 BASELINE = "ce"
 
 
@@ -809,21 +863,88 @@ def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
+def read_searched(text: str) -> Expr | Asl:
+    """A searched loss from its text."""
+    return Asl.read(text) if text.startswith("asl(") else parse(text)
+
+
+def export(found: dict[str, Expr | Asl]) -> str:
+    """A found loss as a standalone file with `loss(logits, label)`; it imports nothing of this repository."""
+    loss = found["loss"]
+    if isinstance(loss, Expr):
+        return python_source(loss)
+    needed = (softmax_leaves, edges, dilate_bits, bezier, asl_boundary_f1, asl_loss)
+    parts = [
+        f'"""Auto Seg-Loss (arXiv 2010.07930) for {loss.metric}, its parameters found by search."""\n\n'
+        "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor",
+        f"IGNORE = {IGNORE}\nASL_CURVES = {ASL_CURVES}\nTHETA = {loss.theta}",
+        *(inspect.getsource(function).strip() for function in needed),
+        "def loss(logits: Tensor, label: Tensor) -> Tensor:\n"
+        '    """logits: (N, C, H, W) before softmax; label: (N, H, W), integers 0..C-1 or 255, ignored. A scalar."""\n'
+        f'    return asl_loss(logits, label, THETA, "{loss.metric}")',
+    ]
+    return "\n\n\n".join(parts) + "\n"
+
+
 # =====================================================================================================================
 # Training
 
 
-def batches(split: Split, plan: Schedule, seed: int, device: str) -> Iterator[tuple[Tensor, ...]]:
-    """`plan.steps` batches (images normalised, labels, weights if the split has them), drawn with replacement.
+def rank_and_world() -> tuple[int, int]:
+    """This process among those that share one training under torchrun; (0, 1) where none do, as in a search."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Order and augmentation have seeds of their own.
+
+class Batches:
+    """Batches without end (images normalised, labels, weights if the split has them), drawn with replacement.
+
+    Order and augmentation have generators of their own; their states say where in the sequence the training is. Of
+    several processes each draws its share of a batch.
     """
-    order = torch.Generator().manual_seed(2 * seed)
-    augmentation = torch.Generator(device).manual_seed(2 * seed + 1)
-    for _ in range(plan.steps):
-        index = torch.randint(len(split.images), (plan.batch,), generator=order)
-        images, *targets = batch_scale_crop_flip(split, index, plan.crop, plan.scale, augmentation)
-        yield normalise(batch_colour_jitter(images, 0.25, augmentation)), *targets
+
+    def __init__(self, split: Split, plan: Schedule, seed: int, device: str):
+        rank, world = rank_and_world()
+        self.split, self.plan, self.size = split, plan, max(1, plan.batch // world)
+        seed += 1_000_003 * rank
+        self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order, augmentation = self.generators
+        while True:
+            index = torch.randint(len(self.split.images), (self.size,), generator=order)
+            images, *targets = batch_scale_crop_flip(self.split, index, self.plan.crop, self.plan.scale, augmentation)
+            yield normalise(batch_colour_jitter(images, 0.25, augmentation)), *targets
+
+
+class Checkpoint:
+    """A training on disk, written every so many steps: a kill costs no more than the steps since the last one."""
+
+    def __init__(self, path: Path, every: int, generators):
+        self.path, self.every, self.generators = path, every, generators
+
+    def load(self, *parts) -> tuple[int, list]:
+        """Restore network, optimizer, schedule and generators; how many steps are done, and the curve so far."""
+        if not self.path.exists():
+            return 0, []
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for part, saved in zip(parts, state["parts"]):
+            part.load_state_dict(saved)
+        for generator, saved in zip(self.generators, state["generators"][rank_and_world()[0]]):
+            generator.set_state(saved)
+        return state["steps"], state["curve"]
+
+    def save(self, steps: int, curve: list, *parts) -> None:
+        """Written by rank 0; of the others only the generators differ."""
+        states = [[generator.get_state() for generator in self.generators]]
+        rank, world = rank_and_world()
+        if world > 1:
+            own, states = states[0], [None] * world
+            dist.all_gather_object(states, own)
+        if rank == 0:
+            unfinished = self.path.with_suffix(".part")
+            parts = [part.state_dict() for part in parts]
+            torch.save({"steps": steps, "curve": curve, "parts": parts, "generators": states}, unfinished)
+            unfinished.replace(self.path)
 
 
 def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
@@ -838,9 +959,17 @@ def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
 
 
 def train_network(
-    net: nn.Module, loss: Callable, data, plan: Schedule, stop_invalid: bool = True
+    net: nn.Module,
+    loss: Callable,
+    data,
+    plan: Schedule,
+    stop_invalid: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> list[tuple[int, float]]:
     """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
+
+    Goes on from `checkpoint` where that has been written. Under torchrun the gradients are averaged over the processes,
+    each of which evaluates the loss on its own part of the batch.
 
     Raises InvalidLoss as soon as the loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
     only, so that the host seldom waits for the device.
@@ -848,27 +977,39 @@ def train_network(
     cuda = next(net.parameters()).is_cuda
     optimizer = make_optimizer(net, plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
-    weights = list(net.parameters())
-    curve, valid = [], None
+    _, world = rank_and_world()
+    parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
+    first, curve = checkpoint.load(*parts) if checkpoint else (0, [])
+    weights, valid = list(net.parameters()), None
     net.train()
-    for step, (images, *targets) in enumerate(data):
+    if world > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if cuda else net
+        net = nn.parallel.DistributedDataParallel(net)
+    for step, (images, *targets) in zip(range(first, plan.steps), data):
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             logits = net(images)
         value = loss(logits.float(), *targets)
         if not value.requires_grad:
             raise InvalidLoss("the first step, for want of a gradient")
+        shown = value.detach()
+        if world > 1:  # if one process alone saw what is invalid, the others would wait for it forever
+            dist.all_reduce(shown := shown / world)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         if stop_invalid:
             norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-            finite = value.isfinite() & norm.isfinite()
+            finite = shown.isfinite() & norm.isfinite()
             valid = finite if valid is None else valid & finite
             if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
                 raise InvalidLoss(f"step {step}")
         optimizer.step()
         schedule.step()
         if step % max(1, plan.steps // 20) == 0:
-            curve.append((step, value.detach()))
+            curve.append((step, shown))
+        if checkpoint and (step + 1) % checkpoint.every == 0:
+            checkpoint.save(step + 1, curve, *parts)
+    if checkpoint:
+        checkpoint.save(plan.steps, curve, *parts)
     return [(step, value.item()) for step, value in curve]
 
 
@@ -925,14 +1066,14 @@ class SegTask:
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
         args = self.args
-        flags = {"steps": steps, "crop": args.crop, "batch": args.batch, "model": args.model}
+        flags = {"steps": steps, "crop": args.crop, "batch": args.batch, "lr": args.lr, "model": args.model}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def branch(self) -> Branch:
         """The training images with most classes, small, and what a random network makes of them."""
         train = self.data["train"]
         seen = torch.stack([(train.labels == c).flatten(1).any(1) for c in range(self.num_classes)]).sum(0)
-        index = seen.sort(descending=True, stable=True).indices[:GATE_SAMPLES]
+        self.few = index = seen.sort(descending=True, stable=True).indices[:GATE_SAMPLES]
         label = F.interpolate(train.labels[index].unsqueeze(1).float(), (GATE_SIZE, GATE_SIZE)).squeeze(1)
         label = torch.where(label == IGNORE, 0, label).long().to(self.device)  # the gates look at losses, not at data
         net = self.network(self.proxy, self.args.seed)
@@ -948,6 +1089,8 @@ class SegTask:
             self.gate_score,
             ETA[self.args.metric],
             scale_free=self.proxy.optimizer == "adamw",
+            ideal=10 * onehot.unsqueeze(1),
+            known=KNOWN,
         )
 
     @staticmethod
@@ -969,11 +1112,12 @@ class SegTask:
 
     def loss(self, losses: dict[str, Expr] | str) -> Callable[..., Tensor]:
         if losses == "asl":
-            metric = self.args.metric
-            return functools.partial(asl_loss, theta=ASL_THETA[metric], metric=metric)
-        return LOSSES[losses] if isinstance(losses, str) else tree_loss(losses["loss"])
+            return Asl(self.args.metric, ASL_THETA[self.args.metric])
+        if isinstance(losses, str):
+            return LOSSES[losses]
+        return losses["loss"] if isinstance(losses["loss"], Asl) else tree_loss(losses["loss"])
 
-    def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Batches:
         """The batches of a training; those of wce and dpce carry weights, which are made on first use."""
         name = losses if isinstance(losses, str) and losses in WEIGHTS else None
         if name not in self.weighted:
@@ -981,14 +1125,14 @@ class SegTask:
             self.weighted[name] = place(
                 train._replace(weights=WEIGHTS[name](train.labels, self.num_classes)), self.device
             )
-        return batches(self.weighted[name], plan, seed, self.device)
+        return Batches(self.weighted[name], plan, seed, self.device)
 
     @functools.cached_property
     def proxy_batches(self):
         """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
         plan = self.proxy
         if plan.steps * plan.batch * plan.crop**2 * 13 < 2**29:
-            return list(self.batches(BASELINE, plan, self.args.seed))
+            return list(itertools.islice(self.batches(BASELINE, plan, self.args.seed), plan.steps))
         return None
 
     def train(self, losses: dict[str, Expr] | str) -> float:
@@ -999,13 +1143,112 @@ class SegTask:
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
         return round(test_network(net, self.data["val"], self.num_classes, self.device)[self.args.metric], 6)
 
-    def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None) -> dict:
+    def simulate(self, losses: dict[str, Expr]) -> float:
+        """A short training on the pictures of the gates: the score on these, as a share of the baseline's."""
+        try:
+            return self.score_of_few(losses) / self.baseline_of_few
+        except InvalidLoss:
+            return 0.0
+
+    @functools.cached_property
+    def baseline_of_few(self) -> float:
+        return self.score_of_few(BASELINE)
+
+    def score_of_few(self, losses: dict[str, Expr] | str) -> float:
+        few = Split(*(tensor[self.few] for tensor in self.data["train"] if tensor is not None))
+        plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
+        net = self.network(plan, self.args.seed)
+        train_network(net, self.loss(losses), Batches(few, plan, self.args.seed, self.device), plan)
+        return test_network(net, few, self.num_classes, self.device)[self.args.metric]
+
+    def retrain(
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint: Path | None = None
+    ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        net = self.network(self.retraining, own)
-        train_network(net, self.loss(losses), self.batches(losses, self.retraining, own), self.retraining)
+        plan = self.retraining
+        net, data = self.network(plan, own), self.batches(losses, plan, own)
+        saved = Checkpoint(checkpoint, self.args.checkpoint_steps, data.generators) if checkpoint else None
+        self.curve = train_network(net, self.loss(losses), data, plan, checkpoint=saved)
         if picture:
             draw_predictions(net, self.data["test"], picture, self.device)
         return {name: test_network(net, self.data[name], self.num_classes, self.device) for name in ("val", "test")}
+
+
+class AslSearch:
+    """Auto Seg-Loss's own search (ASL, Sec. 3.4): PPO2 over the control points, drawn from a truncated normal.
+
+    The points are relative here, each a share of the way from its predecessor to (1, 1) in either coordinate: any
+    numbers in 0..1 make rising curves. A round of samples shares the mean `mu`; its update moves `mu` towards what
+    scored above the round's average. Workers draw from the `mu` that they know; each record says which one it was.
+    """
+
+    ROUND = 16  # samples; half as many as published, for twice the rounds out of the same budget [D]
+    SIGMA, CLIP, UPDATES, LR = 0.2, 0.2, 60, 0.2  # [A]
+
+    def __init__(self, metric: str):
+        points = len(ASL_THETA[metric]) // (2 * ASL_CURVES[metric])
+        start = [1 / (points + 1 - k) for k in range(points) for _ in "xy"] * ASL_CURVES[metric]  # identity curves [A]
+        self.metric, self.mu = metric, torch.tensor(start, dtype=torch.float64)
+        self.round: list[dict] = []
+        self.rounds = self.shown = 0
+
+    def propose(self, rng: random.Random) -> tuple[dict[str, Asl], dict]:
+        mean, normal, sample = self.mu.tolist(), NormalDist(), []
+        for mu in mean:
+            low, high = normal.cdf(-mu / self.SIGMA), normal.cdf((1 - mu) / self.SIGMA)
+            value = mu + self.SIGMA * normal.inv_cdf(low + (high - low) * rng.uniform(1e-9, 1 - 1e-9))
+            sample.append(round(min(max(value, 0.0), 1.0), 6))
+        theta = [round(value, 6) for value in self.control_points(torch.tensor(sample)).tolist()]
+        return {"loss": Asl(self.metric, tuple(theta))}, {"sample": sample, "mu": mean}
+
+    def control_points(self, relative: Tensor) -> Tensor:
+        """Absolute control points, as published: p_k = p_{k-1} + theta_k (1 - p_{k-1})."""
+        share = relative.view(ASL_CURVES[self.metric], -1, 2)
+        return (1 - (1 - share).cumprod(1)).flatten()
+
+    def learn(self, record: dict) -> None:
+        self.round.append(record)
+        if len(self.round) == self.ROUND:
+            self.update()
+            self.round, self.rounds = [], self.rounds + 1
+
+    def update(self) -> None:
+        """The round's steps of Adam on the logit of mu: PPO2's clipped objective (Schulman 2017, Eq. 7)."""
+        sample, old = (torch.tensor([r[key] for r in self.round], dtype=torch.float64) for key in ("sample", "mu"))
+        reward = torch.tensor([r["score"] or 0.0 for r in self.round], dtype=torch.float64)  # invalid: worth nothing
+        advantage = reward - reward.mean()
+        before = self.log_density(sample, old)
+        logit = self.mu.logit(eps=1e-6).requires_grad_()
+        optimizer = torch.optim.Adam([logit], self.LR)
+        for _ in range(self.UPDATES):
+            ratio = (self.log_density(sample, logit.sigmoid()) - before).exp()
+            clipped = ratio.clamp(1 - self.CLIP, 1 + self.CLIP)
+            optimizer.zero_grad()
+            (-torch.minimum(ratio * advantage, clipped * advantage).mean()).backward()
+            optimizer.step()
+        self.mu = logit.detach().sigmoid()
+
+    def log_density(self, x: Tensor, mu: Tensor) -> Tensor:
+        """Of samples (S, D) under truncated normals around `mu` (D,) or (S, D), up to a constant; (S,)."""
+        inside = torch.special.ndtr((1 - mu) / self.SIGMA) - torch.special.ndtr(-mu / self.SIGMA)
+        return (-((x - mu) ** 2) / (2 * self.SIGMA**2) - inside.log()).sum(-1)
+
+    def show(self, board) -> None:
+        """After each round: `mu`, and a picture of its curves."""
+        if self.rounds == self.shown:
+            return
+        self.shown = self.rounds
+        for k, value in enumerate(self.mu.tolist()):
+            board.add_scalar(f"asl/mu_{k}", value, self.rounds)
+        points = self.control_points(self.mu).view(ASL_CURVES[self.metric], -1, 2)
+        x = torch.linspace(0, 1, 200, dtype=torch.float64)
+        picture = np.full((256, 256 * len(points), 3), 255, np.uint8)
+        for k, curve in enumerate(points):
+            y = bezier(x, curve)
+            line = torch.stack([28 + 200 * x + 256 * k, 228 - 200 * y], 1).round().int().numpy()
+            cv2.rectangle(picture, (28 + 256 * k, 28), (228 + 256 * k, 228), (160, 160, 160))
+            cv2.polylines(picture, [line], False, (0, 0, 0), 2, cv2.LINE_AA)
+        board.add_image("asl/curves", picture, self.rounds, dataformats="HWC")
 
 
 # Least gain in the rejection protocol. The published 0.6 [P] stands where hand-made losses exceed it with a margin.
@@ -1017,27 +1260,65 @@ ETA = dict.fromkeys(METRICS, evolve.ETA)
 
 
 def compare(args) -> None:
-    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split."""
+    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split.
+
+    Everything goes into a run directory; `--resume` repeats nothing that is finished there and goes on with the
+    training in flight. Under torchrun all processes share each training.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    rank, world = rank_and_world()
     task = SegTask(args)
-    test: dict[str, dict[str, list[float]]] = {}
-    for name, losses in args.wanted.items():
-        test[name] = {metric: [] for metric in METRICS}
-        for seed in range(args.seed, args.seed + args.seeds):
-            start = time.time()
-            try:
-                scores = task.retrain(losses, seed)["test"]
-            except InvalidLoss as error:
-                print(f"{name}, seed {seed}: the loss or its gradient became invalid at {error}", flush=True)
-                continue
-            for metric, value in scores.items():
-                test[name][metric].append(value)
-            print(
-                f"{name}, seed {seed}: {args.metric} {scores[args.metric]:.3f}  {time.time() - start:.1f} s", flush=True
-            )
+    shared = [evolve.open_run(args, "seg") if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    (directory,) = shared
+    done = {(line["loss"], line["seed"]): line for line in evolve.read_lines(directory / "retrain.jsonl")}
+    seeds = range(args.seed, args.seed + args.seeds)
+    for k, (name, losses) in enumerate(args.wanted.items()):
+        for seed in seeds:
+            if (name, seed) not in done:
+                try:
+                    done[name, seed] = train_once(task, name, losses, seed, directory / f"training_{k}_{seed}.pt")
+                except KeyboardInterrupt:
+                    print(f"\ninterrupted; go on with: python search_seg.py --resume {directory}")
+                    raise
+            if rank == 0:
+                line = done[name, seed]
+                scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
+                print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
+    if rank > 0:
+        return
+    test = {}
+    for name in args.wanted:
+        valid = [line["scores"]["test"] for line in (done[name, seed] for seed in seeds) if line["scores"]]
+        test[name] = {metric: [scores[metric] for scores in valid] for metric in METRICS}
     if args.compare:
         evolve.show_losses(test, METRICS, args.seeds)
     else:
         evolve.show_table({name if len(name) < 17 else "loss": test[name] for name in test}, METRICS, args.metric)
+        print(f"\nthe trained networks are in {directory}")
+
+
+def train_once(task: SegTask, name: str, losses, seed: int, checkpoint: Path) -> dict:
+    """One training of `compare` as its line in retrain.jsonl, and its curve in TensorBoard."""
+    line, start = {"loss": name, "seed": seed, "scores": None}, time.time()
+    try:
+        line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
+    except InvalidLoss as error:
+        line["invalid"] = f"the loss or its gradient became invalid at {error}"
+    line["seconds"] = round(time.time() - start, 2)
+    if rank_and_world()[0] == 0:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
+
+        with (checkpoint.parent / "retrain.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        with SummaryWriter(str(checkpoint.parent)) as board:
+            for step, value in task.curve:
+                board.add_scalar(f"retrain/{checkpoint.stem}", value, step)
+        if task.args.compare:  # the networks of a single loss are kept
+            checkpoint.unlink(missing_ok=True)
+    return line
 
 
 def main() -> None:
@@ -1050,9 +1331,8 @@ def main() -> None:
             compare(args)
         else:
             make_task = functools.partial(SegTask, args)
-            evolve.run(
-                args, evolve.Story("seg", BASELINE, METRICS, make_task, lambda found: python_source(found["loss"]))
-            )
+            samplers = {"asl": lambda: AslSearch(args.metric)}
+            evolve.run(args, evolve.Story("seg", BASELINE, METRICS, make_task, export, samplers, read_searched))
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ augmentation picture by picture. Metrics: all six on 500 label maps of 64 x 64, 
 version of the tests. Proxy: three losses, part by part. Ratios within one run; one torch thread per process.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -103,7 +104,7 @@ def main() -> None:
     number = plan.steps * plan.batch
 
     def ours():
-        for _ in search_seg.batches(task.data["train"], plan, 0, "cpu"):
+        for _ in itertools.islice(search_seg.Batches(task.data["train"], plan, 0, "cpu"), plan.steps):
             pass
 
     def theirs():
@@ -120,7 +121,7 @@ def main() -> None:
     print(f"{'this project, one process':<34}{number / a:>10.0f}{b / a:>8.1f}")
 
     net = task.network(plan, 0)
-    stored = list(search_seg.batches(task.data["train"], plan._replace(steps=60), 0, "cpu"))
+    stored = list(itertools.islice(search_seg.Batches(task.data["train"], plan, 0, "cpu"), 60))
     step = seconds(lambda: search_seg.train_network(net, task.loss("ce"), stored, plan._replace(steps=60))) / 60
     share = (a / plan.steps) / (a / plan.steps + step)
     print(f"share of a re-training step spent in the loader: {share:.1%}")

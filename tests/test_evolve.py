@@ -31,11 +31,16 @@ def toy_branch(C=4, size=8, eta=0.6):
         lambda x, y: {"y": y.expand_as(x), "p": x.softmax(-3)},
         lambda x, y: (x.argmax(-3) == y.argmax(-3)).float().mean((-3, -2, -1)),
         eta,
+        ideal=10 * onehot,
+        known=("Neg(Mul(y, Log(p)))", "Abs(Add(p, Neg(y)))"),
     )
 
 
 class ToyTask:
     """The score of a loss is the cosine of its first gradient with that of a planted formula."""
+
+    def simulate(self, losses):
+        return 2 * self.train(losses)
 
     def __init__(self, planted="Neg(Mul(y, p))", invalid=False, branches=("loss",)):
         self.branches = {name: toy_branch() for name in branches}
@@ -397,8 +402,8 @@ def test_tickets_and_jobs_are_claimed_once():
     assert [boards[k % 2].claim("evaluations") for k in range(4)] == [1, 2, 3, 4]
     jobs = [{"losses": {"loss": str(CE)}, "seed": s, "picture": None} for s in range(3)]
     task = ToyTask()
-    evolve.serve(task, boards[0], 0, jobs)
-    evolve.serve(task, boards[1], 0, jobs)
+    evolve.serve(Search(task), boards[0], 0, jobs)
+    evolve.serve(Search(task), boards[1], 0, jobs)
     assert len(task.trained) == 3
 
 
@@ -418,8 +423,8 @@ def test_finalists_are_no_relatives():
     assert names(ranking, 0.5) == names(ranking, None) == [texts[k] for k in (0, 2, 1, 3)], "relatives wait"
     assert names(ranking, 0.75) == texts, "a stranger that loses to the baseline is no better than a relative"
     assert names([], 0.5) == []
-    plain = [(0.5, {"losses": {"loss": text}, "identity": []}) for text in texts * 2]
-    assert names(plain, 0.0) == (texts * 2)[: evolve.FINALISTS]
+    plain = [(0.9 - 0.1 * (k // 2), {"losses": {"loss": str(k)}, "identity": []}) for k in range(8)]
+    assert names(plain, 0.0) == ["0", "2", "4", "6", "1"], "equal scores: equivalent losses"
 
 
 def test_finalists_are_ranked_by_all_seeds_on_the_search_validation_split():
@@ -463,3 +468,118 @@ def test_minutes_end_a_search_that_nothing_passes(tmp_path):
     evolve.run(args, Story("toy", "ce", ("toy",), lambda: hopeless, str))
     (directory,) = tmp_path.iterdir()
     assert json.loads((directory / "result.json").read_text())["evaluated"] == 0
+
+
+# Other searches
+
+
+def test_a_program_is_the_tree_of_its_last_register():
+    memory = {"y": 0, "p": 1, "1": 2, "last": 2 + evolve.REGISTERS}
+    program = [
+        ("Log", memory["p"], 0, 3),
+        ("Mul", memory["y"], 3, memory["last"]),
+        ("Exp", memory["p"], 0, 4),  # never read
+        ("Neg", memory["last"], 3, memory["last"]),
+    ]
+    assert evolve.program_tree(program, SYMBOLS) == CE
+    assert is_dead(evolve.program_tree(program[2:3], SYMBOLS)), "a register that nothing has written is zero"
+    assert evolve.program_tree([("Mul", 1, 1, 7)] + 12 * [("Mul", 7, 7, 7)], SYMBOLS) is None, "too many nodes"
+
+
+def test_mutations_of_programs():
+    rng = random.Random(0)
+    program = evolve.random_program(rng, SYMBOLS)
+    lengths, changes = set(), []
+    for _ in range(3000):
+        child = evolve.mutate_program(rng, program, SYMBOLS)
+        assert 1 <= len(child) <= evolve.PROGRAM and abs(len(child) - len(program)) <= 1
+        assert all(op in OPERATORS and 3 <= out < 8 and 0 <= min(a, b) <= max(a, b) < 8 for op, a, b, out in child)
+        if len(child) == len(program):
+            changes.append(sum(new != old for new, old in zip(child, program)))
+        lengths.add(len(child))
+        program = child
+    assert lengths >= set(range(1, evolve.PROGRAM)) and changes.count(1) > 600 and max(changes) > 10
+
+
+def test_falling_sees_what_falls_on_the_whole_way():
+    branch = toy_branch()
+    losses = {
+        "Neg(Mul(y, Log(p)))": True,
+        "Abs(Add(p, Neg(y)))": True,
+        "Mul(y, Log(p))": False,  # rises
+        "Neg(Abs(Add(Mul(y, p), Neg(MeanC(Tanh(1))))))": False,  # rises, then falls
+        "Square(1)": False,
+        "Exp(Exp(Exp(Exp(Inv(Mul(y, p))))))": False,  # not finite
+    }
+    assert dict(zip(losses, evolve.falling(branch, list(map(parse, losses))))) == losses
+    assert [evolve.falling(branch, [parse(text)])[0] for text in losses] == list(losses.values())
+
+
+@pytest.mark.parametrize("kind", ["cse", "cse-rand"])
+def test_convergence_simulation(tmp_path, kind):
+    directory = run(tmp_path, "--search", kind, "--evals", "25")
+    lines = journal(directory)
+    result = json.loads((directory / "result.json").read_text())
+    assert result["gates"]["rising"] > 0 and result["gates"]["simulation"] > 0
+    assert result["gates"]["rejected"] == result["gates"]["gradient"] == 0, "the gates of the other searches are open"
+    assert all(evolve.falling(toy_branch(), [parse(line["losses"]["loss"])])[0] for line in lines)
+    assert all(2 * line["score"] >= evolve.SIMULATION for line in lines)
+    texts = [line["losses"]["loss"] for line in lines]
+    assert len(set(texts)) == len(texts)
+    known = {str(canonical(parse(text))) for text in toy_branch().known}
+    assert bool(known & {str(canonical(parse(text))) for text in texts}) == (kind == "cse")
+
+
+def test_programs_evolve_without_gates_and_go_on_after_a_resume(tmp_path):
+    flags = ("--search", "aml", "--evals")
+    whole = journal(run(tmp_path / "whole", *flags, "60"))
+    part = run(tmp_path / "part", *flags, "35")
+    args = arguments(tmp_path / "part", *flags, "60")
+    args.resume = part
+    evolve.run(args, story())
+    assert journal(part) == whole
+    assert not any(whole[-1]["gates"][gate] for gate in evolve.GATES)
+    for line in whole:
+        (text,) = line["losses"].values()
+        assert str(evolve.program_tree(line["programs"][text], SYMBOLS)) == text
+    assert any(line["parent"] for line in whole)
+
+
+class ToySampler:
+    """Counts upwards from the mean of what was learned."""
+
+    def __init__(self):
+        self.seen, self.shown = [], 0
+
+    def propose(self, rng):
+        return {"loss": Number(round(sum(self.seen) + rng.random(), 3))}, {"known": len(self.seen)}
+
+    def learn(self, record):
+        self.seen.append(record["score"])
+
+    def show(self, board):
+        self.shown += 1
+
+
+class Number(float):
+    def __str__(self):
+        return f"number {float(self)!r}"
+
+
+def test_a_search_of_the_tasks_own(tmp_path):
+    def begin(directory, evals, resume=None):
+        task = ToyTask()
+        task.train = lambda losses: 0.5 if losses == "ce" else 1 / losses["loss"]
+        own = Story("toy", "ce", ("toy",), lambda: task, str, {"own": ToySampler}, lambda text: Number(text.split()[1]))
+        args = arguments(directory, "--evals", evals)
+        args.search, args.resume = "own", resume
+        evolve.run(args, own)
+        return next(directory.iterdir())
+
+    whole = journal(begin(tmp_path / "whole", "9"))
+    part = begin(tmp_path / "part", "4")
+    begin(tmp_path / "part", "9", part)
+    assert journal(part) == whole
+    assert [line["known"] for line in whole] == list(range(9)), "each proposal knows all earlier scores"
+    assert whole[0]["losses"]["loss"].startswith("number ")
+    assert json.loads((part / "result.json").read_text())["losses"]["loss"].startswith("number ")

@@ -93,7 +93,9 @@ def test_tensorboard_shows_what_the_readme_explains(finished):
         for tag in tags
     }
     glossary = (REPOSITORY / "README.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
-    explained = set(re.findall(r"^\| `([^`]+)` \|", glossary, re.M))
+    explained = {
+        tag for tag in re.findall(r"^\| `([^`]+)` \|", glossary, re.M) if not tag.startswith(("asl/", "retrain/"))
+    }
     assert general - {tag for tag in general if tag.startswith("_hparams_")} == explained
     best = [event.value for event in events.Scalars("search/best")]
     assert best == sorted(best)
@@ -179,6 +181,9 @@ def test_torchrun_enters_the_same_way(root, tmp_path):
     [
         ["--search", "naive", "--evals", "25"],
         ["--search", "random", "--evals", "2"],
+        ["--search", "cse", "--evals", "2"],
+        ["--search", "cse-rand", "--evals", "1"],
+        ["--search", "aml", "--evals", "25"],
         ["--without", "dead,gradient", "--evals", "2"],
     ],
 )
@@ -189,26 +194,130 @@ def test_other_searches(root, tmp_path, monkeypatch, capsys, flags):
     (directory,) = tmp_path.iterdir()
     lines = journal(directory)
     assert len(lines) == int(flags[-1])
-    if "naive" in flags:
+    if "naive" in flags or "aml" in flags:
         assert lines[-1]["gates"]["invalid"] > 0, "most random trees cannot even be trained with"
         assert any(line["parent"] for line in lines)
+
+
+def test_search_of_auto_seg_loss(root, tmp_path, monkeypatch, capsys):
+    """Rounds are learned from, a resume goes on exactly, and the found parameters can be taken away in three ways."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(search_seg.AslSearch, "ROUND", 3)
+    common = ["--data-root", str(root), *SMALL, "--workers", "1", "--seeds", "1"]
+
+    def begin(runs, *flags):
+        monkeypatch.setattr(sys, "argv", ["search_seg.py", *common, "--runs", str(tmp_path / runs), *flags])
+        search_seg.main()
+        (directory,) = (tmp_path / runs).iterdir()
+        return directory
+
+    whole = begin("whole", "--search", "asl", "--metric", "bf1", "--evals", "8")
+    part = begin("part", "--search", "asl", "--metric", "bf1", "--evals", "4")
+    begin("part", "--resume", str(part), "--evals", "8")
+    assert journal(part) == journal(whole) and len(journal(whole)) == 8
+    means = [line["mu"] for line in journal(whole)]
+    assert means[0] == means[2] == [0.5] * 8, "the identity"
+    assert means[2] != means[3] == means[5] != means[6]
+
+    found = json.loads((whole / "result.json").read_text())["losses"]["loss"]
+    assert found.startswith("asl(bf1: ") and found in (whole / "hall_of_fame.csv").read_text()
+    capsys.readouterr()
+    flags = ["--runs", str(tmp_path / "table"), "--compare", f"{whole},{found},asl", "--metric", "bf1"]
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *common, *flags])
+    search_seg.main()
+    rows = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1] == rows[2] != rows[3]
+
+    events = EventAccumulator(str(whole)).Reload()
+    assert len(events.Images("asl/curves")) == 2
+    assert [event.step for event in events.Scalars("asl/mu_7")] == [1, 2]
+    glossary = (REPOSITORY / "README.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
+    assert "| `asl/curves` |" in glossary and "| `asl/mu_<k>` |" in glossary
+
+    logits, label = torch.randn(2, 7, 8, 8), torch.randint(0, 7, (2, 8, 8))
+    label[0, 0] = 255
+    torch.save((logits, label, search_seg.Asl.read(found)(logits, label)), tmp_path / "numbers")
+    code = (
+        "import torch; from best_loss import loss; x, y, value = torch.load('numbers');"
+        "x.requires_grad_(); z = loss(x, y); z.backward(); assert z == value and x.grad.isfinite().all()"
+    )
+    shutil.copy(whole / "best_loss.py", tmp_path)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("loss", ["dice", "Neg(Mul(y, Log(p)))", "RUN_DIR"])
 def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypatch, loss):
     loss = str(finished[0]) if loss == "RUN_DIR" else loss
-    flags = ["--data-root", str(root), *SMALL, "--loss", loss, "--seeds", "2", "--metric", "bf1"]
+    flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL]
+    flags += ["--loss", loss, "--seeds", "2", "--metric", "bf1"]
     monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags])
     search_seg.main()
     printed = capsys.readouterr().out
     assert ">>>>  bf1" in printed and printed.count("+-") == 6
+    (directory,) = tmp_path.iterdir()
+    state = torch.load(directory / "training_0_1.pt", weights_only=True)
+    search_seg.build_model("small", 7).load_state_dict(state["parts"][0])
 
 
-def test_several_losses_side_by_side(root, finished, capsys, monkeypatch):
-    listed = f"ce,wce,Mul(y, Exp(Neg(p))),{finished[0]}"
-    monkeypatch.setattr(
-        sys, "argv", ["search_seg.py", "--data-root", str(root), *SMALL, "--compare", listed, "--seeds", "2"]
+def test_one_training_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch, capsys):
+    common = ["search_seg.py", "--data-root", str(root), *SMALL, "--retrain-steps", "7", "--checkpoint-steps", "2"]
+
+    def start(*flags):
+        monkeypatch.setattr(sys, "argv", [*common, *flags])
+        search_seg.main()
+
+    def results(runs):
+        (log,) = runs.glob("*/retrain.jsonl")
+        return [{**json.loads(line), "seconds": 0} for line in log.read_text().splitlines()]
+
+    flags = ["--compare", "ce,wce", "--seeds", "2", "--runs"]
+    start(*flags, str(tmp_path / "whole"))
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    save, saved = search_seg.Checkpoint.save, []
+
+    def save_and_stop(self, *args):
+        save(self, *args)
+        saved.append(self.path.name)
+        if saved.count("training_1_0.pt") == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_seg.Checkpoint, "save", save_and_stop)
+        with pytest.raises(SystemExit) as stop:
+            start(*flags, str(tmp_path / "part"))
+    (directory,) = (tmp_path / "part").iterdir()
+    assert stop.value.code == 130 and f"--resume {directory}" in capsys.readouterr().out
+    assert len(results(tmp_path / "part")) == 2 and (directory / "training_1_0.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(search_seg.Checkpoint, "save", lambda self, steps, *rest: saved.append((self.path.stem, steps)))
+        start("--resume", str(directory))
+    assert saved[-6:] == [("training_1_0", 6), ("training_1_0", 7)] + [("training_1_1", k) for k in (2, 4, 6, 7)]
+    assert results(tmp_path / "part") == results(tmp_path / "whole")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")] == table
+    assert not list(directory.glob("*.pt")), "of a comparison no networks are kept"
+
+
+def test_several_processes_share_one_training(root, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29614"]
+    flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--loss", "dice", "--seeds", "1"]
+    done = subprocess.run(
+        [*launcher, "search_seg.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dice, seed 0: miou") == 1 == done.stdout.count(">>>>"), "one of them speaks"
+    (directory,) = tmp_path.iterdir()
+    assert len((directory / "retrain.jsonl").read_text().splitlines()) == 1
+    state = torch.load(directory / "training_0_0.pt", weights_only=True)
+    assert state["steps"] == 3
+    orders = [order for order, _ in state["generators"]]
+    assert len(orders) == 2 and not torch.equal(*orders), "each draws pictures of its own"
+
+
+def test_several_losses_side_by_side(root, finished, capsys, monkeypatch, tmp_path):
+    listed = f"ce,wce,Mul(y, Exp(Neg(p))),{finished[0]}"
+    flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--compare", listed, "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags])
     search_seg.main()
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in table] == [
@@ -250,7 +359,10 @@ def bad(monkeypatch, capsys, *argv):
         (["--minutes", "0"], ["--minutes", "0", "at least"]),
         (["--minutes", "nan"], ["--minutes", "nan", "at least"]),
         (["--workers", "-1"], ["--workers", "-1"]),
-        (["--search", "grid"], ["--search", "grid", "evolve random naive"]),
+        (["--search", "grid"], ["--search", "grid", "evolve random naive cse cse-rand aml asl"]),
+        (["--loss", "asl(miou: 0.1 0.2)"], ["--loss asl(miou: 0.1 0.2)", "12 numbers in 0..1, got 2"]),
+        (["--loss", "asl(iou: 0.1)"], ["--loss asl(iou", "'iou' is no metric"]),
+        (["--loss", "asl(macc: 0 0 0 0 0 x)"], ["--loss asl(macc", "'x'"]),
         (["--without", "dead,foo"], ["--without", "foo", "equivalent"]),
         (["--data", "coco"], ["--data", "coco", "shapes voc cityscapes"]),
         (["--data", "voc"], ["--data voc", "--data-root"]),

@@ -1,6 +1,7 @@
 """Segmentation, piece by piece: metrics and losses against slow, obvious versions; loader; networks; training."""
 
 import math
+import random
 
 import cv2
 import numpy as np
@@ -580,6 +581,9 @@ def test_each_loss_is_the_one_of_its_name(root):
         task.args.metric = metric
         want = search_seg.asl_loss(logits, label, search_seg.ASL_THETA[metric], metric)
         assert task.loss("asl")(logits, label) == want
+        published = search_seg.read_loss(f"asl({metric})", "--loss")
+        assert task.loss(published)(logits, label) == want
+        assert search_seg.read_loss(str(published["loss"]), "--loss") == published
     assert task.loss("dice")(logits, label) == search_seg.dice(logits, label)
 
 
@@ -588,7 +592,7 @@ def test_weights_are_cut_like_their_labels(root):
     train = task.data["train"]
     split = train._replace(weights=train.labels.half())
     plan = task.proxy._replace(steps=1, scale=(1.0, 1.0))
-    ((_, labels, weights),) = search_seg.batches(split, plan, 0, "cpu")
+    _, labels, weights = next(iter(search_seg.Batches(split, plan, 0, "cpu")))
     inside = (labels == labels.roll(1, 1)) & (labels == labels.roll(1, 2)) & (labels == labels.roll((1, 1), (1, 2)))
     inside = inside & inside.roll(-1, 1) & inside.roll(-1, 2) & inside.roll((-1, -1), (1, 2)) & (labels != 255)
     assert inside.float().mean() > 0.5
@@ -611,3 +615,56 @@ def test_predictions_are_drawn(task, tmp_path):
     search_seg.draw_predictions(task.network(task.proxy, 0), task.data["test"], tmp_path / "p.png", "cpu", number=3)
     height, width = cv2.imread(str(tmp_path / "p.png")).shape[:2]
     assert height > 3 * shapes.SIZE and width > 3 * shapes.SIZE
+
+
+# The search of Auto Seg-Loss
+
+
+@pytest.mark.parametrize("metric", search_seg.METRICS)
+def test_asl_search_starts_on_the_identity_and_draws_rising_curves(metric):
+    search = search_seg.AslSearch(metric)
+    curves = search_seg.ASL_CURVES[metric]
+    x = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for points in search.control_points(search.mu).view(curves, -1, 2):
+        torch.testing.assert_close(search_seg.bezier(x, points), x, atol=1e-4, rtol=0)
+    rng = random.Random(0)
+    for _ in range(50):
+        losses, about = search.propose(rng)
+        assert losses["loss"].metric == metric and about["mu"] == search.mu.tolist()
+        assert all(0 <= value <= 1 for value in about["sample"])
+        for points in torch.tensor(losses["loss"].theta, dtype=torch.float64).view(curves, -1, 2):
+            y = search_seg.bezier(x, points)
+            assert y[0] == 0 and y[-1] == 1 and (y.diff() >= -1e-9).all()
+    spread = torch.tensor([search.propose(rng)[1]["sample"] for _ in range(400)]).std(0)
+    assert ((spread > 0.15) & (spread < 0.21)).all(), "a normal of 0.2, cut off at 0 and 1"
+
+
+def test_asl_density_is_that_of_a_truncated_normal():
+    search = search_seg.AslSearch("macc")
+    x = torch.linspace(0, 1, 20001, dtype=torch.float64).unsqueeze(-1)
+    areas = []
+    for mu in (0.02, 0.5, 0.9):
+        density = search.log_density(x, torch.tensor([mu], dtype=torch.float64)).exp()
+        areas.append(torch.trapezoid(density, x.squeeze()).item())
+    # what is left out is the factor sigma sqrt(2 pi) of the normal density
+    assert areas == pytest.approx([0.2 * math.sqrt(2 * math.pi)] * 3, rel=1e-6)
+
+
+def test_asl_search_moves_towards_what_scores():
+    want = torch.tensor([0.9, 0.1, 0.6, 0.8, 0.2, 0.4], dtype=torch.float64)
+    search, rng = search_seg.AslSearch("macc"), random.Random(0)
+    distances = [(search.mu - want).norm().item()]
+    for number in range(12 * search.ROUND):
+        losses, about = search.propose(rng)
+        score = 1 - (torch.tensor(about["sample"], dtype=torch.float64) - want).norm().item()
+        search.learn({**about, "score": None if number % 10 == 9 else score})
+        if not search.round:
+            distances.append((search.mu - want).norm().item())
+    assert search.rounds == 12 and distances[0] > 0.7 and distances[-1] < 0.35, distances
+    assert all(0 < value < 1 for value in search.mu.tolist())
+
+
+def test_simulation_prefers_what_teaches(task):
+    assert task.simulate({"loss": parse("Neg(Mul(y, Log(p)))")}) == pytest.approx(1, abs=0.3)
+    assert task.simulate({"loss": parse("Mul(y, Log(p))")}) < 0.75
+    assert task.simulate({"loss": parse("Square(y)")}) == 0, "no gradient: invalid"

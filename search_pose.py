@@ -13,8 +13,10 @@ The whole task is in this file: arguments, data, networks, metrics, hand-made lo
 
 import argparse
 import functools
+import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image  # comes with torchvision
@@ -157,6 +160,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         type=evolve.at_least(2),
         metavar="N",
         help="images in a batch (small 16, r50 64 in the proxy and 128 in re-training)",
+    )
+    task.add_argument(
+        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (small 0.003, r50 0.001)"
+    )
+    task.add_argument(
+        "--checkpoint-steps",
+        type=evolve.at_least(1),
+        default=500,
+        metavar="N",
+        help="steps between two checkpoints of a --loss or --compare training (%(default)s)",
     )
     task.add_argument(
         "--device",
@@ -826,6 +839,12 @@ def awing(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 LOSSES = {"mse": mse, "l1": l1, "ohkm": ohkm, "awing": awing, "ce": ce}
+KNOWN = (  # what `--search cse` starts from: cross entropy, squared and absolute error, overlap
+    "Neg(Mul(y, Log(p)))",
+    "Square(Add(p, Neg(y)))",
+    "Abs(Add(p, Neg(y)))",
+    "Neg(Mul(y, p))",
+)
 BASELINE = "mse"
 
 
@@ -881,26 +900,79 @@ def export(losses: dict[str, Expr]) -> str:
 # Training
 
 
-def batches(
-    split: Split, swap: Tensor, size: tuple[int, int], plan: Schedule, seed: int, device: str
-) -> Iterator[tuple[Tensor, ...]]:
-    """`plan.steps` batches (images normalised, target heatmaps, weights), drawn with replacement.
+def rank_and_world() -> tuple[int, int]:
+    """This process among those that share one training under torchrun; (0, 1) where none do, as in a search."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Order and augmentation have seeds of their own.
+
+class Batches:
+    """Batches without end (images normalised, target heatmaps, weights), drawn with replacement.
+
+    Order and augmentation have generators of their own; their states say where in the sequence the training is. Of
+    several processes each draws its share of a batch.
     """
-    order = torch.Generator().manual_seed(2 * seed)
-    augmentation = torch.Generator(device).manual_seed(2 * seed + 1)
-    for _ in range(plan.steps):
-        index = torch.randint(len(split.images), (plan.batch,), generator=order)
-        images, joints, labelled = batch_scale_rotate_flip(split, swap, index, size, plan, augmentation)
-        heatmaps = batch_heatmaps(joints / STRIDE, (size[0] // STRIDE, size[1] // STRIDE), plan.sigma)
-        yield normalise(images), heatmaps, labelled.float()
+
+    def __init__(self, split: Split, swap: Tensor, plan: Schedule, size: tuple[int, int], seed: int, device: str):
+        rank, world = rank_and_world()
+        self.split, self.swap, self.plan, self.size = split, swap, plan, size
+        self.number = max(1, plan.batch // world)
+        seed += 1_000_003 * rank
+        self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order, augmentation = self.generators
+        coarse = (self.size[0] // STRIDE, self.size[1] // STRIDE)
+        while True:
+            index = torch.randint(len(self.split.images), (self.number,), generator=order)
+            images, joints, labelled = batch_scale_rotate_flip(
+                self.split, self.swap, index, self.size, self.plan, augmentation
+            )
+            yield normalise(images), batch_heatmaps(joints / STRIDE, coarse, self.plan.sigma), labelled.float()
+
+
+class Checkpoint:
+    """A training on disk, written every so many steps: a kill costs no more than the steps since the last one."""
+
+    def __init__(self, path: Path, every: int, generators):
+        self.path, self.every, self.generators = path, every, generators
+
+    def load(self, *parts) -> tuple[int, list]:
+        """Restore network, optimizer, schedule and generators; how many steps are done, and the curve so far."""
+        if not self.path.exists():
+            return 0, []
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for part, saved in zip(parts, state["parts"]):
+            part.load_state_dict(saved)
+        for generator, saved in zip(self.generators, state["generators"][rank_and_world()[0]]):
+            generator.set_state(saved)
+        return state["steps"], state["curve"]
+
+    def save(self, steps: int, curve: list, *parts) -> None:
+        """Written by rank 0; of the others only the generators differ."""
+        states = [[generator.get_state() for generator in self.generators]]
+        rank, world = rank_and_world()
+        if world > 1:
+            own, states = states[0], [None] * world
+            dist.all_gather_object(states, own)
+        if rank == 0:
+            unfinished = self.path.with_suffix(".part")
+            parts = [part.state_dict() for part in parts]
+            torch.save({"steps": steps, "curve": curve, "parts": parts, "generators": states}, unfinished)
+            unfinished.replace(self.path)
 
 
 def train_network(
-    net: nn.Module, loss: Callable, data, plan: Schedule, stop_invalid: bool = True
+    net: nn.Module,
+    loss: Callable,
+    data,
+    plan: Schedule,
+    stop_invalid: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> list[tuple[int, float]]:
     """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
+
+    Goes on from `checkpoint` where that has been written. Under torchrun the gradients are averaged over the processes,
+    each of which evaluates the loss on its own part of the batch.
 
     Raises InvalidLoss as soon as the loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
     only, so that the host seldom waits for the device.
@@ -908,27 +980,39 @@ def train_network(
     cuda = next(net.parameters()).is_cuda
     optimizer = torch.optim.AdamW(net.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
-    weights = list(net.parameters())
-    curve, valid = [], None
+    _, world = rank_and_world()
+    parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
+    first, curve = checkpoint.load(*parts) if checkpoint else (0, [])
+    weights, valid = list(net.parameters()), None
     net.train()
-    for step, (images, *targets) in enumerate(data):
+    if world > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if cuda else net
+        net = nn.parallel.DistributedDataParallel(net)
+    for step, (images, *targets) in zip(range(first, plan.steps), data):
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             heatmaps = net(images)
         value = loss(heatmaps.float(), *targets)
         if not value.requires_grad:
             raise InvalidLoss("the first step, for want of a gradient")
+        shown = value.detach()
+        if world > 1:  # if one process alone saw what is invalid, the others would wait for it forever
+            dist.all_reduce(shown := shown / world)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         if stop_invalid:
             norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-            finite = value.isfinite() & norm.isfinite()
+            finite = shown.isfinite() & norm.isfinite()
             valid = finite if valid is None else valid & finite
             if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
                 raise InvalidLoss(f"step {step}")
         optimizer.step()
         schedule.step()
         if step % max(1, plan.steps // 20) == 0:
-            curve.append((step, value.detach()))
+            curve.append((step, shown))
+        if checkpoint and (step + 1) % checkpoint.every == 0:
+            checkpoint.save(step + 1, curve, *parts)
+    if checkpoint:
+        checkpoint.save(plan.steps, curve, *parts)
     return [(step, value.item()) for step, value in curve]
 
 
@@ -1009,7 +1093,7 @@ class PoseTask:
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
-        flags = {"steps": steps, "batch": self.args.batch}
+        flags = {"steps": steps, "batch": self.args.batch, "lr": self.args.lr}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def branch(self) -> Branch:
@@ -1018,7 +1102,7 @@ class PoseTask:
         Not those of a random network: it starts at zero, where losses that differ everywhere else look the same [D].
         """
         train = self.data["train"]
-        index = train.labelled.sum(1).sort(descending=True, stable=True).indices[:GATE_SAMPLES]
+        self.few = index = train.labelled.sum(1).sort(descending=True, stable=True).indices[:GATE_SAMPLES]
         size = (GATE_SIZE, round(GATE_SIZE * self.args.aspect))
         corner = torch.tensor([(n - m) / 2 for n, m in zip(train.images.shape[-2:], self.size)]).flip(0)
         joints = (train.joints[index] - corner.to(self.device)) * (size[0] / self.size[0])
@@ -1032,6 +1116,8 @@ class PoseTask:
             self.gate_score,
             ETA,
             scale_free=True,
+            ideal=SHARPNESS * target.unsqueeze(2),
+            known=KNOWN,
         )
 
     @staticmethod
@@ -1055,34 +1141,61 @@ class PoseTask:
     def loss(self, losses: dict[str, Expr] | str) -> Callable[..., Tensor]:
         return LOSSES[losses] if isinstance(losses, str) else tree_loss(losses["loss"])
 
-    def batches(self, plan: Schedule, seed: int) -> Iterator[tuple[Tensor, ...]]:
-        return batches(self.data["train"], self.skeleton.swap, self.size, plan, seed, self.device)
+    def batches(self, plan: Schedule, seed: int) -> Batches:
+        return Batches(self.data["train"], self.skeleton.swap, plan, self.size, seed, self.device)
 
     @functools.cached_property
     def proxy_batches(self):
         """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
         plan, (height, width) = self.proxy, self.size
         if plan.steps * plan.batch * height * width * (12 + 4 * len(self.skeleton.names) / STRIDE**2) < 2**29:
-            return list(self.batches(plan, self.args.seed))
+            return list(itertools.islice(self.batches(plan, self.args.seed), plan.steps))
         return None
 
-    def test(self, net: nn.Module, split: str) -> dict[str, float]:
-        return test_network(net, self.data[split], self.skeleton, self.size, self.device, self.args.flip_test)
+    def test(self, net: nn.Module, split: Split) -> dict[str, float]:
+        return test_network(net, split, self.skeleton, self.size, self.device, self.args.flip_test)
 
     def train(self, losses: dict[str, Expr] | str) -> float:
         net = self.network(self.args.seed)
         data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
-        return round(self.test(net, "val")[self.args.metric], 6)
+        return round(self.test(net, self.data["val"])[self.args.metric], 6)
 
-    def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None) -> dict:
+    def simulate(self, losses: dict[str, Expr]) -> float:
+        """A short training on the persons of the gates: PCK on these, as a share of the baseline's.
+
+        Whatever metric is searched for: the AP of so short a training is often exactly zero [D].
+        """
+        try:
+            return self.score_of_few(losses) / self.baseline_of_few
+        except InvalidLoss:
+            return 0.0
+
+    @functools.cached_property
+    def baseline_of_few(self) -> float:
+        return max(self.score_of_few(BASELINE), 1e-3)
+
+    def score_of_few(self, losses: dict[str, Expr] | str) -> float:
+        train = self.data["train"]
+        few = Split(*(tensor[self.few] for tensor in train[:-1]), train.persons)
+        plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
+        net = self.network(self.args.seed)
+        data = Batches(few, self.skeleton.swap, plan, self.size, self.args.seed, self.device)
+        train_network(net, self.loss(losses), data, plan)
+        return self.test(net, few)["pck"]
+
+    def retrain(
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint: Path | None = None
+    ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        net = self.network(own)
-        train_network(net, self.loss(losses), self.batches(self.retraining, own), self.retraining)
+        plan = self.retraining
+        net, data = self.network(own), self.batches(plan, own)
+        saved = Checkpoint(checkpoint, self.args.checkpoint_steps, data.generators) if checkpoint else None
+        self.curve = train_network(net, self.loss(losses), data, plan, checkpoint=saved)
         if picture:
             draw_predictions(net, self.data["test"], self.skeleton, self.size, picture, self.device)
-        return {name: self.test(net, name) for name in ("val", "test")}
+        return {name: self.test(net, self.data[name]) for name in ("val", "test")}
 
 
 # Least gain in the rejection protocol. The published 0.6 [P] stands where hand-made losses exceed it with a margin.
@@ -1094,27 +1207,65 @@ ETA = evolve.ETA
 
 
 def compare(args) -> None:
-    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split."""
+    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split.
+
+    Everything goes into a run directory; `--resume` repeats nothing that is finished there and goes on with the
+    training in flight. Under torchrun all processes share each training.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    rank, world = rank_and_world()
     task = PoseTask(args)
-    test: dict[str, dict[str, list[float]]] = {}
-    for name, losses in args.wanted.items():
-        test[name] = {metric: [] for metric in METRICS}
-        for seed in range(args.seed, args.seed + args.seeds):
-            start = time.time()
-            try:
-                scores = task.retrain(losses, seed)["test"]
-            except InvalidLoss as error:
-                print(f"{name}, seed {seed}: the loss or its gradient became invalid at {error}", flush=True)
-                continue
-            for metric, value in scores.items():
-                test[name][metric].append(value)
-            print(
-                f"{name}, seed {seed}: {args.metric} {scores[args.metric]:.3f}  {time.time() - start:.1f} s", flush=True
-            )
+    shared = [evolve.open_run(args, "pose") if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    (directory,) = shared
+    done = {(line["loss"], line["seed"]): line for line in evolve.read_lines(directory / "retrain.jsonl")}
+    seeds = range(args.seed, args.seed + args.seeds)
+    for k, (name, losses) in enumerate(args.wanted.items()):
+        for seed in seeds:
+            if (name, seed) not in done:
+                try:
+                    done[name, seed] = train_once(task, name, losses, seed, directory / f"training_{k}_{seed}.pt")
+                except KeyboardInterrupt:
+                    print(f"\ninterrupted; go on with: python search_pose.py --resume {directory}")
+                    raise
+            if rank == 0:
+                line = done[name, seed]
+                scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
+                print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
+    if rank > 0:
+        return
+    test = {}
+    for name in args.wanted:
+        valid = [line["scores"]["test"] for line in (done[name, seed] for seed in seeds) if line["scores"]]
+        test[name] = {metric: [scores[metric] for scores in valid] for metric in METRICS}
     if args.compare:
         evolve.show_losses(test, METRICS, args.seeds)
     else:
         evolve.show_table({name if len(name) < 17 else "loss": test[name] for name in test}, METRICS, args.metric)
+        print(f"\nthe trained networks are in {directory}")
+
+
+def train_once(task: PoseTask, name: str, losses, seed: int, checkpoint: Path) -> dict:
+    """One training of `compare` as its line in retrain.jsonl, and its curve in TensorBoard."""
+    line, start = {"loss": name, "seed": seed, "scores": None}, time.time()
+    try:
+        line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
+    except InvalidLoss as error:
+        line["invalid"] = f"the loss or its gradient became invalid at {error}"
+    line["seconds"] = round(time.time() - start, 2)
+    if rank_and_world()[0] == 0:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
+
+        with (checkpoint.parent / "retrain.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        with SummaryWriter(str(checkpoint.parent)) as board:
+            for step, value in task.curve:
+                board.add_scalar(f"retrain/{checkpoint.stem}", value, step)
+        if task.args.compare:  # the networks of a single loss are kept
+            checkpoint.unlink(missing_ok=True)
+    return line
 
 
 def main() -> None:

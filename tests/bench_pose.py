@@ -10,6 +10,7 @@ people in as many pictures as COCO's val2017 has with people in them. Ratios wit
 import argparse
 import contextlib
 import io
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def score(task: search_pose.PoseTask, losses, plan: search_pose.Schedule, seed: 
         search_pose.train_network(net, task.loss(losses), task.batches(plan, seed), plan)
     except search_pose.InvalidLoss:
         return dict.fromkeys(search_pose.METRICS, 0.0)
-    return task.test(net, "val")
+    return task.test(net, task.data["val"])
 
 
 def show_ranking(task: search_pose.PoseTask, steps: list[int]) -> None:
@@ -123,7 +124,7 @@ def show_metric(pictures: int = 2693) -> None:
 
 def show_seconds(task: search_pose.PoseTask) -> None:
     start = time.perf_counter()
-    data = list(task.batches(task.proxy, 0))
+    data = list(itertools.islice(task.batches(task.proxy, 0), task.proxy.steps))
     drawn = time.perf_counter() - start
     print(f"\nloader: {len(data) * len(data[0][0]) / drawn:,.0f} persons/s")
     print(f"{'one proxy training, s':<40}{'loader':>8}{'training':>10}{'metric':>8}")
@@ -132,7 +133,7 @@ def show_seconds(task: search_pose.PoseTask) -> None:
         start = time.perf_counter()
         search_pose.train_network(net, loss, data, task.proxy)
         middle = time.perf_counter()
-        task.test(net, "val")
+        task.test(net, task.data["val"])
         print(f"{name:<40}{'once':>8}{middle - start:>10.2f}{time.perf_counter() - middle:>8.2f}")
 
 

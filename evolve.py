@@ -130,8 +130,13 @@ class Task(Protocol):
     def train(self, losses: dict[str, Expr] | str) -> float:
         """Proxy training; the metric on the search-validation split. Raises InvalidLoss."""
 
-    def retrain(self, losses: dict[str, Expr] | str, seed: int, picture: Path | None) -> dict[str, dict[str, float]]:
-        """The longer schedule: all metrics on `val` and `test`; predictions drawn to `picture`. Raises InvalidLoss."""
+    def retrain(
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
+    ) -> dict[str, dict[str, float]]:
+        """The longer schedule: all metrics on `val` and `test`; predictions drawn to `picture`. Raises InvalidLoss.
+
+        With a `Checkpoint` it goes on from there, and is shared by all processes under torchrun.
+        """
 
     def simulate(self, losses: dict[str, Expr]) -> float:
         """A short training on a few samples, the metric on these samples as a share of the baseline's; for CSE."""
@@ -1034,6 +1039,13 @@ def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | 
         help="processes that search; 0: one per core on the CPU, one per GPU on CUDA (%(default)s)",
     )
     group.add_argument(
+        "--checkpoint-steps",
+        type=at_least(1),
+        default=500,
+        metavar="N",
+        help="steps between two checkpoints of a --loss or --compare training (%(default)s)",
+    )
+    group.add_argument(
         "--seeds", type=at_least(1), default=3, metavar="N", help="re-training seeds of the closing table (%(default)s)"
     )
     group.add_argument(
@@ -1359,6 +1371,118 @@ def close(args, story: Story, crew: Crew) -> None:
     }
     write_atomically(directory / "result.json", json.dumps(result, indent=1))
     reporter.show_end(found, finalists, test, pictures)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses by name instead of a search: --loss and --compare
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process among those that share one training under torchrun; (0, 1) where none do, as in a search."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Checkpoint:
+    """A training on disk, written every so many steps: a kill costs no more than the steps since the last one.
+
+    `parts` are what has a state_dict (network, optimizer, schedule), `generators` where the batches come from.
+    """
+
+    def __init__(self, path: Path, every: int):
+        self.path, self.every = path, every
+
+    def load(self, parts: Sequence, generators: Sequence[torch.Generator]) -> tuple[int, list]:
+        """Restore everything; how many steps are done, and the curve so far."""
+        if not self.path.exists():
+            return 0, []
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for part, saved in zip(parts, state["parts"]):
+            part.load_state_dict(saved)
+        for generator, saved in zip(generators, state["generators"][rank_and_world()[0]]):
+            generator.set_state(saved)
+        return state["steps"], state["curve"]
+
+    def save(self, steps: int, curve: list, parts: Sequence, generators: Sequence[torch.Generator]) -> None:
+        """Written by rank 0; of the others only the generators differ."""
+        states = [[generator.get_state() for generator in generators]]
+        rank, world = rank_and_world()
+        if world > 1:
+            own, states = states[0], [None] * world
+            dist.all_gather_object(states, own)
+        if rank == 0:
+            unfinished = self.path.with_suffix(".part")
+            parts = [part.state_dict() for part in parts]
+            torch.save({"steps": steps, "curve": curve, "parts": parts, "generators": states}, unfinished)
+            unfinished.replace(self.path)
+
+
+def compare(args, story: Story) -> None:
+    """Train losses as at the end of a search, and print their scores on the test split.
+
+    Everything goes into a run directory; `--resume` repeats nothing that is finished there and goes on with the
+    training in flight. Under torchrun all processes share each training.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    rank, world = rank_and_world()
+    task = story.make_task()
+    shared = [open_run(args, story.name) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    (directory,) = shared
+    done = {(line["loss"], line["seed"]): line for line in read_lines(directory / "retrain.jsonl")}
+    seeds = range(args.seed, args.seed + args.seeds)
+    try:
+        for k, (name, losses) in enumerate(args.wanted.items()):
+            for seed in seeds:
+                if (name, seed) not in done:
+                    checkpoint = Checkpoint(directory / f"training_{k}_{seed}.pt", args.checkpoint_steps)
+                    done[name, seed] = train_once(args, task, name, losses, seed, checkpoint)
+                if rank == 0:
+                    line = done[name, seed]
+                    scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
+                    print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: python search_{story.name}.py --resume {directory}")
+        raise
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    test = {}
+    for name in args.wanted:
+        valid = [line["scores"]["test"] for line in (done[name, seed] for seed in seeds) if line["scores"]]
+        test[name] = {metric: [scores[metric] for scores in valid] for metric in story.metrics}
+    if args.compare:
+        show_losses(test, story.metrics, args.seeds)
+    else:
+        show_table({name if len(name) < 17 else "loss": test[name] for name in test}, story.metrics, args.metric)
+        print(f"\nthe trained networks are in {directory}")
+
+
+def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Checkpoint) -> dict:
+    """One training of `compare` as its line in retrain.jsonl, and its curve in TensorBoard."""
+    line, start, directory = {"loss": name, "seed": seed, "scores": None}, time.time(), checkpoint.path.parent
+    try:
+        line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
+    except InvalidLoss as error:
+        line["invalid"] = f"the loss or its gradient became invalid at {error}"
+    line["seconds"] = round(time.time() - start, 2)
+    if rank_and_world()[0] == 0:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
+
+        with (directory / "retrain.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        with SummaryWriter(str(directory)) as board:
+            for step, value in task.curve:
+                board.add_scalar(f"retrain/{checkpoint.path.stem}", value, step)
+        if args.compare:  # the networks of a single loss are kept
+            checkpoint.path.unlink(missing_ok=True)
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def mean_and_spread(values: list[float], digits: int = 3) -> str:

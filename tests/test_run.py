@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evolve
 import search_seg
 from data import shapes
 
@@ -274,7 +275,7 @@ def test_one_training_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch, 
     flags = ["--compare", "ce,wce", "--seeds", "2", "--runs"]
     start(*flags, str(tmp_path / "whole"))
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    save, saved = search_seg.Checkpoint.save, []
+    save, saved = evolve.Checkpoint.save, []
 
     def save_and_stop(self, *args):
         save(self, *args)
@@ -283,14 +284,14 @@ def test_one_training_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_seg.Checkpoint, "save", save_and_stop)
+        patch.setattr(evolve.Checkpoint, "save", save_and_stop)
         with pytest.raises(SystemExit) as stop:
             start(*flags, str(tmp_path / "part"))
     (directory,) = (tmp_path / "part").iterdir()
     assert stop.value.code == 130 and f"--resume {directory}" in capsys.readouterr().out
     assert len(results(tmp_path / "part")) == 2 and (directory / "training_1_0.pt").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(search_seg.Checkpoint, "save", lambda self, steps, *rest: saved.append((self.path.stem, steps)))
+        patch.setattr(evolve.Checkpoint, "save", lambda self, steps, *rest: saved.append((self.path.stem, steps)))
         start("--resume", str(directory))
     assert saved[-6:] == [("training_1_0", 6), ("training_1_0", 7)] + [("training_1_1", k) for k in (2, 4, 6, 7)]
     assert results(tmp_path / "part") == results(tmp_path / "whole")

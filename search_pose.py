@@ -16,9 +16,7 @@ import functools
 import itertools
 import json
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -163,13 +161,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     task.add_argument(
         "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (small 0.003, r50 0.001)"
-    )
-    task.add_argument(
-        "--checkpoint-steps",
-        type=evolve.at_least(1),
-        default=500,
-        metavar="N",
-        help="steps between two checkpoints of a --loss or --compare training (%(default)s)",
     )
     task.add_argument(
         "--device",
@@ -900,11 +891,6 @@ def export(losses: dict[str, Expr]) -> str:
 # Training
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process among those that share one training under torchrun; (0, 1) where none do, as in a search."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 class Batches:
     """Batches without end (images normalised, target heatmaps, weights), drawn with replacement.
 
@@ -913,7 +899,7 @@ class Batches:
     """
 
     def __init__(self, split: Split, swap: Tensor, plan: Schedule, size: tuple[int, int], seed: int, device: str):
-        rank, world = rank_and_world()
+        rank, world = evolve.rank_and_world()
         self.split, self.swap, self.plan, self.size = split, swap, plan, size
         self.number = max(1, plan.batch // world)
         seed += 1_000_003 * rank
@@ -930,44 +916,13 @@ class Batches:
             yield normalise(images), batch_heatmaps(joints / STRIDE, coarse, self.plan.sigma), labelled.float()
 
 
-class Checkpoint:
-    """A training on disk, written every so many steps: a kill costs no more than the steps since the last one."""
-
-    def __init__(self, path: Path, every: int, generators):
-        self.path, self.every, self.generators = path, every, generators
-
-    def load(self, *parts) -> tuple[int, list]:
-        """Restore network, optimizer, schedule and generators; how many steps are done, and the curve so far."""
-        if not self.path.exists():
-            return 0, []
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        for part, saved in zip(parts, state["parts"]):
-            part.load_state_dict(saved)
-        for generator, saved in zip(self.generators, state["generators"][rank_and_world()[0]]):
-            generator.set_state(saved)
-        return state["steps"], state["curve"]
-
-    def save(self, steps: int, curve: list, *parts) -> None:
-        """Written by rank 0; of the others only the generators differ."""
-        states = [[generator.get_state() for generator in self.generators]]
-        rank, world = rank_and_world()
-        if world > 1:
-            own, states = states[0], [None] * world
-            dist.all_gather_object(states, own)
-        if rank == 0:
-            unfinished = self.path.with_suffix(".part")
-            parts = [part.state_dict() for part in parts]
-            torch.save({"steps": steps, "curve": curve, "parts": parts, "generators": states}, unfinished)
-            unfinished.replace(self.path)
-
-
 def train_network(
     net: nn.Module,
     loss: Callable,
     data,
     plan: Schedule,
     stop_invalid: bool = True,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: evolve.Checkpoint | None = None,
 ) -> list[tuple[int, float]]:
     """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
 
@@ -980,9 +935,9 @@ def train_network(
     cuda = next(net.parameters()).is_cuda
     optimizer = torch.optim.AdamW(net.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
-    _, world = rank_and_world()
+    _, world = evolve.rank_and_world()
     parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
-    first, curve = checkpoint.load(*parts) if checkpoint else (0, [])
+    first, curve = checkpoint.load(parts, data.generators) if checkpoint else (0, [])
     weights, valid = list(net.parameters()), None
     net.train()
     if world > 1:
@@ -1009,10 +964,8 @@ def train_network(
         schedule.step()
         if step % max(1, plan.steps // 20) == 0:
             curve.append((step, shown))
-        if checkpoint and (step + 1) % checkpoint.every == 0:
-            checkpoint.save(step + 1, curve, *parts)
-    if checkpoint:
-        checkpoint.save(plan.steps, curve, *parts)
+        if checkpoint and ((step + 1) % checkpoint.every == 0 or step + 1 == plan.steps):
+            checkpoint.save(step + 1, curve, parts, data.generators)
     return [(step, value.item()) for step, value in curve]
 
 
@@ -1186,13 +1139,12 @@ class PoseTask:
         return self.test(net, few)["pck"]
 
     def retrain(
-        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint: Path | None = None
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
         plan = self.retraining
-        net, data = self.network(own), self.batches(plan, own)
-        saved = Checkpoint(checkpoint, self.args.checkpoint_steps, data.generators) if checkpoint else None
-        self.curve = train_network(net, self.loss(losses), data, plan, checkpoint=saved)
+        net = self.network(own)
+        self.curve = train_network(net, self.loss(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:
             draw_predictions(net, self.data["test"], self.skeleton, self.size, picture, self.device)
         return {name: self.test(net, self.data[name]) for name in ("val", "test")}
@@ -1206,79 +1158,14 @@ ETA = evolve.ETA
 # Main
 
 
-def compare(args) -> None:
-    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split.
-
-    Everything goes into a run directory; `--resume` repeats nothing that is finished there and goes on with the
-    training in flight. Under torchrun all processes share each training.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    rank, world = rank_and_world()
-    task = PoseTask(args)
-    shared = [evolve.open_run(args, "pose") if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(shared)
-    (directory,) = shared
-    done = {(line["loss"], line["seed"]): line for line in evolve.read_lines(directory / "retrain.jsonl")}
-    seeds = range(args.seed, args.seed + args.seeds)
-    for k, (name, losses) in enumerate(args.wanted.items()):
-        for seed in seeds:
-            if (name, seed) not in done:
-                try:
-                    done[name, seed] = train_once(task, name, losses, seed, directory / f"training_{k}_{seed}.pt")
-                except KeyboardInterrupt:
-                    print(f"\ninterrupted; go on with: python search_pose.py --resume {directory}")
-                    raise
-            if rank == 0:
-                line = done[name, seed]
-                scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
-                print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
-    if rank > 0:
-        return
-    test = {}
-    for name in args.wanted:
-        valid = [line["scores"]["test"] for line in (done[name, seed] for seed in seeds) if line["scores"]]
-        test[name] = {metric: [scores[metric] for scores in valid] for metric in METRICS}
-    if args.compare:
-        evolve.show_losses(test, METRICS, args.seeds)
-    else:
-        evolve.show_table({name if len(name) < 17 else "loss": test[name] for name in test}, METRICS, args.metric)
-        print(f"\nthe trained networks are in {directory}")
-
-
-def train_once(task: PoseTask, name: str, losses, seed: int, checkpoint: Path) -> dict:
-    """One training of `compare` as its line in retrain.jsonl, and its curve in TensorBoard."""
-    line, start = {"loss": name, "seed": seed, "scores": None}, time.time()
-    try:
-        line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
-    except InvalidLoss as error:
-        line["invalid"] = f"the loss or its gradient became invalid at {error}"
-    line["seconds"] = round(time.time() - start, 2)
-    if rank_and_world()[0] == 0:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
-
-        with (checkpoint.parent / "retrain.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        with SummaryWriter(str(checkpoint.parent)) as board:
-            for step, value in task.curve:
-                board.add_scalar(f"retrain/{checkpoint.stem}", value, step)
-        if task.args.compare:  # the networks of a single loss are kept
-            checkpoint.unlink(missing_ok=True)
-    return line
-
-
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
     torch.set_num_threads(1)  # a second thread of one process gains less than a second process
     cv2.setNumThreads(1)
+    story = evolve.Story("pose", BASELINE, METRICS, lambda: PoseTask(args), export)
     try:
         list_data(args)
-        if args.wanted:
-            compare(args)
-        else:
-            make_task = functools.partial(PoseTask, args)
-            evolve.run(args, evolve.Story("pose", BASELINE, METRICS, make_task, export))
+        evolve.compare(args, story) if args.wanted else evolve.run(args, story)
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
     except KeyboardInterrupt:

@@ -751,14 +751,14 @@ def test_one_training_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch, 
 
     flags = ["--loss", "mse", "--seeds", "1", "--metric", "pck", "--runs"]
     start(*flags, str(tmp_path / "whole"))
-    save = search_pose.Checkpoint.save
+    save = evolve.Checkpoint.save
 
     def save_and_stop(self, *args):
         save(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_pose.Checkpoint, "save", save_and_stop)
+        patch.setattr(evolve.Checkpoint, "save", save_and_stop)
         with pytest.raises(SystemExit) as stop:
             start(*flags, str(tmp_path / "part"))
     (directory,) = (tmp_path / "part").iterdir()

@@ -1,0 +1,139 @@
+"""The scripts side by side: what a reader learns in one holds in the others, and a diff shows the tasks alone."""
+
+import ast
+import importlib
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import evolve
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in REPOSITORY.glob("search_*.py"))
+PAIRS = list(itertools.combinations(SCRIPTS, 2))
+BANNERS = ["Arguments", "Data", "Network", "Metric", "Losses", "Training", "Search", "Main"]
+PACKAGES = {"torch", "torchvision", "numpy", "pycocotools", "cv2", "PIL"}
+EVERYWHERE = (
+    "Schedule parse_arguments check_arguments read_loss Split list_data place DataError normalise build_model "
+    "tree_loss export train_network test_network draw_predictions main"
+).split()
+COPIES = {"conv", "normalise", "unreadable"}  # the same to the letter wherever they occur
+# Flags whose help goes on with what the task has to offer; up to there it is the same.
+OWN_ENDING = {"metric", "loss", "compare", "data", "model", "proxy_steps", "retrain_steps", "batch", "lr", "search"}
+OWN_MEANING = {"crop"}  # a window of a picture, or a person
+
+
+def text(name: str) -> str:
+    return (REPOSITORY / f"{name}.py").read_text()
+
+
+def definitions(name: str) -> dict[str, str]:
+    """Functions and classes at the top level, in their order, with their source."""
+    tree = ast.parse(text(name))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name: ast.get_source_segment(text(name), node) for node in tree.body if isinstance(node, kinds)}
+
+
+def imports(name: str) -> set[str]:
+    """The modules that a file names, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(text(name))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def flags(name: str, monkeypatch) -> dict:
+    """The flags of a script by name, in their order."""
+
+    class Seen(Exception):
+        pass
+
+    def stop(parser, argv):
+        raise Seen(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evolve.Parser, "parse_args", stop)
+        with pytest.raises(Seen) as seen:
+            importlib.import_module(name).parse_arguments([])
+    (parser,) = seen.value.args
+    return {action.dest: action for action in parser._actions}
+
+
+def describe(action, own_ending: bool) -> tuple:
+    """All that a user sees of a flag and can expect of it."""
+    kind = getattr(action.type, "__qualname__", None)
+    about = re.split(r"[:;,(]", action.help)[0].strip() if own_ending else action.help
+    default = None if action.dest == "metric" else action.default
+    return action.option_strings, type(action).__name__, kind, action.nargs, action.metavar, default, about
+
+
+def test_there_is_a_family():
+    assert {"search_seg", "search_pose"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_banners(name):
+    found = re.findall(r"^# ={20,}\n# (\w+)", text(name), re.M)
+    assert found == BANNERS
+
+
+@pytest.mark.parametrize("name", ["loss_ops", "evolve", *SCRIPTS])
+def test_import_law(name):
+    ours = {"search": {"evolve", "loss_ops", "data"}, "evolve": {"loss_ops"}}.get(name.split("_")[0], set())
+    more = {"torch"} if name == "loss_ops" else PACKAGES
+    assert imports(name) - set(sys.stdlib_module_names) <= ours | more, "no script imports another"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_opening(name):
+    """What it is, commands to copy that begin with its own, the paper, and what the file holds."""
+    opening = ast.get_docstring(ast.parse(text(name)))
+    commands = re.findall(r"^    python (search_\w+)\.py --(metric|compare) ", opening, re.M)
+    assert len(commands) >= 4 and {script for script, _ in commands} == {name} and commands[0][1] == "metric"
+    assert "tensorboard --logdir runs" in opening and "arXiv 2103.14026 (marks [P])" in opening
+    assert "The whole task is in this file: arguments, data, networks, metric" in opening
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_shared_flags(one, other, monkeypatch):
+    mine, theirs = flags(one, monkeypatch), flags(other, monkeypatch)
+    shared = [name for name in mine if name in theirs]
+    assert shared == [name for name in theirs if name in mine], "in the same order"
+    assert {"metric", "loss", "compare", "data", "data_root", "model", "proxy_steps", "device", "resume"} <= set(shared)
+    for name in shared:
+        if name not in OWN_MEANING:
+            assert describe(mine[name], name in OWN_ENDING) == describe(theirs[name], name in OWN_ENDING), name
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_a_sentence_and_a_reader(name, monkeypatch):
+    code = text(name) + text("evolve")
+    for dest, action in flags(name, monkeypatch).items():
+        assert action.help and action.help[0].islower() or dest == "pretrained", dest
+        assert dest == "help" or re.search(rf"args\.{dest}\b", code), f"nothing reads --{dest}"
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_definitions_stand_in_the_same_order(one, other):
+    mine, theirs = definitions(one), definitions(other)
+    assert set(EVERYWHERE) <= set(mine) & set(theirs)
+    assert [name for name in mine if name in EVERYWHERE] == [name for name in theirs if name in EVERYWHERE]
+    for name in COPIES & set(mine) & set(theirs):
+        assert mine[name] == theirs[name], name
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_main_has_one_shape(one, other):
+    """The same statements, but for what the story of the task is made of."""
+    shapes = []
+    for name in (one, other):
+        (main,) = ast.parse(definitions(name)["main"]).body
+        statements = [ast.unparse(statement) for statement in main.body]
+        shapes.append([line for line in statements if not re.match(r"cv2|samplers = |story = ", line)])
+    assert shapes[0] == shapes[1]

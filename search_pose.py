@@ -264,8 +264,6 @@ def read_annotations(path: Path) -> dict:
     """A file of COCO keypoints, checked; raises DataError naming what is missing or does not fit."""
     try:
         content = json.loads(path.read_text())
-    except OSError:
-        raise DataError(f"{path}: not found; --data-root must be the folder with annotations and train2017") from None
     except ValueError:
         raise DataError(f"{path}: not a JSON file; fetch it again") from None
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
@@ -299,15 +297,17 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
         if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
             raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
         shapes.write_shapes(root, show=shapes.show_progress)
-        return {split: listing(split) for split in ("train", "val", "test")}
-    for split in ("train", "val"):
-        if not listing(split)[0].is_file():
-            raise DataError(f"{listing(split)[0]}: not found; --data-root must be the folder with annotations in it")
-    return {
-        "train": listing("train", lambda pictures: [picture for k, picture in enumerate(pictures) if k % 8]),
-        "val": listing("train", lambda pictures: pictures[::8]),
-        "test": listing("val"),
-    }
+        found = {split: listing(split) for split in ("train", "val", "test")}
+    else:
+        found = {
+            "train": listing("train", lambda pictures: [picture for k, picture in enumerate(pictures) if k % 8]),
+            "val": listing("train", lambda pictures: pictures[::8]),
+            "test": listing("val"),
+        }
+    for path, _, _ in found.values():
+        if not path.is_file():
+            raise DataError(f"{path}: not found; --data-root must be the folder with annotations and train2017 in it")
+    return found
 
 
 def read_data(args) -> tuple[dict[str, Split], Skeleton]:
@@ -320,9 +320,8 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
         if skeletons[-1].names != skeletons[0].names:
             raise DataError(f"{path}: other joints than in the training split")
         data[name] = place(read_split(content, folder, args.crop, round(args.crop * args.aspect)), args.device)
-    return data, skeletons[0]._replace(
-        swap=skeletons[0].swap.to(args.device), sigmas=skeletons[0].sigmas.to(args.device)
-    )
+    names, limbs, *tensors = skeletons[0]
+    return data, Skeleton(names, limbs, *(tensor.to(args.device) for tensor in tensors))
 
 
 def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
@@ -581,11 +580,8 @@ def grouping(content: dict) -> Callable[[dict], tuple[int, int] | None]:
 
 def keypoints(entries: list[dict]) -> Tensor:
     """(n, J, 3) float64."""
-    return (
-        doubles([entry["keypoints"] for entry in entries]).view(len(entries), -1, 3)
-        if entries
-        else doubles([[]]).view(0, 0, 3)
-    )
+    points = doubles([entry["keypoints"] for entry in entries])
+    return points.view(len(entries), -1, 3) if entries else points.view(0, 0, 3)
 
 
 def extent(joints: Tensor) -> Tensor:
@@ -610,7 +606,7 @@ def read_persons(content: dict) -> tuple[Persons, list[dict]]:
 
 def read_poses(detections: list[dict], content: dict) -> Poses:
     """COCO results as tensors; their area is the box's if the first one has a box, as in COCO's API, or the joints'."""
-    boxed = bool(detections) and bool(detections[0].get("bbox"))
+    boxed = len(detections) > 0 and len(detections[0].get("bbox", ())) > 0
     find = grouping(content)
     entries = [entry for entry in detections if find(entry)]
     group, category = torch.tensor([find(entry) for entry in entries], dtype=torch.long).view(-1, 2).unbind(1)
@@ -698,7 +694,7 @@ def oks_numbers(persons: Persons, poses: Poses, sigmas: Tensor) -> dict[str, flo
     ignored = persons.ignored | (persons.area < low) | (persons.area > high)  # (A, P)
     found, spared = match(persons, poses, ignored, sigmas)
     outside = (poses.area < low) | (poses.area > high)
-    spared |= ~found & outside.unsqueeze(1)
+    spared = spared | (~found & outside.unsqueeze(1))
 
     ap, ar = [], []  # for each category (A, T); NaN where it has nobody in a range
     recalls = torch.from_numpy(RECALLS).to(order.device).repeat(*found.shape[:2], 1)
@@ -743,12 +739,10 @@ def oks_eval(ground_truth, detections, sigmas=None, device="cpu") -> dict[str, f
     persons, poses = read_persons(ground_truth)[0], read_poses(detections, ground_truth)
     joints = (persons if len(persons.group) else poses).joints.shape[1]
     sigmas = default_sigmas(joints) if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
-    for what, number in (
-        ("sigmas", len(sigmas)),
-        ("detections", poses.joints.shape[1] if len(poses.group) else joints),
-    ):
-        if number != joints:
-            raise ValueError(f"{what} of {number} joints; the ground truth has {joints} joints")
+    if len(poses.group) and poses.joints.shape[1] != joints:
+        raise ValueError(f"detections of {poses.joints.shape[1]} joints; the ground truth has {joints}")
+    if len(sigmas) != joints:
+        raise ValueError(f"{len(sigmas)} sigmas for {joints} joints")
     persons, poses = (type(rows)(*(tensor.to(device) for tensor in rows)) for rows in (persons, poses))
     return oks_numbers(persons, poses, sigmas.to(device))
 

@@ -118,7 +118,9 @@ def show_metric(pictures: int = 2693) -> None:
         oracle.summarize()
     end = time.perf_counter()
     differ = max(abs(a - b) for a, b in zip(ours.values(), oracle.stats))
-    print(f"\nOKS AP of {len(detections):,} poses, {len(truth):,} people: {middle - start:.2f} s;", end=" ")
+    print(
+        f"\nOKS AP of {len(detections):,} poses, {len(truth['annotations']):,} people: {middle - start:.2f} s;", end=" "
+    )
     print(f"pycocotools {end - middle:.2f} s, {(end - middle) / (middle - start):.1f} times; differ by {differ:.1e}")
 
 

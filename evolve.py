@@ -709,8 +709,8 @@ def search_loop(search: Search, board: Board, args, elapsed: float, finished: in
     hear()
 
 
-def serve(search: Search, board: Board, phase: int, jobs: list[dict]) -> None:
-    """Re-train what nobody else has claimed; publish each result."""
+def serve(search: Search, board: Board, phase: int, jobs: list[dict], hear: Callable = lambda: None) -> None:
+    """Re-train what nobody else has claimed; publish each result, and `hear` what there is to report."""
     for k, job in enumerate(jobs):
         if board.claim(f"{phase}/{k}") == 1:
             losses = job["losses"]
@@ -722,6 +722,7 @@ def serve(search: Search, board: Board, phase: int, jobs: list[dict]) -> None:
             except InvalidLoss:
                 scores = None
             board.publish(retrained={**job, "scores": scores, "seconds": round(time.time() - start, 2)})
+            hear()
     board.publish(idle=phase)
 
 
@@ -948,7 +949,7 @@ class Crew:
                 return
             self.board.post_jobs(self.phase, left)
             if self.task:
-                serve(self.reporter.search, self.board, self.phase, left)
+                serve(self.reporter.search, self.board, self.phase, left, self.hear)
             self.wait_until_idle(self.phase)
             self.phase += 1
         raise ChildProcessError("workers keep ending while they re-train")

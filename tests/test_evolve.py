@@ -470,6 +470,20 @@ def test_minutes_end_a_search_that_nothing_passes(tmp_path):
     assert json.loads((directory / "result.json").read_text())["evaluated"] == 0
 
 
+def test_a_kill_in_the_closing_round_costs_one_training(tmp_path):
+    class Killed(ToyTask):
+        def retrain(self, losses, seed, picture=None):
+            if seed == 1:
+                raise MemoryError
+            return super().retrain(losses, seed, picture)
+
+    with pytest.raises(MemoryError):
+        evolve.run(arguments(tmp_path, "--evals", "6"), Story("toy", "ce", ("toy",), Killed, str))
+    (directory,) = tmp_path.iterdir()
+    done = [json.loads(line) for line in (directory / "retrain.jsonl").read_text().splitlines()]
+    assert len(done) >= 3 and all(line["seed"] == 0 and line["scores"] for line in done)
+
+
 # Other searches
 
 

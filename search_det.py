@@ -151,10 +151,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     task.add_argument(
         "--size",
-        type=evolve.at_least(32),
+        type=evolve.at_least(64),
         metavar="PIXELS",
         help="side of a training window, to which the longer side of a picture is scaled "
-        f"(shapes {PROXY['shapes'].size}, coco {PROXY['coco'].size} in the proxy and {RETRAIN['coco'].size} in re-training)",
+        f"(shapes {PROXY['shapes'].size}, coco {PROXY['coco'].size}; {RETRAIN['coco'].size} in re-training)",
     )
     task.add_argument("--batch", type=evolve.at_least(1), metavar="N", help="images in a batch (16)")
     task.add_argument(
@@ -323,6 +323,8 @@ def check_coco(coco: dict, path: Path, skip_empty: bool) -> dict:
             size, own = f"{code['size'][1]}x{code['size'][0]}", f"{image['width']}x{image['height']}"
             raise DataError(f"{where}: mask of {size} pixels, its image has {own}")
         kept.append(entry)
+    if not kept:
+        raise DataError(f"{path}: no annotations; there is nothing to learn from")
     return {**coco, "annotations": kept}
 
 
@@ -668,50 +670,60 @@ class SmallBackbone(nn.Module):
         return self.pyramid(features)
 
 
+class Settings(NamedTuple):
+    """The numbers of a detector; those of r50-fpn are torchvision's [P], those of small are ours [D]."""
+
+    anchors: tuple[int, ...]  # side in pixels on each level of the pyramid, in three shapes
+    proposals: dict[str, int]  # how many leave the first stage, on each level and then in all, in training and testing
+    object: float  # least IoU of an anchor that is trained to find an object
+    sampled: tuple[int, int]  # anchors and proposals of a picture that enter the losses
+    levels: list[str]  # of the pyramid, where the second stage looks
+    points: int  # sampled per side of a bin
+    bins: int  # per side of a box
+    width: int  # of the head's layers
+    least: float  # score of a detection
+    mask_bins: int
+    mask_layers: tuple[int, ...]
+
+
+SETTINGS = {
+    "small": Settings(
+        (10, 20, 40), {"training": 32, "testing": 64}, 0.5, (64, 32), ["0"], 1, 5, 128, 0.01, 7, (32, 32)
+    ),
+    "r50-fpn": Settings(
+        (32, 64, 128, 256, 512), {"training": 2000, "testing": 1000}, 0.7, (256, 512), ["0", "1", "2", "3"], 2, 7, 1024,
+        0.05, 14, (256, 256, 256, 256),
+    ),
+}  # fmt: skip
+
+
 def build_model(name: str, num_classes: int, masks: bool, pretrained: bool = False) -> Detector:
-    """One of MODELS; `num_classes` counts the background. r50-fpn is torchvision's, with its settings [P]."""
+    """One of MODELS, a Mask R-CNN if it has `masks`; `num_classes` counts the background."""
+    own = SETTINGS[name]
     if name == "small":
         backbone = SmallBackbone()
-        anchors = AnchorGenerator(((10,), (20,), (40,)), ((0.5, 1.0, 2.0),) * 3)
-        kept, levels, width, rpn_batch, roi_batch, least, resolution = (
-            {"training": 64, "testing": 64},
-            ["0"],
-            128,
-            64,
-            32,
-            0.01,
-            5,
-        )
-        layers, mask_resolution = (32, 32), 7
     else:
-        norm, trainable = (FrozenBatchNorm2d, 3) if pretrained else (nn.BatchNorm2d, 5)
-        weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1 if pretrained else None
         backbone = resnet_fpn_backbone(
-            backbone_name="resnet50", weights=weights, norm_layer=norm, trainable_layers=trainable
+            backbone_name="resnet50",
+            weights="IMAGENET1K_V1" if pretrained else None,
+            norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
+            trainable_layers=3 if pretrained else 5,
         )
-        anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
-        kept, levels, width, rpn_batch, roi_batch, least, resolution = (
-            {"training": 2000, "testing": 1000},
-            list("0123"),
-            1024,
-            256,
-            512,
-            0.05,
-            7,
-        )
-        layers, mask_resolution = (256,) * 4, 14
     channels = backbone.out_channels
-    proposals = RegionProposals(anchors, rpn.RPNHead(channels, 3), 0.7, 0.3, rpn_batch, 0.5, kept, kept, 0.7)
+    anchors = AnchorGenerator(tuple((side,) for side in own.anchors), ((0.5, 1.0, 2.0),) * len(own.anchors))
+    proposals = RegionProposals(
+        anchors, rpn.RPNHead(channels, 3), own.object, 0.3, own.sampled[0], 0.5, own.proposals, own.proposals, 0.7
+    )
     heads = Heads(
-        MultiScaleRoIAlign(levels, resolution, 2),
-        TwoMLPHead(channels * resolution**2, width),
-        FastRCNNPredictor(width, num_classes),
-        0.5, 0.5, roi_batch, 0.25, None, least, 0.5, 100,
+        MultiScaleRoIAlign(own.levels, own.bins, own.points),
+        TwoMLPHead(channels * own.bins**2, own.width),
+        FastRCNNPredictor(own.width, num_classes),
+        0.5, 0.5, own.sampled[1], 0.25, None, own.least, 0.5, 100,
     )  # fmt: skip
     if masks:
-        heads.mask_roi_pool = MultiScaleRoIAlign(levels, mask_resolution, 2)
-        heads.mask_head = MaskRCNNHeads(channels, layers, 1)
-        heads.mask_predictor = MaskRCNNPredictor(layers[-1], layers[-1], num_classes)
+        heads.mask_roi_pool = MultiScaleRoIAlign(own.levels, own.mask_bins, own.points)
+        heads.mask_head = MaskRCNNHeads(channels, own.mask_layers, 1)
+        heads.mask_predictor = MaskRCNNPredictor(own.mask_layers[-1], own.mask_layers[-1], num_classes)
     return Detector(backbone, proposals, heads)
 
 
@@ -724,6 +736,7 @@ IOU_LIMITS = torch.from_numpy(np.linspace(0.5, 0.95, 10))
 RECALLS = torch.from_numpy(np.linspace(0, 1, 101))
 AREAS = torch.tensor([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]], dtype=torch.float64)
 MOST = (1, 10, 100)  # detections per image and class
+PORTION = 2**20  # comparisons at a time: what fits into a cache
 
 
 def box_ious(found: Tensor, truth: Tensor, crowd: Tensor) -> Tensor:
@@ -785,13 +798,11 @@ def match_all(truth: Objects, found: Objects, classes: int) -> tuple[Tensor, Ten
     ignored = (outside | truth.crowd).T
 
     # Groups of like size are matched together, in portions that fit into a cache.
-    both = count_t > 0
-    size = torch.where(both, 2 ** torch.ceil(torch.log2(count_t.clamp(min=1).double())), 0).long()
-    for G in size.unique().tolist()[0 if both.all() else 1 :]:
+    size = torch.where(count_t > 0, 2 ** count_t.clamp(min=1).double().log2().ceil(), 0).long()
+    for G in size[count_t > 0].unique().tolist():
         chosen = torch.where(size == G)[0]
         chosen = chosen[count_f[chosen].argsort(descending=True)]
-        portion = max(1, 2**20 // (T * A * G))
-        for part in chosen.split(portion):
+        for part in chosen.split(max(1, PORTION // (T * A * G))):
             D = int(count_f[part[0]])
             across, down = torch.arange(G, device=device), torch.arange(D, device=device)
             real_t, real_f = across < count_t[part, None], down < count_f[part, None]
@@ -944,13 +955,15 @@ def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     """
 
     def area(low, high):
-        return (high - low).clamp(min=0).prod(-1)
+        width, height = (high - low).clamp(min=0).unbind(-1)
+        return width * height
 
     (a, b), (c, d) = found.split(2, -1), wanted.split(2, -1)
     own = area(c, d)
-    i, e = area(torch.maximum(a, c), torch.minimum(b, d)), area(torch.minimum(a, c), torch.maximum(b, d))
-    leaves = {"i": i, "u": area(a, b) + own - i, "e": e}
-    return {name: (value / own)[..., None, None, None] for name, value in leaves.items()}
+    i = area(torch.maximum(a, c), torch.minimum(b, d)) / own
+    u = area(a, b) / own + 1 - i
+    e = area(torch.minimum(a, c), torch.maximum(b, d)) / own
+    return {name: value[..., None, None, None] for name, value in zip("iue", (i, u, e))}
 
 
 def cse_cls(logits: Tensor, label: Tensor, boxes: Boxes) -> Tensor:
@@ -1098,7 +1111,7 @@ def detect(net: Detector, split: Split, part: slice, size: int, device: str) -> 
 @torch.no_grad()
 def test_network(net: Detector, split: Split, size: int, device: str) -> dict[str, float]:
     """COCO's average precisions of `net` on a split."""
-    found, masks = [], []
+    found = []
     number = max(1, 2**19 // size**2)
     for start in range(0, len(split.images), number):
         found += detect(net, split, slice(start, start + number), size, device)
@@ -1113,12 +1126,13 @@ def test_network(net: Detector, split: Split, size: int, device: str) -> dict[st
     objects = Objects(image, label - 1, box, box[:, 2:].prod(1), score.double(), no, no)
     kinds = {"bbox": objects}
     if net.roi_heads.has_mask():
+        areas, masks = [], []
         for result, own, shape in zip(found, zoom, split.truth.sizes):
             pixels = roi_heads.paste_masks_in_image(result["masks"].float(), result["boxes"] * own, shape)
-            pixels = (pixels[:, 0] > 0.5).byte().permute(1, 2, 0).cpu().numpy()
-            masks += rle.encode(np.asfortranarray(pixels))
-        area = torch.from_numpy(rle.area(masks).astype(np.float64)) if masks else torch.zeros(0)
-        kinds["segm"] = objects._replace(area=area.to(device), masks=masks)
+            pixels = pixels[:, 0] > 0.5
+            areas.append(pixels.sum((1, 2)).double())
+            masks += rle.encode(np.asfortranarray(pixels.byte().permute(1, 2, 0).cpu().numpy()))
+        kinds["segm"] = objects._replace(area=torch.cat(areas), masks=masks)
     scores = {}
     for kind, objects in kinds.items():
         twelve = coco_metrics(split.truth, objects, device)
@@ -1171,13 +1185,16 @@ def class_score(logits: Tensor, onehot: Tensor) -> Tensor:
 
 
 def decode_boxes(deltas: Tensor, start: Tensor) -> Tensor:
-    """Boxes (..., N, 4) of codes (..., N, 4, 1, 1) relative to `start` (N, 4), any leading dimensions alike."""
-    deltas = deltas[..., 0, 0]
-    return CODER.decode_single(deltas.reshape(-1, 4), start.expand_as(deltas).reshape(-1, 4)).view_as(deltas)
+    """CODER.decode_single with leading dimensions, in fewer steps: boxes (..., N, 4) of codes (..., N, 4, 1, 1)."""
+    shift, growth = deltas[..., 0, 0].split(2, -1)
+    side = start[..., 2:] - start[..., :2]
+    centre = start[..., :2] + side * (0.5 + shift / CODER.weights[0])
+    half = side / 2 * (growth / CODER.weights[2]).clamp(max=CODER.bbox_xform_clip).exp()
+    return torch.cat([centre - half, centre + half], -1)
 
 
 def box_branch_functions(start: Tensor) -> tuple[Callable, Callable]:
-    """Leaves and score (mean IoU) of box codes relative to `start` (B, N, 4); targets are boxes (..., B, N, 4, 1, 1)."""
+    """Leaves and score (mean IoU) of codes relative to `start` (B, N, 4); targets are boxes (..., B, N, 4, 1, 1)."""
 
     def leaves(deltas: Tensor, wanted: Tensor) -> dict[str, Tensor]:
         return box_leaves(decode_boxes(deltas, start), wanted[..., 0, 0])
@@ -1293,7 +1310,8 @@ class DetTask:
         net.train()
         size = self.proxy.size
         number = ((train.labels > 0) & ~train.crowd).sum(1)
-        self.few = number.sort(descending=True, stable=True).indices[:GATE_SAMPLES].cpu()
+        rich = number.sort(descending=True, stable=True).indices[: int((number > 0).sum())].cpu()
+        self.few = rich[torch.arange(GATE_SAMPLES) % len(rich)]
         for index in self.few:
             augmentation = torch.Generator(self.device).manual_seed(self.args.seed)
             images, targets = batch_scale_flip(train, index.view(1), size, (1.0, 1.0), augmentation, self.masks)
@@ -1341,7 +1359,7 @@ class DetTask:
         return self.score_of_few(BASELINE)
 
     def score_of_few(self, losses: dict[str, Expr] | str) -> float:
-        few = select(self.data["train"], self.few)
+        few = select(self.data["train"], self.few.unique())
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
         train_network(net, self.losses(losses), batches(few, plan, self.args.seed, self.device, self.masks), plan)

@@ -190,6 +190,7 @@ def unmodified(net, masks):
         net.backbone,
         rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in own.anchors), ((0.5, 1.0, 2.0),) * 3),
         rpn_head=net.rpn.head,
+        rpn_fg_iou_thresh=own.object,
         rpn_batch_size_per_image=own.sampled[0],
         box_batch_size_per_image=own.sampled[1],
         box_roi_pool=net.roi_heads.box_roi_pool,

@@ -15,9 +15,9 @@ The whole task is in this file: arguments, data, networks, metric, hand-made los
 
 import argparse
 import functools
+import itertools
 import json
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image  # comes with torchvision
@@ -156,7 +157,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="side of a training window, to which the longer side of a picture is scaled "
         f"(shapes {PROXY['shapes'].size}, coco {PROXY['coco'].size}; {RETRAIN['coco'].size} in re-training)",
     )
-    task.add_argument("--batch", type=evolve.at_least(1), metavar="N", help="images in a batch (16)")
+    task.add_argument("--batch", type=evolve.at_least(1), metavar="N", help="images in a batch (shapes 8, coco 16)")
+    task.add_argument(
+        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (shapes 0.003, coco 0.02)"
+    )
     task.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -1028,17 +1032,28 @@ def mask_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
 # Training
 
 
-def batches(split: Split, plan: Schedule, seed: int, device: str, masks: bool) -> Iterator[tuple]:
-    """`plan.steps` batches (images normalised, targets), drawn with replacement.
+class Batches:
+    """Batches without end (images normalised, targets), drawn with replacement.
 
-    Order and augmentation have seeds of their own.
+    Order and augmentation have generators of their own; torchvision samples anchors and proposals with the default one.
+    Their states say where in the sequence the training is. Of several processes each draws its share of a batch.
     """
-    order = torch.Generator().manual_seed(2 * seed)
-    augmentation = torch.Generator(device).manual_seed(2 * seed + 1)
-    for _ in range(plan.steps):
-        index = torch.randint(len(split.images), (plan.batch,), generator=order)
-        images, targets = batch_scale_flip(split, index, plan.size, plan.scale, augmentation, masks)
-        yield normalise(batch_colour_jitter(images, 0.25, augmentation)), targets
+
+    def __init__(self, split: Split, plan: Schedule, seed: int, device: str, masks: bool):
+        rank, world = evolve.rank_and_world()
+        self.split, self.plan, self.size, self.masks = split, plan, max(1, plan.batch // world), masks
+        seed += 1_000_003 * rank
+        cuda = torch.device(device).type == "cuda"
+        default = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+        own = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+        self.generators = *own, default
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
+        plan, (order, augmentation, _) = self.plan, self.generators
+        while True:
+            index = torch.randint(len(self.split.images), (self.size,), generator=order)
+            images, targets = batch_scale_flip(self.split, index, plan.size, plan.scale, augmentation, self.masks)
+            yield normalise(batch_colour_jitter(images, 0.25, augmentation)), targets
 
 
 def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
@@ -1049,11 +1064,19 @@ def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
 
 
 def train_network(
-    net: Detector, losses: dict, data, plan: Schedule, stop_invalid: bool = True
+    net: nn.Module,
+    losses: dict[str, Callable[..., Tensor]],
+    data,
+    plan: Schedule,
+    stop_invalid: bool = True,
+    checkpoint: evolve.Checkpoint | None = None,
 ) -> list[tuple[int, float]]:
     """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
 
-    Raises InvalidLoss as soon as a loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
+    Goes on from `checkpoint` where that has been written. Under torchrun the gradients are averaged over the processes,
+    each of which evaluates the loss on its own part of the batch.
+
+    Raises InvalidLoss as soon as the loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
     only, so that the host seldom waits for the device.
     """
     cuda = next(net.parameters()).is_cuda
@@ -1063,27 +1086,36 @@ def train_network(
         return min(1, (step + 1) / (plan.warmup + 1)) * (1 - step / plan.steps) ** 0.9
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    weights = list(net.parameters())
-    curve, valid = [], None
+    _, world = evolve.rank_and_world()
+    parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
+    first, curve = checkpoint.load(parts, data.generators) if checkpoint else (0, [])
+    weights, valid = list(net.parameters()), None
     net.set_losses(losses)
     net.train()
-    for step, (images, targets) in enumerate(data):
-        sizes = [tuple(images.shape[-2:])] * len(images)
-        value = sum(net(images, sizes, targets).values())
+    if world > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if cuda else net
+        net = nn.parallel.DistributedDataParallel(net)
+    for step, (images, targets) in zip(range(first, plan.steps), data):
+        value = sum(net(images, [tuple(images.shape[-2:])] * len(images), targets).values())
         if not value.requires_grad:
             raise InvalidLoss("the first step, for want of a gradient")
+        shown = value.detach()
+        if world > 1:  # if one process alone saw what is invalid, the others would wait for it forever
+            dist.all_reduce(shown := shown / world)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         if stop_invalid:
             norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-            finite = value.isfinite() & norm.isfinite()
+            finite = shown.isfinite() & norm.isfinite()
             valid = finite if valid is None else valid & finite
             if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
                 raise InvalidLoss(f"step {step}")
         optimizer.step()
         schedule.step()
         if step % max(1, plan.steps // 20) == 0:
-            curve.append((step, value.detach()))
+            curve.append((step, shown))
+        if checkpoint and ((step + 1) % checkpoint.every == 0 or step + 1 == plan.steps):
+            checkpoint.save(step + 1, curve, parts, data.generators)
     return [(step, value.item()) for step, value in curve]
 
 
@@ -1230,7 +1262,7 @@ class DetTask:
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
         args = self.args
-        flags = {"steps": steps, "size": args.size, "batch": args.batch, "model": args.model}
+        flags = {"steps": steps, "size": args.size, "batch": args.batch, "lr": args.lr, "model": args.model}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def read_data(self) -> dict[str, Split]:
@@ -1261,15 +1293,15 @@ class DetTask:
             found[branch] = tree_loss(branch, term) if isinstance(term, Expr) else term
         return found
 
-    def batches(self, plan: Schedule, seed: int) -> Iterator[tuple]:
-        return batches(self.data["train"], plan, seed, self.device, self.masks)
+    def batches(self, plan: Schedule, seed: int) -> Batches:
+        return Batches(self.data["train"], plan, seed, self.device, self.masks)
 
     @functools.cached_property
     def proxy_batches(self):
         """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
         plan = self.proxy
         if plan.steps * plan.batch * plan.size**2 * (24 if self.masks else 12) < 2**29:
-            return list(self.batches(plan, self.args.seed))
+            return list(itertools.islice(self.batches(plan, self.args.seed), plan.steps))
         return None
 
     def train(self, losses: dict[str, Expr | str] | str) -> float:
@@ -1279,11 +1311,13 @@ class DetTask:
         self.curve = train_network(net, self.losses(losses), data, self.proxy, "invalid" not in self.args.without)
         return round(test_network(net, self.data["val"], self.proxy.size, self.device)[self.args.metric], 6)
 
-    def retrain(self, losses: dict[str, Expr | str] | str, seed: int, picture: Path | None = None) -> dict:
+    def retrain(
+        self, losses: dict[str, Expr | str] | str, seed: int, picture: Path | None = None, checkpoint=None
+    ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
         plan = self.retraining
         net = self.network(plan, own)
-        train_network(net, self.losses(losses), self.batches(plan, own), plan)
+        self.curve = train_network(net, self.losses(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:
             draw_predictions(net, self.data["test"], picture, plan.size, self.device)
         return {name: test_network(net, self.data[name], plan.size, self.device) for name in ("val", "test")}
@@ -1353,7 +1387,7 @@ class DetTask:
         few = select(self.data["train"], self.few.unique())
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
-        train_network(net, self.losses(losses), batches(few, plan, self.args.seed, self.device, self.masks), plan)
+        train_network(net, self.losses(losses), Batches(few, plan, self.args.seed, self.device, self.masks), plan)
         return test_network(net, few, plan.size, self.device)[self.args.metric]
 
 
@@ -1421,40 +1455,13 @@ HEADS = {
 # Main
 
 
-def compare(args) -> None:
-    """`--loss` and `--compare`: train losses as at the end of a search, and print their scores on the test split."""
-    task, metrics = DetTask(args), METRICS[args.metric]
-    test: dict[str, dict[str, list[float]]] = {}
-    for name, losses in args.wanted.items():
-        test[name] = {metric: [] for metric in metrics}
-        for seed in range(args.seed, args.seed + args.seeds):
-            start = time.time()
-            try:
-                scores = task.retrain(losses, seed)["test"]
-            except InvalidLoss as error:
-                print(f"{name}, seed {seed}: the loss or its gradient became invalid at {error}", flush=True)
-                continue
-            for metric, value in scores.items():
-                test[name][metric].append(value)
-            print(
-                f"{name}, seed {seed}: {args.metric} {scores[args.metric]:.3f}  {time.time() - start:.1f} s", flush=True
-            )
-    if args.compare:
-        evolve.show_losses(test, metrics, args.seeds)
-    else:
-        evolve.show_table({name if len(name) < 17 else "loss": test[name] for name in test}, metrics, args.metric)
-
-
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
     torch.set_num_threads(1)  # a second thread of one process gains less than a second process
+    story = evolve.Story("det", BASELINE, METRICS[args.metric], lambda: DetTask(args), export)
     try:
         list_data(args)
-        if args.wanted:
-            compare(args)
-        else:
-            make_task = functools.partial(DetTask, args)
-            evolve.run(args, evolve.Story("det", BASELINE, METRICS[args.metric], make_task, export))
+        evolve.compare(args, story) if args.wanted else evolve.run(args, story)
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
     except KeyboardInterrupt:

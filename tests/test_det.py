@@ -438,18 +438,18 @@ def test_empty_boxes_can_be_left_out(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "coco_mini").is_dir(), reason="no photographs here")
-@pytest.mark.parametrize("masks", [False, True])
-def test_photographs(masks):
+def test_photographs():
     """The published network on a few photographs: one step, and their scores."""
     folder = SHARED / "coco_mini"
-    source = search_det.Source(folder / "annotations/instances_val2017.json", folder / "val2017", lambda k: k < 6)
-    split = search_det.read_split(source, 128, masks, False)
-    plan = search_det.PROXY["coco"]._replace(steps=1, batch=2, size=128)
-    net = search_det.build_model("r50-fpn", 81, masks)
+    source = search_det.Source(folder / "annotations/instances_val2017.json", folder / "val2017", lambda k: k < 4)
+    split = search_det.read_split(source, 64, True, False)
+    plan = search_det.PROXY["coco"]._replace(steps=1, batch=2, size=64)
+    net = search_det.build_model("r50-fpn", 81, True)
     losses = {branch: next(iter(known.values())) for branch, (_, known) in search_det.BRANCHES.items()}
-    ((_, loss),) = search_det.train_network(net, losses, search_det.batches(split, plan, 0, "cpu", masks), plan)
+    data = search_det.Batches(split, plan, 0, "cpu", True)
+    ((_, loss),) = search_det.train_network(net, losses, data, plan)
     assert 4 < loss < 8, "81 classes at random, and little from the rest"
-    assert all(0 <= value < 0.05 for value in search_det.test_network(net, split, 128, "cpu").values())
+    assert all(0 <= value < 0.05 for value in search_det.test_network(net, split, 64, "cpu").values())
 
 
 def test_foreign_folder_is_not_overwritten(tmp_path):
@@ -569,7 +569,7 @@ def journal(directory):
     return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
 
 
-FLAGS = ("--evals", "3", "--seed", "3", "--workers", "1", "--seeds", "2", "--branches", "rpn_cls,rcnn_cls")
+FLAGS = ("--evals", "3", "--seed", "3", "--workers", "1", "--seeds", "1", "--branches", "rpn_cls,rcnn_cls")
 
 
 @pytest.fixture(scope="module")
@@ -590,7 +590,7 @@ def test_run_writes_what_it_promises(finished):
     assert set(result["losses"]) == {"rpn_cls", "rcnn_cls"} and result["task"] == "det"
     for side in ("found", "baseline"):
         assert set(result["test"][side]) == set(search_det.METRICS["bbox"])
-        assert all(len(values) == 2 for values in result["test"][side].values())
+        assert all(len(values) == 1 for values in result["test"][side].values())
     assert (directory / "baseline.png").exists() and (directory / "finalist_1.png").exists()
 
 

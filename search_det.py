@@ -1164,25 +1164,19 @@ def test_network(net: Detector, split: Split, size: int, device: str) -> dict[st
 
 
 def draw_predictions(net: Detector, split: Split, path: Path, size: int, device: str, number: int = 8) -> None:
-    """The first few pictures with their true boxes and, below, with as many predicted ones, as a PNG."""
+    """The first few pictures with their true boxes and, below, with as many of the best predicted ones, as a PNG."""
     palette = [tuple(shapes.voc_palette()[3 * k : 3 * k + 3]) for k in range(256)]
     images = split.images[:number].cpu()
     zoom = max(1, 192 // max(images.shape[-2:]))
     rows = [], []
     for k, found in enumerate(detect(net, split, slice(0, number), size, device)):
-        real = (split.labels[k] > 0).cpu()
+        real = split.labels[k] > 0
         most = int(real.sum())
-        drawn = (
-            (split.boxes[k].cpu()[real], split.labels[k].cpu()[real]),
-            (
-                found["boxes"][:most].cpu(),
-                found["labels"][:most].cpu(),
-            ),
-        )
+        drawn = (split.boxes[k, real], split.labels[k, real]), (found["boxes"][:most], found["labels"][:most])
         large = F.interpolate(images[k : k + 1], scale_factor=zoom)[0]
         for row, (boxes, labels) in zip(rows, drawn):
-            colours = [palette[label] for label in labels.tolist()]
-            row.append(torchvision.utils.draw_bounding_boxes(large, boxes * zoom, colors=colours, width=2))
+            colours = [palette[label % 256] for label in labels.tolist()]
+            row.append(torchvision.utils.draw_bounding_boxes(large, boxes.cpu() * zoom, colors=colours, width=2))
     grid = torchvision.utils.make_grid(torch.stack(rows[0] + rows[1]), nrow=len(images), pad_value=255)
     Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
 

@@ -1176,7 +1176,10 @@ def draw_predictions(net: Detector, split: Split, path: Path, size: int, device:
         large = F.interpolate(images[k : k + 1], scale_factor=zoom)[0]
         for row, (boxes, labels) in zip(rows, drawn):
             colours = [palette[label % 256] for label in labels.tolist()]
-            row.append(torchvision.utils.draw_bounding_boxes(large, boxes.cpu() * zoom, colors=colours, width=2))
+            boxes = boxes.cpu() * zoom
+            row.append(
+                torchvision.utils.draw_bounding_boxes(large, boxes, None, colours, width=2) if colours else large
+            )
     grid = torchvision.utils.make_grid(torch.stack(rows[0] + rows[1]), nrow=len(images), pad_value=255)
     Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
 

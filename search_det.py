@@ -1,0 +1,1469 @@
+"""Object detection and instance segmentation: search the losses for the metric you care about.
+
+    python search_det.py --metric bbox                        # evolve four losses at once on the embedded data set
+    python search_det.py --metric bbox --branches rcnn_cls,rcnn_reg   # two of them, the others stay as they were
+    python search_det.py --metric segm                        # with masks: five losses
+    python search_det.py --metric bbox --loss giou            # train and evaluate instead
+    python search_det.py --metric bbox --loss "rcnn_cls=Neg(Mul(y, Log(p))), rcnn_reg=iou"
+    python search_det.py --compare "ce+l1,iou,giou,cse-a,RUN_DIR"    # several losses, one table
+    python search_det.py --metric bbox --data coco --data-root coco2017 --model r50-fpn
+    tensorboard --logdir runs
+
+AutoLoss-Zero, arXiv 2103.14026 (marks [P]); own choices [D]. The detectors are torchvision's Faster and Mask R-CNN.
+The whole task is in this file: arguments, data, networks, metric, hand-made losses, training, what the search needs.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image  # comes with torchvision
+from pycocotools import mask as rle
+from torch import Tensor, nn
+from torchvision.models.detection import _utils as detection_utils
+from torchvision.models.detection import roi_heads, rpn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+
+import evolve
+from data import shapes
+from evolve import Branch, InvalidLoss, fail
+from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_module, softmax_leaves
+
+METRICS = {
+    "bbox": ("bbox", "bbox50", "bbox75"),
+    "segm": ("segm", "segm50", "segm75", "bbox", "bbox50", "bbox75"),
+}
+DATA = ("shapes", "coco")
+MODELS = ("small", "r50-fpn")
+
+
+class Schedule(NamedTuple):
+    """How one network is trained."""
+
+    steps: int
+    batch: int
+    size: int  # side of a training window in pixels; the longer side of a picture in a test
+    scale: tuple[float, float]  # range of the random scale; at 1 the longer side of a picture fills the window
+    optimizer: str
+    lr: float  # decays to 0 as (1 - step / steps) ** 0.9 (poly)
+    weight_decay: float
+    warmup: int = 0  # steps until the learning rate is reached
+    model: str = "small"
+
+
+PROXY = {
+    "shapes": Schedule(100, 8, 64, (0.8, 1.25), "adamw", 0.003, 1e-4, 10),
+    "coco": Schedule(2000, 16, 512, (0.8, 1.25), "sgd", 0.02, 1e-4, 500, "r50-fpn"),
+}
+RETRAIN = {
+    "shapes": PROXY["shapes"]._replace(steps=250),
+    "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, 500, "r50-fpn"),
+}
+
+
+# =====================================================================================================================
+# Arguments
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = evolve.Parser(description=__doc__.split("\n")[0], usage="python search_det.py --metric bbox [flags]")
+    task = parser.add_argument_group("task")
+    task.add_argument(
+        "--metric",
+        type=evolve.one_of(tuple(METRICS)),
+        default="bbox",
+        metavar="NAME",
+        help="what to search for, COCO's AP of boxes or of masks: " + " ".join(METRICS) + " (%(default)s)",
+    )
+    task.add_argument(
+        "--branches",
+        type=branch_list,
+        metavar="NAMES",
+        help="losses to search, comma-separated; the others stay as in the baseline: "
+        + " ".join(BRANCHES)
+        + " (all; mask with --metric segm)",
+    )
+    task.add_argument(
+        "--loss",
+        metavar="LOSS",
+        help="train and evaluate this loss instead of searching: "
+        + " ".join(LOSSES)
+        + ", a run directory, or BRANCH=NAME and BRANCH=FORMULA, comma-separated",
+    )
+    task.add_argument(
+        "--compare",
+        metavar="LOSSES",
+        help="the same for several, comma-separated, as one table; semicolons between the branches of one",
+    )
+    task.add_argument(
+        "--data",
+        type=evolve.one_of(DATA),
+        default="shapes",
+        metavar="NAME",
+        help="data set: " + " ".join(DATA) + " (%(default)s)",
+    )
+    task.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
+    )
+    task.add_argument(
+        "--skip-empty", action="store_true", help="leave out annotations with an empty box instead of complaining"
+    )
+    task.add_argument(
+        "--model",
+        type=evolve.one_of(MODELS),
+        metavar="NAME",
+        help="network: " + " ".join(MODELS) + " (the data set's own, for proxy and re-training)",
+    )
+    task.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="start ResNets from torchvision's ImageNet weights (downloaded on first use)",
+    )
+    task.add_argument(
+        "--proxy-steps",
+        type=evolve.at_least(1),
+        metavar="N",
+        help=f"steps of a proxy training (shapes {PROXY['shapes'].steps}, coco {PROXY['coco'].steps})",
+    )
+    task.add_argument(
+        "--retrain-steps",
+        type=evolve.at_least(1),
+        metavar="N",
+        help=f"steps of a re-training (shapes {RETRAIN['shapes'].steps}, coco {RETRAIN['coco'].steps})",
+    )
+    task.add_argument(
+        "--size",
+        type=evolve.at_least(64),
+        metavar="PIXELS",
+        help="side of a training window, to which the longer side of a picture is scaled "
+        f"(shapes {PROXY['shapes'].size}, coco {PROXY['coco'].size}; {RETRAIN['coco'].size} in re-training)",
+    )
+    task.add_argument("--batch", type=evolve.at_least(1), metavar="N", help="images in a batch (shapes 8, coco 16)")
+    task.add_argument(
+        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (shapes 0.003, coco 0.02)"
+    )
+    task.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="NAME",
+        help="where to compute: cpu, cuda or cuda:1 (%(default)s here)",
+    )
+    evolve.add_search_arguments(parser)
+    parser.set_defaults(minutes=10.0)  # four losses at once, and a training is ten times that of segmentation
+    args = parser.parse_args(argv)
+    if args.resume:
+        args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "det")
+    return check_arguments(args)
+
+
+def branch_list(text: str) -> list[str]:
+    """An argparse type: branches, comma-separated."""
+    return [evolve.one_of(tuple(BRANCHES))(name) for name in text.split(",") if name]
+
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on other flags; end the program with one line where something is wrong."""
+    evolve.settle_device_and_workers(args)
+    if args.data_root is None and args.data != "shapes":
+        fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
+    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
+    possible = [name for name in BRANCHES if name != "mask" or args.metric == "segm"]
+    args.branches = args.branches or possible
+    if "mask" in args.branches and args.metric != "segm":
+        fail("--branches mask: there are no masks to train; give --metric segm with it")
+    if args.loss and args.compare:
+        fail(f"--compare {args.compare}: not together with --loss; give one of them")
+    listed = split_outside_brackets(args.compare, ",") if args.compare else [args.loss] if args.loss else []
+    flag = "--compare" if args.compare else "--loss"
+    args.wanted = {text: read_loss(text, flag) for text in listed}
+    return args
+
+
+def split_outside_brackets(text: str, separators: str) -> list[str]:
+    """The parts between the separators that are not inside of a formula."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character in separators and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_loss(text: str, flag: str) -> str | dict[str, Expr | str]:
+    """The name of a hand-made set of losses, a run directory, or a name or a formula for some of the branches."""
+    if text in LOSSES:
+        return text
+    if "=" not in text:
+        if Path(text).is_dir():
+            return evolve.read_found(Path(text), "det", flag)
+        fail(
+            f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a run directory, or BRANCH=LOSS with a branch "
+            f"of {' '.join(BRANCHES)}"
+        )
+    losses = {}
+    for part in split_outside_brackets(text, ",;"):
+        branch, _, term = (piece.strip() for piece in part.partition("="))
+        if branch not in BRANCHES:
+            fail(f"{flag} {text}: unknown branch {branch!r}; choose one of {' '.join(BRANCHES)}")
+        losses[branch] = read_term(branch, term, f"{flag} {part}")
+    return losses
+
+
+def read_term(branch: str, text: str, shown: str) -> Expr | str:
+    """The loss of one branch: the name of a hand-made one, or a formula."""
+    symbols, known = BRANCHES[branch]
+    if text in known:
+        return text
+    if "(" not in text:
+        fail(f"{shown}: unknown; give one of {' '.join(known)} or a formula")
+    try:
+        expr = parse(text)
+    except ValueError as error:
+        fail(f"{shown}: {error}")
+    if foreign := leaves_of(expr) - set(symbols):
+        fail(f"{shown}: '{min(foreign)}' has no meaning in {branch}; use {', '.join(symbols)}")
+    if is_dead(expr):
+        fail(f"{shown}: its gradient knows nothing of prediction and target together; it cannot teach")
+    return expr
+
+
+# =====================================================================================================================
+# Data
+
+
+class Objects(NamedTuple):
+    """Ground truth or detections of a whole split, one row each."""
+
+    image: Tensor  # (M,) int64, 0..I-1 in the order of image ids
+    label: Tensor  # (M,) int64, 0..K-1 in the order of category ids
+    box: Tensor  # (M, 4) float64, x y w h in pixels of the original picture
+    area: Tensor  # (M,) float64
+    score: Tensor  # (M,) float64; 0 for ground truth
+    crowd: Tensor  # (M,) bool
+    counts: Tensor  # (M,) bool; pycocotools takes a match with annotation id 0 for none
+    masks: list | None = None  # M run-length codes
+
+
+class Truth(NamedTuple):
+    """What the evaluator compares with: the annotations of a split."""
+
+    objects: Objects
+    sizes: list[tuple[int, int]]  # height and width of each picture
+    categories: list[int]  # ids, rising
+
+
+class Split(NamedTuple):
+    """A whole split, decoded: smaller pictures sit in the upper left corner of a common canvas."""
+
+    images: Tensor  # (M, 3, H, W) uint8, RGB
+    sizes: Tensor  # (M, 2) float32, height and width of each picture on the canvas
+    originals: Tensor  # (M, 2) float32, the same before it was scaled down
+    boxes: Tensor  # (M, G, 4) float32, x1 y1 x2 y2 on the canvas
+    labels: Tensor  # (M, G) int64, 1..K; 0 where a picture has fewer than G objects
+    crowd: Tensor  # (M, G) bool
+    frames: Tensor  # (M, G, 5) int64, in pixels of the original: x y w h around a mask, and the index of its first bit
+    bits: Tensor  # (B,) uint8, all masks inside of their frames, row by row, eight pixels in a byte
+    truth: Truth
+
+
+class Source(NamedTuple):
+    """Where a split comes from."""
+
+    annotations: Path
+    folder: Path
+    keep: Callable[[int], bool] = lambda k: True  # which pictures, by their number in the order of ids
+
+
+def load_coco(path: Path) -> dict:
+    """The content of a COCO instances file; DataError if it is not one."""
+    try:
+        coco = json.loads(path.read_text())
+    except OSError:
+        raise DataError(f"{path}: not found; --data-root must hold annotations, train2017 and val2017") from None
+    except ValueError:
+        raise DataError(f"{path}: not a json file") from None
+    if not (isinstance(coco, dict) and {"images", "annotations", "categories"} <= set(coco) and coco["images"]):
+        raise DataError(f"{path}: not a COCO instances file; it must have images, annotations and categories")
+    return coco
+
+
+def check_coco(coco: dict, path: Path, masks: bool, skip_empty: bool) -> dict:
+    """`coco` without annotations of empty boxes; DataError names the first annotation that cannot be used."""
+    images = {image["id"]: image for image in coco["images"]}
+    categories = {category["id"] for category in coco["categories"]}
+    kept = []
+    for entry in coco["annotations"]:
+        where = f"{path}: annotation {entry.get('id')}"
+        for key in ("id", "image_id", "category_id", "bbox", "area", *["segmentation"] * masks):
+            if key not in entry:
+                raise DataError(f"{where}: has no '{key}'")
+        if entry["image_id"] not in images:
+            raise DataError(f"{where}: its image {entry['image_id']} is not listed")
+        if entry["category_id"] not in categories:
+            raise DataError(f"{where}: its category {entry['category_id']} is not listed")
+        if min(entry["bbox"][2:]) <= 0:
+            if skip_empty:
+                continue
+            raise DataError(f"{where}: empty box {entry['bbox']}; repair it, or leave it out with --skip-empty")
+        image, code = images[entry["image_id"]], entry.get("segmentation")
+        if isinstance(code, dict) and list(code["size"]) != [image["height"], image["width"]]:
+            size, own = f"{code['size'][1]}x{code['size'][0]}", f"{image['width']}x{image['height']}"
+            raise DataError(f"{where}: mask of {size} pixels, its image has {own}")
+        kept.append(entry)
+    if not kept:
+        raise DataError(f"{path}: no annotations; there is nothing to learn from")
+    return {**coco, "annotations": kept}
+
+
+def run_lengths(entry: dict, height: int, width: int) -> dict:
+    """The run-length code of a polygon, an uncompressed or a compressed mask."""
+    code = entry["segmentation"]
+    if isinstance(code, list):
+        return rle.merge(rle.frPyObjects(code, height, width))
+    return rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
+
+
+def read_objects(coco: dict, entries: list[dict], masks: bool) -> Truth:
+    """Annotations or results in COCO's form; what belongs to no image or category of `coco` is left out."""
+    images = sorted(coco["images"], key=lambda image: image["id"])
+    row = {image["id"]: k for k, image in enumerate(images)}
+    sizes = [(image["height"], image["width"]) for image in images]
+    categories = sorted({category["id"] for category in coco["categories"]})
+    label = {number: k for k, number in enumerate(categories)}
+    entries = [entry for entry in entries if entry["image_id"] in row and entry["category_id"] in label]
+
+    def column(values, kind):
+        return torch.tensor(list(values), dtype=kind)
+
+    objects = Objects(
+        column((row[entry["image_id"]] for entry in entries), torch.long),
+        column((label[entry["category_id"]] for entry in entries), torch.long),
+        column((entry["bbox"] for entry in entries), torch.float64).view(-1, 4),
+        column((entry["area"] for entry in entries), torch.float64),
+        column((entry.get("score", 0) for entry in entries), torch.float64),
+        column((bool(entry.get("iscrowd")) for entry in entries), torch.bool),
+        column((entry.get("id") != 0 for entry in entries), torch.bool),
+        [run_lengths(entry, *sizes[row[entry["image_id"]]]) for entry in entries] if masks else None,
+    )
+    return Truth(objects, sizes, categories)
+
+
+def read_split(source: Source, largest: int, masks: bool, skip_empty: bool) -> Split:
+    """Decode the pictures of a COCO file, scaled down where a side is longer than `largest` pixels.
+
+    Raises DataError naming the file, and the annotation in it, that is missing, cannot be read or does not fit.
+    """
+    coco = check_coco(load_coco(source.annotations), source.annotations, masks, skip_empty)
+    listed = sorted(coco["images"], key=lambda image: image["id"])
+    listed = [image for k, image in enumerate(listed) if source.keep(k)]
+    truth = read_objects({**coco, "images": listed}, coco["annotations"], masks)
+    original = torch.tensor(truth.sizes)  # (M, 2)
+    sizes = (original * (largest / original.amax(1, keepdim=True)).clamp(max=1)).round().long()
+    images = torch.zeros(len(listed), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    for k, image in enumerate(listed):
+        h, w = sizes[k].tolist()
+        pixels = decode(source.folder / image["file_name"], truth.sizes[k], (h, w))
+        images[k, :, :h, :w] = pixels.movedim(-1, 0)
+
+    objects = truth.objects
+    order = objects.image.argsort(stable=True)
+    where = objects.image[order], ranks_within(objects.image[order])  # picture and number of each object in it
+    most = int(torch.bincount(objects.image, minlength=1).max().clamp(min=1))
+    scale = (sizes / original).flip(1).repeat(1, 2)  # of x y x y
+    corners = torch.cat([objects.box[:, :2], objects.box[:, :2] + objects.box[:, 2:]], 1)
+    boxes, labels = torch.zeros(len(listed), most, 4), torch.zeros(len(listed), most, dtype=torch.long)
+    boxes[where] = (corners * scale[objects.image])[order].float()
+    labels[where] = objects.label[order] + 1
+    crowd, frames = labels.new_zeros(labels.shape, dtype=torch.bool), labels.new_zeros(*labels.shape, 5)
+    crowd[where] = objects.crowd[order]
+    bits = torch.zeros(1, dtype=torch.uint8)
+    if masks:
+        frames[where], bits = pack_masks([objects.masks[k] for k in order.tolist()])
+    return Split(images, sizes.float(), original.float(), boxes, labels, crowd, frames, bits, truth)
+
+
+def pack_masks(codes: list[dict]) -> tuple[Tensor, Tensor]:
+    """Frames (M, 5) and bits of run-length codes, as a `Split` keeps them."""
+    frames = torch.tensor([rle.toBbox(code).tolist() for code in codes]).view(-1, 4).long()
+    pixels = [np.zeros(8, np.uint8)]
+    for code, (x, y, w, h) in zip(codes, frames.tolist()):
+        pixels.append(rle.decode(code)[y : y + h, x : x + w].flatten())
+    length = frames[:, 2] * frames[:, 3]
+    start = 8 + length.cumsum(0) - length
+    bits = np.packbits(np.concatenate(pixels), bitorder="little")
+    return torch.cat([frames, start.unsqueeze(1)], 1), torch.from_numpy(bits)
+
+
+def decode(path: Path, listed: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The pixels (h, w, 3) uint8 of a picture that is listed with a height and width, scaled to `size`."""
+    try:
+        with Image.open(path) as picture:
+            if picture.size[::-1] != listed:
+                raise DataError(f"{path}: {picture.width}x{picture.height} pixels, listed as {listed[1]}x{listed[0]}")
+            picture = picture.convert("RGB")
+            return torch.from_numpy(np.array(picture if size == listed else picture.resize(size[::-1]), dtype=np.uint8))
+    except OSError as error:
+        raise DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}") from error
+
+
+def list_data(args) -> dict[str, Source]:
+    """The files of three splits: train, val (what the search sees) and test (what is reported).
+
+    COCO has no third labelled split: every eighth training picture is held out for the search, and the official
+    validation split is the test split [D]. Draws shapes if need be.
+    """
+    root = args.data_root
+    if args.data == "shapes":
+        if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
+            raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
+        shapes.write_shapes(root, show=shapes.show_progress)
+        splits = {split: (split,) for split in ("train", "val", "test")}
+    else:
+        splits = {"train": ("train", lambda k: k % 8), "val": ("train", lambda k: k % 8 == 0), "test": ("val",)}
+    sources = {}
+    for name, (split, *keep) in splits.items():
+        sources[name] = Source(root / f"annotations/instances_{split}2017.json", root / f"{split}2017", *keep)
+        for path in sources[name][:2]:
+            if not path.exists():
+                raise DataError(f"{path}: not found; --data-root must hold annotations, train2017 and val2017")
+    return sources
+
+
+def place(split: Split, device: str) -> Split:
+    """Move a split to the device, once; what would fill over half of its free memory stays in pinned host memory."""
+    if not device.startswith("cuda"):
+        return split
+    *tensors, truth = split
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size > torch.cuda.mem_get_info(device)[0] / 2:
+        print(f"a split of {size / 2**30:.1f} GiB stays in pinned host memory", flush=True)
+        return Split(*(tensor.pin_memory() for tensor in tensors), truth)
+    return Split(*(tensor.to(device) for tensor in tensors), truth)
+
+
+def select(split: Split, index: Tensor) -> Split:
+    """Some pictures of a split, as a split."""
+    *tensors, bits, truth = split
+    place = {k: n for n, k in enumerate(index.tolist())}
+    keep = torch.isin(truth.objects.image, index)
+    objects = take(truth.objects, torch.where(keep)[0])
+    objects = objects._replace(image=torch.tensor([place[k] for k in objects.image.tolist()], dtype=torch.long))
+    truth = truth._replace(objects=objects, sizes=[truth.sizes[k] for k in place])
+    return Split(*(tensor[index] for tensor in tensors), bits, truth)
+
+
+class DataError(Exception):
+    """A data set that is missing or broken; the message names the path and the cure."""
+
+
+MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
+STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
+SMALLEST = 2  # px: what a window leaves less of is no target [D]
+
+
+def batch_scale_flip(
+    split: Split, index: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator, masks: bool
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Scale, flip and cut a (size, size) window out of each picture, in one affine sampling; objects follow.
+
+    Returns images (N, 3, size, size) float in 0..255 and, in torchvision's form, the boxes (n, 4), labels (n,) and
+    masks (n, size, size) uint8 of each, on the generator's device. At scale 1 the longer side of a picture fills the
+    window; the scale is log-uniform in `scale`; half of the pictures are mirrored. Crowds are no targets.
+    """
+    N, device = len(index), generator.device
+    u = torch.rand(4, N, generator=generator, device=device)
+    index = index.to(split.images.device)
+    picked = (tensor[index].to(device, non_blocking=True) for tensor in split[:7])
+    images, sizes, originals, boxes, labels, crowd, frames = picked
+    side = sizes.amax(1) / (scale[0] * (scale[1] / scale[0]) ** u[0])  # of the window, in pixels of the canvas
+    room = sizes.T - side
+    top, left = torch.where(room > 0, room * u[1:3], room / 2)  # centred where the picture is smaller than the window
+    mirror = torch.where(u[3] < 0.5, -1.0, 1.0)
+    images = cut(images, left, top, side, mirror, size)
+
+    boxes = (boxes - torch.stack([left, top, left, top], -1).unsqueeze(1)) * (size / side).view(N, 1, 1)
+    flipped = torch.stack([size - boxes[..., 2], boxes[..., 1], size - boxes[..., 0], boxes[..., 3]], -1)
+    boxes = torch.where(mirror.view(N, 1, 1) < 0, flipped, boxes).clamp(0, size)
+    keep = (labels > 0) & ~crowd & (boxes[..., 2:] - boxes[..., :2] >= SMALLEST).all(-1)  # (N, G)
+    targets = [{"boxes": b[k], "labels": c[k]} for b, c, k in zip(boxes, labels, keep)]
+    if masks:
+        owner = torch.where(keep)[0]
+        window = (x[owner] for x in (left, top, side, mirror, originals / sizes))
+        cut_out = cut_masks(split.bits.to(device), frames[keep], *window, size)
+        for target, mask in zip(targets, cut_out.split(keep.sum(1).tolist())):
+            target["masks"] = mask
+    return images, targets
+
+
+def cut(images: Tensor, left: Tensor, top: Tensor, side: Tensor, mirror: Tensor, size: int) -> Tensor:
+    """Square windows (N, 3, size, size) float of images (N, 3, H, W); `side`, `left` and `top` in their pixels."""
+    N, _, H, W = images.shape
+    theta = torch.zeros(N, 2, 3, device=images.device)  # maps window coordinates in -1..1 to canvas coordinates
+    theta[:, 0, 0], theta[:, 0, 2] = mirror * side / W, (2 * left + side) / W - 1
+    theta[:, 1, 1], theta[:, 1, 2] = side / H, (2 * top + side) / H - 1
+    grid = F.affine_grid(theta, [N, 3, size, size], align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
+
+
+def cut_masks(
+    bits: Tensor, frames: Tensor, left: Tensor, top: Tensor, side: Tensor, mirror: Tensor, zoom: Tensor, size: int
+) -> Tensor:
+    """The same windows (n, size, size) uint8 of n masks, nearest pixel; `zoom` (n, 2): original over canvas pixels."""
+    x0, y0, w, h, start = frames.T[..., None, None]  # each (n, 1, 1)
+    along = (torch.arange(size, device=bits.device) + 0.5) / size - 0.5
+    x = left.view(-1, 1) + (along * mirror.view(-1, 1) + 0.5) * side.view(-1, 1)
+    y = top.view(-1, 1) + (along + 0.5) * side.view(-1, 1)
+    x = (x * zoom[:, 1:]).floor().long().unsqueeze(1) - x0
+    y = (y * zoom[:, :1]).floor().long().unsqueeze(2) - y0
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    position = torch.where(inside, start + y * w + x, 0)
+    return bits[position >> 3] >> (position & 7).to(torch.uint8) & inside.to(torch.uint8)
+
+
+def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation of each picture (N, 3, H, W), each times a factor of 1 +- strength."""
+    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator, device=images.device) - 1)
+    images = images * a[0]
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, a[1])
+    return torch.lerp(images.mean(1, keepdim=True), images, a[2]).clamp_(0, 255)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """0..255 to zero mean and unit variance by ImageNet's statistics."""
+    return (images - MEAN.to(images.device)) / STD.to(images.device)
+
+
+# =====================================================================================================================
+# Network
+
+
+class RegionProposals(rpn.RegionProposalNetwork):
+    """torchvision's region proposal network; its two losses are whatever stands in `losses`."""
+
+    losses: dict[str, Callable[..., Tensor]]
+
+    def assign_targets_to_anchors(self, anchors, targets):
+        self.anchors = torch.cat(anchors)  # compute_loss is not told them
+        return super().assign_targets_to_anchors(anchors, targets)
+
+    def compute_loss(self, objectness, deltas, labels, targets):
+        positive, negative = (torch.where(torch.cat(chosen))[0] for chosen in self.fg_bg_sampler(labels))
+        sampled = torch.cat([positive, negative])
+        logit = objectness.flatten()[sampled]
+        logits = torch.stack([torch.zeros_like(logit), logit], 1)  # the softmax of these two is the sigmoid [D]
+        codes = Boxes(
+            deltas[positive], torch.cat(targets)[positive], self.anchors[positive], self.box_coder, len(logit)
+        )
+        label = torch.cat(labels)[sampled].long()
+        return self.losses["rpn_cls"](logits, label, None), self.losses["rpn_reg"](codes)
+
+
+class Heads(roi_heads.RoIHeads):
+    """torchvision's heads for boxes and masks; in training their losses are whatever stands in `losses`."""
+
+    losses: dict[str, Callable[..., Tensor]]
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        if not self.training:
+            return super().forward(features, proposals, image_shapes)
+        proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        label = torch.cat(labels)
+        positive = torch.where(label > 0)[0]
+        deltas = deltas.view(len(label), -1, 4)[positive, label[positive]]
+        codes = Boxes(
+            deltas, torch.cat(regression)[positive], torch.cat(proposals)[positive], self.box_coder, len(label)
+        )
+        losses = {"rcnn_cls": self.losses["rcnn_cls"](logits, label, codes), "rcnn_reg": self.losses["rcnn_reg"](codes)}
+        if self.has_mask():
+            keep = [own > 0 for own in labels]
+            proposals = [boxes[k] for boxes, k in zip(proposals, keep)]
+            logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, proposals, image_shapes)))
+            logits = logits[torch.arange(len(logits), device=logits.device), label[positive]]
+            masks = [
+                roi_heads.project_masks_on_boxes(target["masks"], boxes, index[k], logits.shape[-1])
+                for target, boxes, index, k in zip(targets, proposals, matched, keep)
+            ]
+            losses["mask"] = self.losses["mask"](logits, torch.cat(masks))
+        return [], losses
+
+
+class Boxes(NamedTuple):
+    """Predicted and wanted boxes of the P sampled positives, encoded relative to the boxes they start from."""
+
+    deltas: Tensor  # (P, 4)
+    targets: Tensor  # (P, 4)
+    start: Tensor  # (P, 4), anchors or proposals, x1 y1 x2 y2
+    coder: detection_utils.BoxCoder
+    sampled: int  # positives and negatives
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Both as x1 y1 x2 y2, (P, 4)."""
+        return tuple(self.coder.decode_single(codes, self.start) for codes in (self.deltas, self.targets))
+
+
+class Detector(nn.Module):
+    """Faster R-CNN (Ren 2015, arXiv 1506.01497) or Mask R-CNN (He 2017, arXiv 1703.06870) on a feature pyramid.
+
+    torchvision's parts without its transform: pictures come as one batch, normalised and of one size.
+    """
+
+    def __init__(self, backbone: nn.Module, proposals: RegionProposals, heads: Heads):
+        super().__init__()
+        self.backbone, self.rpn, self.roi_heads = backbone, proposals, heads
+
+    def set_losses(self, losses: dict[str, Callable[..., Tensor]]) -> None:
+        self.rpn.losses = self.roi_heads.losses = losses
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None):
+        """In training the losses by branch; else for each picture boxes (n, 4), labels, scores and masks (n, 1, h, w).
+
+        images: (N, 3, H, W); sizes: height and width of each picture on them.
+        """
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):  # boxes need more than eight bits
+            features = OrderedDict((name, x.float()) for name, x in self.backbone(images).items())
+        proposals, first = self.rpn(ImageList(images, sizes), features, targets)
+        found, losses = self.roi_heads(features, proposals, sizes, targets)
+        return (
+            {"rpn_cls": first["loss_objectness"], "rpn_reg": first["loss_rpn_box_reg"], **losses} if targets else found
+        )
+
+
+def conv(channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, size: int = 3) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, size, stride, dilation * (size // 2), dilation, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SmallBackbone(nn.Module):
+    """For the embedded data: a feature pyramid at strides 4, 8 and 16."""
+
+    out_channels = 32
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.stem = conv(3, width, 2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(conv(width * k, width * 2 * k, 2), conv(width * 2 * k, width * 2 * k)) for k in (1, 2, 4)
+        )
+        self.pyramid = FeaturePyramidNetwork([width * 2, width * 4, width * 8], self.out_channels)
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        x, features = self.stem(images), OrderedDict()
+        for k, stage in enumerate(self.stages):
+            x = features[str(k)] = stage(x)
+        return self.pyramid(features)
+
+
+class Settings(NamedTuple):
+    """The numbers of a detector; those of r50-fpn are torchvision's [P], those of small are ours [D]."""
+
+    anchors: tuple[int, ...]  # side in pixels on each level of the pyramid, in three shapes
+    proposals: dict[str, int]  # how many leave the first stage, on each level and then in all, in training and testing
+    object: float  # least IoU of an anchor that is trained to find an object
+    sampled: tuple[int, int]  # anchors and proposals of a picture that enter the losses
+    levels: list[str]  # of the pyramid, where the second stage looks
+    points: int  # sampled per side of a bin
+    bins: int  # per side of a box
+    width: int  # of the head's layers
+    least: float  # score of a detection
+    mask_bins: int
+    mask_layers: tuple[int, ...]
+
+
+SETTINGS = {
+    "small": Settings(
+        (10, 20, 40), {"training": 32, "testing": 64}, 0.5, (64, 32), ["0"], 1, 5, 128, 0.01, 7, (32, 32)
+    ),
+    "r50-fpn": Settings(
+        (32, 64, 128, 256, 512), {"training": 2000, "testing": 1000}, 0.7, (256, 512), ["0", "1", "2", "3"], 2, 7, 1024,
+        0.05, 14, (256, 256, 256, 256),
+    ),
+}  # fmt: skip
+
+
+def build_model(name: str, num_classes: int, masks: bool, pretrained: bool = False) -> Detector:
+    """One of MODELS, a Mask R-CNN if it has `masks`; `num_classes` counts the background."""
+    own = SETTINGS[name]
+    if name == "small":
+        backbone = SmallBackbone()
+    else:
+        backbone = resnet_fpn_backbone(
+            backbone_name="resnet50",
+            weights="IMAGENET1K_V1" if pretrained else None,
+            norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
+            trainable_layers=3 if pretrained else 5,
+        )
+    channels = backbone.out_channels
+    anchors = AnchorGenerator(tuple((side,) for side in own.anchors), ((0.5, 1.0, 2.0),) * len(own.anchors))
+    proposals = RegionProposals(
+        anchors, rpn.RPNHead(channels, 3), own.object, 0.3, own.sampled[0], 0.5, own.proposals, own.proposals, 0.7
+    )
+    heads = Heads(
+        MultiScaleRoIAlign(own.levels, own.bins, own.points),
+        TwoMLPHead(channels * own.bins**2, own.width),
+        FastRCNNPredictor(own.width, num_classes),
+        0.5, 0.5, own.sampled[1], 0.25, None, own.least, 0.5, 100,
+    )  # fmt: skip
+    if masks:
+        heads.mask_roi_pool = MultiScaleRoIAlign(own.levels, own.mask_bins, own.points)
+        heads.mask_head = MaskRCNNHeads(channels, own.mask_layers, 1)
+        heads.mask_predictor = MaskRCNNPredictor(own.mask_layers[-1], own.mask_layers[-1], num_classes)
+    return Detector(backbone, proposals, heads)
+
+
+# =====================================================================================================================
+# Metric
+
+
+# Exactly COCO's numbers: a limit that differs in the last place changes a verdict.
+IOU_LIMITS = torch.from_numpy(np.linspace(0.5, 0.95, 10))
+RECALLS = torch.from_numpy(np.linspace(0, 1, 101))
+AREAS = torch.tensor([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]], dtype=torch.float64)
+MOST = (1, 10, 100)  # detections per image and class
+PORTION = 2**20  # comparisons at a time: what fits into a cache
+
+
+def box_ious(found: Tensor, truth: Tensor, crowd: Tensor) -> Tensor:
+    """IoU (n, D, G) of boxes x y w h (n, D, 4) and (n, G, 4); with a crowd, intersection over the found area."""
+    a, b = found.unsqueeze(2), truth.unsqueeze(1)
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])
+    both = (high - low).clamp(min=0).prod(-1)
+    area_a, area_b = a[..., 2] * a[..., 3], b[..., 2] * b[..., 3]
+    either = torch.where(crowd.unsqueeze(1), area_a, area_a + area_b - both)
+    return torch.where(both > 0, both / either, 0.0)
+
+
+def ranks_within(group: Tensor) -> Tensor:
+    """0, 1, 2, ... within each run of equal values of `group` (M,)."""
+    _, counts = torch.unique_consecutive(group, return_counts=True)
+    return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+
+
+def match(iou: Tensor, crowd: Tensor, ignored: Tensor, valid: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """COCO's greedy matching in n groups at once; a loop over the rank of the detections alone.
+
+    iou: (n, D, G), detections by falling score; crowd, valid: (n, G); ignored: (n, A, G), by area range;
+    number: (n,) detections of each group, falling. Positions beyond a group's own truth have an IoU of -1.
+    Returns: (n, D, T, A) bool twice: matched, and matched with something that is ignored.
+    """
+    n, D, G = iou.shape
+    T, A = len(IOU_LIMITS), ignored.shape[1]
+    limits = IOU_LIMITS.clamp(max=1 - 1e-10).to(iou.device).view(T, 1, 1)
+    order = 1 + iou.argsort(dim=-1, stable=True).argsort(dim=-1).int()  # among equal IoUs the later one wins
+    first = (G * ~ignored).int().unsqueeze(1)  # (n, 1, A, G): what counts goes before what is ignored
+    taken = torch.zeros(n, T, A, G, dtype=torch.bool, device=iou.device)
+    matched = torch.zeros(n, D, T, A, dtype=torch.bool, device=iou.device)
+    set_aside = torch.zeros_like(matched)
+    active = (number.unsqueeze(1) > torch.arange(D, device=iou.device)).sum(0).tolist()  # groups that have a d-th
+    for d, m in enumerate(active):
+        free = ~taken[:m] | crowd[:m, None, None]
+        fits = free & (iou[:m, d, None, None] >= limits)
+        best, index = ((order[:m, d, None, None] + first[:m]) * fits).max(-1)  # (m, T, A)
+        hit = best > 0
+        matched[:m, d] = hit & valid[:m].gather(1, index.flatten(1)).view_as(hit)
+        set_aside[:m, d] = hit & (best <= G)
+        taken[:m].scatter_(-1, index.unsqueeze(-1), taken[:m].gather(-1, index.unsqueeze(-1)) | hit.unsqueeze(-1))
+    return matched, set_aside
+
+
+def outside(objects: Objects) -> Tensor:
+    """(M, A) bool: whether each object is too small or too large for each area range."""
+    area = objects.area.unsqueeze(1)
+    low, high = AREAS.to(area.device).T
+    return (area < low) | (area > high)
+
+
+def match_all(truth: Objects, found: Objects, classes: int) -> tuple[Tensor, Tensor]:
+    """`match` for every image and class; both are sorted by group. Returns (M, T, A) bool twice, as `match`."""
+    device = found.box.device
+    T, A = len(IOU_LIMITS), len(AREAS)
+    matched = torch.zeros(len(found.box), T, A, dtype=torch.bool, device=device)
+    set_aside = torch.zeros_like(matched)
+    group_t, group_f = (x.image * classes + x.label for x in (truth, found))
+    groups, count_f = torch.unique_consecutive(group_f, return_counts=True)
+    start_f = count_f.cumsum(0) - count_f
+    start_t = torch.searchsorted(group_t, groups)
+    count_t = torch.searchsorted(group_t, groups, right=True) - start_t
+    ignored = outside(truth) | truth.crowd.unsqueeze(1)
+
+    # Groups of like size are matched together, in portions that fit into a cache.
+    size = torch.where(count_t > 0, 2 ** count_t.clamp(min=1).double().log2().ceil(), 0).long()
+    for G in size[count_t > 0].unique().tolist():
+        chosen = torch.where(size == G)[0]
+        chosen = chosen[count_f[chosen].argsort(descending=True)]
+        for part in chosen.split(max(1, PORTION // (T * A * G))):
+            D = int(count_f[part[0]])
+            across, down = torch.arange(G, device=device), torch.arange(D, device=device)
+            real_t, real_f = across < count_t[part, None], down < count_f[part, None]
+            t = torch.where(real_t, start_t[part, None] + across, 0)
+            f = torch.where(real_f, start_f[part, None] + down, 0)
+            if found.masks is None:
+                iou = box_ious(found.box[f], truth.box[t], truth.crowd[t])
+            else:
+                iou = mask_ious(found, truth, f, t, count_f[part], count_t[part])
+            iou = torch.where(real_t.unsqueeze(1), iou, -1.0)
+            hit = match(iou, truth.crowd[t], ignored[t].transpose(1, 2), truth.counts[t], count_f[part])
+            matched[f[real_f]], set_aside[f[real_f]] = hit[0][real_f], hit[1][real_f]
+    return matched, set_aside
+
+
+def mask_ious(found: Objects, truth: Objects, f: Tensor, t: Tensor, number_f: Tensor, number_t: Tensor) -> Tensor:
+    """As `box_ious`, from run-length codes, by pycocotools: decoding them would cost more than it saves."""
+    iou = np.zeros((*f.shape, t.shape[1]))
+    crowd = truth.crowd.tolist()
+    for k, (rows, columns, a, b) in enumerate(zip(f.tolist(), t.tolist(), number_f.tolist(), number_t.tolist())):
+        codes = [found.masks[row] for row in rows[:a]], [truth.masks[column] for column in columns[:b]]
+        iou[k, :a, :b] = rle.iou(*codes, [crowd[column] for column in columns[:b]])
+    return torch.from_numpy(iou).to(f.device)
+
+
+def take(objects: Objects, index: Tensor) -> Objects:
+    masks = objects.masks and [objects.masks[k] for k in index.tolist()]
+    return Objects(*(tensor[index] for tensor in objects[:-1]), masks)
+
+
+def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
+    """The twelve numbers of COCO for detections of a split; see `coco_eval`."""
+    K = len(truth.categories)
+    truth, found = (Objects(*(x.to(device) for x in objects[:-1]), objects.masks) for objects in (truth.objects, found))
+    truth = take(truth, (truth.image * K + truth.label).argsort(stable=True))
+    order = found.score.argsort(descending=True, stable=True)
+    order = order[(found.image * K + found.label)[order].argsort(stable=True)]
+    rank = ranks_within((found.image * K + found.label)[order])
+    found, rank = take(found, order[rank < MOST[-1]]), rank[rank < MOST[-1]]
+
+    matched, set_aside = match_all(truth, found, K)
+    set_aside |= ~matched & outside(found).unsqueeze(1)
+    order = found.score.argsort(descending=True, stable=True)
+    order = order[found.label[order].argsort(stable=True)]  # by class, then by score, then by image
+    hit, miss = (x[order].movedim(0, -1).double() for x in (matched & ~set_aside, ~matched & ~set_aside))  # (T, A, M)
+    label, rank = found.label[order], rank[order]
+    positives = torch.zeros(K, len(AREAS), dtype=torch.float64, device=device)
+    positives = positives.index_add_(0, truth.label, (~outside(truth) & ~truth.crowd.unsqueeze(1)).double()).T  # (A, K)
+
+    def recall(most):
+        hits = torch.zeros(*hit.shape[:2], K, dtype=torch.float64, device=device)
+        return hits.index_add_(2, label, hit * (rank < most)) / positives
+
+    precision = torch.zeros(*hit.shape[:2], K, len(RECALLS), dtype=torch.float64, device=device)
+    recalls = RECALLS.to(device).expand(*hit.shape[:2], -1).contiguous()
+    numbers = torch.bincount(label, minlength=K).tolist()
+    for k, (hits, misses) in enumerate(zip(hit.split(numbers, -1), miss.split(numbers, -1))):
+        if numbers[k]:
+            hits, misses = hits.cumsum(-1), misses.cumsum(-1)
+            height = hits / (hits + misses + np.spacing(1))
+            height = height.flip(-1).cummax(-1).values.flip(-1)  # the best precision at this recall or a higher one
+            reached = torch.searchsorted((hits / positives[:, k, None]).contiguous(), recalls)
+            precision[:, :, k] = F.pad(height, (0, 1)).gather(-1, reached)
+    precision = torch.where(positives.unsqueeze(-1) > 0, precision, torch.nan)
+    ar1, ar10, ar100 = map(recall, MOST)
+    rows = {"AP": precision[:, 0], "AP50": precision[0, 0], "AP75": precision[5, 0]}
+    rows |= {"APs": precision[:, 1], "APm": precision[:, 2], "APl": precision[:, 3]}
+    rows |= {"AR1": ar1[:, 0], "AR10": ar10[:, 0], "AR100": ar100[:, 0]}
+    rows |= {"ARs": ar100[:, 1], "ARm": ar100[:, 2], "ARl": ar100[:, 3]}
+    return {name: -1.0 if x.isnan().all() else x.nanmean().item() for name, x in rows.items()}
+
+
+def coco_eval(
+    ground_truth: Path | str | dict, detections: Path | str | list[dict], iou_type: str, device: str | None = None
+) -> dict[str, float]:
+    """COCO's average precision and recall of boxes or masks, equal to pycocotools' COCOeval.
+
+    ground_truth: a COCO json file or its content; detections: a list of COCO results or a file with it; iou_type:
+    "bbox" or "segm". Returns AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl in 0..1; -1 where there is no truth.
+    Raises ValueError for another iou_type or a detection on an image that `ground_truth` does not list.
+    """
+    if iou_type not in METRICS:
+        raise ValueError(f"iou_type {iou_type!r}: choose one of {' '.join(METRICS)}")
+    coco = ground_truth if isinstance(ground_truth, dict) else json.loads(Path(ground_truth).read_text())
+    results = detections if isinstance(detections, list) else json.loads(Path(detections).read_text())
+    known = {image["id"] for image in coco["images"]}
+    for result in results:
+        if result["image_id"] not in known:
+            raise ValueError(f"detections: image {result['image_id']} is not in the ground truth")
+    boxes = bool(results) and len(results[0].get("bbox", ())) > 0  # as pycocotools: the first result decides for all
+    entries = []
+    for result in results:
+        entry = {key: result[key] for key in ("image_id", "category_id", "score")}
+        if boxes:
+            x, y, w, h = entry["bbox"] = result["bbox"]
+            entry["area"] = w * h
+            if iou_type == "segm":
+                entry["segmentation"] = result.get("segmentation", [[x, y, x, y + h, x + w, y + h, x + w, y]])
+        else:
+            entry["segmentation"] = result["segmentation"]
+            entry["area"] = rle.area(entry["segmentation"])
+            entry["bbox"] = result.get("bbox") or rle.toBbox(entry["segmentation"]).tolist()
+        entries.append(entry)
+    truth = read_objects(coco, coco["annotations"], iou_type == "segm")
+    found = read_objects(coco, entries, iou_type == "segm").objects
+    return coco_metrics(truth, found, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+# =====================================================================================================================
+# Losses: the hand-made ones. Classification takes logits (N, C), label (N,) and the boxes of the positives; regression
+# takes `Boxes`; masks take logits and target (N, H, W). Each returns a scalar
+
+
+def ce(logits: Tensor, label: Tensor, boxes: Boxes | None) -> Tensor:
+    """Cross entropy, the mean over samples."""
+    return F.cross_entropy(logits, label)
+
+
+def l1(boxes: Boxes) -> Tensor:
+    """Smooth L1 on encoded boxes over the number of samples, background included, as torchvision has it."""
+    loss = F.smooth_l1_loss(boxes.deltas, boxes.targets, beta=1 / 9, reduction="sum")
+    return loss / boxes.sampled
+
+
+def mask_ce(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross entropy, the mean over pixels."""
+    return F.binary_cross_entropy_with_logits(logits, target) if len(logits) else logits.sum()
+
+
+def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Intersection i, union u and enclosing area e of boxes x1 y1 x2 y2 (..., N, 4), each (..., N, 1, 1, 1).
+
+    In units of the wanted box's own area [D]: a tree then means the same for small and large objects and pictures.
+    """
+
+    def area(low, high):
+        width, height = (high - low).clamp(min=0).unbind(-1)
+        return width * height
+
+    (a, b), (c, d) = found.split(2, -1), wanted.split(2, -1)
+    own = area(c, d)
+    i = area(torch.maximum(a, c), torch.minimum(b, d)) / own
+    u = area(a, b) / own + 1 - i
+    e = area(torch.minimum(a, c), torch.maximum(b, d)) / own
+    return {name: value[..., None, None, None] for name, value in zip("iue", (i, u, e))}
+
+
+def cse_cls(logits: Tensor, label: Tensor, boxes: Boxes) -> Tensor:
+    """Cross entropy times 1 + sin w, w the IoU of the predicted box, 0 for background (CSE-Auto-A, Liu 2021)."""
+    weight = torch.ones_like(logits[:, 0])
+    leaves = box_leaves(*(x.detach() for x in boxes.decode()))
+    weight[label > 0] += (leaves["i"] / leaves["u"]).flatten().sin()
+    return (weight * F.cross_entropy(logits, label, reduction="none")).mean()
+
+
+def cse_reg(boxes: Boxes) -> Tensor:
+    """(1 - i / u) + (1 - (i + 2) / e), areas in pixels, the mean over positives (CSE-Auto-A, Liu 2021)."""
+    found, wanted = boxes.decode()
+    area = (wanted[:, 2:] - wanted[:, :2]).prod(-1)
+    i, u, e = (value.flatten() * area for value in box_leaves(found, wanted).values())
+    return (2 - i / u - (i + 2) / e).sum() / max(1, len(area))
+
+
+CLASSIFICATION = {"ce": ce}
+REGRESSION = {
+    "l1": l1,
+    "iou": parse("Neg(Log(Mul(i, Inv(u))))"),
+    "giou": parse("Neg(Add(Mul(i, Inv(u)), Mul(u, Inv(e))))"),
+}
+BRANCHES = {  # the symbols of its trees, and the hand-made losses by name, the baseline's first
+    "rpn_cls": (("y", "p", "1"), CLASSIFICATION),
+    "rpn_reg": (("i", "u", "e", "1"), REGRESSION),
+    "rcnn_cls": (("y", "p", "1"), CLASSIFICATION | {"cse-a": cse_cls}),
+    "rcnn_reg": (("i", "u", "e", "1"), REGRESSION | {"cse-a": cse_reg}),
+    "mask": (("y", "p", "1"), {"ce": mask_ce}),
+}
+KNOWN = {  # what `--search cse` starts from
+    "cls": ("Neg(Mul(y, Log(p)))", "Square(Add(p, Neg(y)))", "Abs(Add(p, Neg(y)))"),
+    "reg": tuple(str(REGRESSION[name]) for name in ("iou", "giou")),
+    "mask": ("Neg(Mul(y, Log(p)))", "Square(Add(p, Neg(y)))", "Abs(Add(p, Neg(y)))"),
+}
+BASELINE = "ce+l1"
+LOSSES = {
+    "ce+l1": {},
+    "iou": {"rcnn_reg": "iou"},
+    "giou": {"rcnn_reg": "giou"},
+    "cse-a": {"rcnn_cls": "cse-a", "rcnn_reg": "cse-a"},
+}
+
+
+def tree_loss(branch: str, expr: Expr) -> Callable[..., Tensor]:
+    """A searched tree as a loss of its branch; the mean over samples, or over positives where boxes are compared."""
+
+    def classify(logits: Tensor, label: Tensor, boxes: Boxes | None) -> Tensor:
+        leaves, _ = softmax_leaves(logits[..., None, None], label[..., None, None])
+        return evaluate(expr, leaves)
+
+    def regress(boxes: Boxes) -> Tensor:
+        return evaluate(expr, box_leaves(*boxes.decode())) if len(boxes.deltas) else boxes.deltas.sum()
+
+    def segment(logits: Tensor, target: Tensor) -> Tensor:
+        return evaluate(expr, mask_leaves(logits, target)) if len(logits) else logits.sum()
+
+    return {"reg": regress, "cls": classify}.get(branch.split("_")[-1], segment)
+
+
+def mask_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Outside and inside as two classes (..., N, 2, H, W), for logits and targets (..., N, H, W) [D]."""
+    y = torch.stack([1 - target, target], -3)
+    return {"y": y, "p": torch.stack([(-logits).sigmoid(), logits.sigmoid()], -3)}
+
+
+# =====================================================================================================================
+# Training
+
+
+class Batches:
+    """Batches without end (images normalised, targets), drawn with replacement.
+
+    Order and augmentation have generators of their own; torchvision samples anchors and proposals with the default one.
+    Their states say where in the sequence the training is. Of several processes each draws its share of a batch.
+    """
+
+    def __init__(self, split: Split, plan: Schedule, seed: int, device: str, masks: bool):
+        rank, world = evolve.rank_and_world()
+        self.split, self.plan, self.size, self.masks = split, plan, max(1, plan.batch // world), masks
+        seed += 1_000_003 * rank
+        cuda = torch.device(device).type == "cuda"
+        default = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+        own = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+        self.generators = *own, default
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
+        plan, (order, augmentation, _) = self.plan, self.generators
+        while True:
+            index = torch.randint(len(self.split.images), (self.size,), generator=order)
+            images, targets = batch_scale_flip(self.split, index, plan.size, plan.scale, augmentation, self.masks)
+            yield normalise(batch_colour_jitter(images, 0.25, augmentation)), targets
+
+
+def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
+    weights = [weight for weight in net.parameters() if weight.requires_grad]
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(weights, plan.lr, weight_decay=plan.weight_decay, fused=True)
+    return torch.optim.SGD(weights, plan.lr, momentum=0.9, weight_decay=plan.weight_decay, fused=True)
+
+
+def train_network(
+    net: nn.Module,
+    losses: dict[str, Callable[..., Tensor]],
+    data,
+    plan: Schedule,
+    stop_invalid: bool = True,
+    checkpoint: evolve.Checkpoint | None = None,
+) -> list[tuple[int, float]]:
+    """Train `net` on the batches of `data`; returns (step, loss) about twenty times on the way.
+
+    Goes on from `checkpoint` where that has been written. Under torchrun the gradients are averaged over the processes,
+    each of which evaluates the loss on its own part of the batch.
+
+    Raises InvalidLoss as soon as the loss or its gradient is not finite [P]; on CUDA the test is read every ten steps
+    only, so that the host seldom waits for the device.
+    """
+    cuda = next(net.parameters()).is_cuda
+    optimizer = make_optimizer(net, plan)
+
+    def rate(step):
+        return min(1, (step + 1) / (plan.warmup + 1)) * (1 - step / plan.steps) ** 0.9
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    _, world = evolve.rank_and_world()
+    parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
+    first, curve = checkpoint.load(parts, data.generators) if checkpoint else (0, [])
+    weights, valid = list(net.parameters()), None
+    net.set_losses(losses)
+    net.train()
+    if world > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if cuda else net
+        net = nn.parallel.DistributedDataParallel(net)
+    for step, (images, targets) in zip(range(first, plan.steps), data):
+        value = sum(net(images, [tuple(images.shape[-2:])] * len(images), targets).values())
+        if not value.requires_grad:
+            raise InvalidLoss("the first step, for want of a gradient")
+        shown = value.detach()
+        if world > 1:  # if one process alone saw what is invalid, the others would wait for it forever
+            dist.all_reduce(shown := shown / world)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        if stop_invalid:
+            norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+            finite = shown.isfinite() & norm.isfinite()
+            valid = finite if valid is None else valid & finite
+            if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
+                raise InvalidLoss(f"step {step}")
+        optimizer.step()
+        schedule.step()
+        if step % max(1, plan.steps // 20) == 0:
+            curve.append((step, shown))
+        if checkpoint and ((step + 1) % checkpoint.every == 0 or step + 1 == plan.steps):
+            checkpoint.save(step + 1, curve, parts, data.generators)
+    return [(step, value.item()) for step, value in curve]
+
+
+@torch.no_grad()
+def detect(net: Detector, split: Split, part: slice, size: int, device: str) -> list[dict[str, Tensor]]:
+    """What `net` finds on some pictures of a split, boxes in pixels of the canvas."""
+    net.eval()
+    images, sizes = split.images[part].to(device, non_blocking=True), split.sizes[part]
+    factor = size / max(images.shape[-2:])
+    images = F.interpolate(images.float(), [round(side * factor) for side in images.shape[-2:]], mode="bilinear")
+    sizes = [tuple(pair) for pair in (sizes * factor).round().int().tolist()]
+    found = net(normalise(images), sizes)
+    return [{**result, "boxes": result["boxes"] / factor} for result in found]
+
+
+@torch.no_grad()
+def test_network(net: Detector, split: Split, size: int, device: str) -> dict[str, float]:
+    """COCO's average precisions of `net` on a split."""
+    found = []
+    number = max(1, 2**19 // size**2)
+    for start in range(0, len(split.images), number):
+        found += detect(net, split, slice(start, start + number), size, device)
+    zoom = (split.originals / split.sizes).flip(1).repeat(1, 2).to(device)  # of x y x y
+    corners = torch.cat([result["boxes"] * own for result, own in zip(found, zoom)]).double()
+    box = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+    image = torch.arange(len(found), device=device).repeat_interleave(
+        torch.tensor([len(result["boxes"]) for result in found], device=device)
+    )
+    label, score = (torch.cat([result[key] for result in found]) for key in ("labels", "scores"))
+    no = torch.zeros(len(box), dtype=torch.bool, device=device)
+    objects = Objects(image, label - 1, box, box[:, 2:].prod(1), score.double(), no, no)
+    kinds = {"bbox": objects}
+    if net.roi_heads.has_mask():
+        areas, masks = [], []
+        for result, own, shape in zip(found, zoom, split.truth.sizes):
+            pixels = roi_heads.paste_masks_in_image(result["masks"], result["boxes"] * own, shape)
+            pixels = pixels[:, 0] > 0.5
+            areas.append(pixels.sum((1, 2)).double())
+            masks += rle.encode(np.asfortranarray(pixels.byte().permute(1, 2, 0).cpu().numpy()))
+        kinds["segm"] = objects._replace(area=torch.cat(areas), masks=masks)
+    scores = {}
+    for kind, objects in kinds.items():
+        twelve = coco_metrics(split.truth, objects, device)
+        scores |= {kind: twelve["AP"], f"{kind}50": twelve["AP50"], f"{kind}75": twelve["AP75"]}
+    return scores
+
+
+def draw_predictions(net: Detector, split: Split, path: Path, size: int, device: str, number: int = 8) -> None:
+    """The first few pictures with their true boxes and, below, with as many of the best predicted ones, as a PNG."""
+    palette = [tuple(shapes.voc_palette()[3 * k : 3 * k + 3]) for k in range(256)]
+    images = split.images[:number].cpu()
+    zoom = max(1, 192 // max(images.shape[-2:]))
+    rows = [], []
+    for k, found in enumerate(detect(net, split, slice(0, number), size, device)):
+        real = split.labels[k] > 0
+        most = int(real.sum())
+        drawn = (split.boxes[k, real], split.labels[k, real]), (found["boxes"][:most], found["labels"][:most])
+        large = F.interpolate(images[k : k + 1], scale_factor=zoom)[0]
+        for row, (boxes, labels) in zip(rows, drawn):
+            colours = [palette[label % 256] for label in labels.tolist()]
+            boxes = boxes.cpu() * zoom
+            row.append(
+                torchvision.utils.draw_bounding_boxes(large, boxes, None, colours, width=2) if colours else large
+            )
+    grid = torchvision.utils.make_grid(torch.stack(rows[0] + rows[1]), nrow=len(images), pad_value=255)
+    Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
+
+
+# =====================================================================================================================
+# Search
+
+
+GATE_SAMPLES = 5  # [P]
+GATE_SIZE = {"cls": 32, "reg": 16, "mask": 8}  # predictions in a sample [D]
+CODER = detection_utils.BoxCoder((10.0, 10.0, 5.0, 5.0))  # of the boxes in all gates; one unit is a tenth of a box
+
+
+def class_leaves(logits: Tensor, onehot: Tensor) -> dict[str, Tensor]:
+    """Gate leaves (..., B, N, C, 1, 1) of a classification."""
+    return {"y": onehot.expand_as(logits), "p": logits.softmax(-3)}
+
+
+def class_score(logits: Tensor, onehot: Tensor) -> Tensor:
+    """Mean accuracy of the classes that a sample has, (..., B): most of the samples are background."""
+    hit = logits.argmax(-3, keepdim=True) == onehot.argmax(-3, keepdim=True)
+    return ((hit * onehot).sum(-4) / onehot.sum(-4)).flatten(-3).nanmean(-1)
+
+
+def decode_boxes(deltas: Tensor, start: Tensor) -> Tensor:
+    """CODER.decode_single with leading dimensions, in fewer steps: boxes (..., N, 4) of codes (..., N, 4, 1, 1)."""
+    shift, growth = deltas[..., 0, 0].split(2, -1)
+    side = start[..., 2:] - start[..., :2]
+    centre = start[..., :2] + side * (0.5 + shift / CODER.weights[0])
+    half = side / 2 * (growth / CODER.weights[2]).clamp(max=CODER.bbox_xform_clip).exp()
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def box_branch_functions(start: Tensor) -> tuple[Callable, Callable]:
+    """Leaves and score (mean IoU) of codes relative to `start` (B, N, 4); targets are boxes (..., B, N, 4, 1, 1)."""
+
+    def leaves(deltas: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        return box_leaves(decode_boxes(deltas, start), wanted[..., 0, 0])
+
+    def score(deltas: Tensor, wanted: Tensor) -> Tensor:
+        values = leaves(deltas, wanted)
+        return (values["i"] / values["u"]).flatten(-4).mean(-1)
+
+    return leaves, score
+
+
+def farther_half(boxes: Boxes) -> Boxes:
+    """The half with the lower IoU; torchvision adds the true boxes to the proposals, which have nothing to gain."""
+    leaves = box_leaves(*boxes.decode())
+    rows = (leaves["i"] / leaves["u"]).flatten().argsort()[: (len(boxes.start) + 1) // 2]
+    return boxes._replace(deltas=boxes.deltas[rows], targets=boxes.targets[rows], start=boxes.start[rows])
+
+
+def mask_gate_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    logits = logits.squeeze(-3)
+    return mask_leaves(logits, target.squeeze(-3).expand_as(logits))
+
+
+def mask_score(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean IoU of the masks of a sample, (..., B)."""
+    inside, wanted = logits > 0, target > 0.5
+    both, either = (inside & wanted).sum((-3, -2, -1)), (inside | wanted).sum((-3, -2, -1))
+    return (both / either.clamp(min=1)).mean(-1)
+
+
+class DetTask:
+    """What evolve.py needs to know of detection."""
+
+    def __init__(self, args):
+        self.args, self.device, self.masks = args, args.device, args.metric == "segm"
+        self.proxy, self.retraining = (self.plan(plans[args.data], steps) for plans, steps in
+                                       ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
+        self.data = self.read_data()
+        self.curve: list[tuple[int, float]] = []
+        self.branches = self.make_branches()
+
+    def plan(self, plan: Schedule, steps: int | None) -> Schedule:
+        """A schedule with the user's flags in it."""
+        args = self.args
+        flags = {"steps": steps, "size": args.size, "batch": args.batch, "lr": args.lr, "model": args.model}
+        return plan._replace(**{name: value for name, value in flags.items() if value is not None})
+
+    def read_data(self) -> dict[str, Split]:
+        """The three splits of `list_data`, decoded and on the device."""
+        sources, largest = list_data(self.args), max(self.proxy.size, self.retraining.size)
+        splits = {
+            name: place(read_split(source, largest, self.masks, self.args.skip_empty), self.device)
+            for name, source in sources.items()
+        }
+        for name, split in splits.items():
+            if split.truth.categories != splits["train"].truth.categories:
+                raise DataError(f"{sources[name].annotations}: its categories are not those of the training split")
+        return splits
+
+    def network(self, plan: Schedule, seed: int) -> Detector:
+        torch.manual_seed(seed)
+        classes = 1 + len(self.data["train"].truth.categories)
+        net = build_model(plan.model, classes, self.masks, self.args.pretrained)
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def losses(self, losses: dict[str, Expr | str] | str) -> dict[str, Callable[..., Tensor]]:
+        """One callable per branch; a branch without a loss has the baseline's."""
+        chosen = LOSSES[losses] if isinstance(losses, str) else losses
+        found = {}
+        for branch, (_, known) in BRANCHES.items():
+            term = chosen.get(branch, next(iter(known)))
+            term = known[term] if isinstance(term, str) else term
+            found[branch] = tree_loss(branch, term) if isinstance(term, Expr) else term
+        return found
+
+    def batches(self, plan: Schedule, seed: int) -> Batches:
+        return Batches(self.data["train"], plan, seed, self.device, self.masks)
+
+    @functools.cached_property
+    def proxy_batches(self):
+        """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
+        plan = self.proxy
+        if plan.steps * plan.batch * plan.size**2 * (24 if self.masks else 12) < 2**29:
+            return list(itertools.islice(self.batches(plan, self.args.seed), plan.steps))
+        return None
+
+    def train(self, losses: dict[str, Expr | str] | str) -> float:
+        data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
+        net = self.network(self.proxy, self.args.seed)
+        self.curve = []
+        self.curve = train_network(net, self.losses(losses), data, self.proxy, "invalid" not in self.args.without)
+        return round(test_network(net, self.data["val"], self.proxy.size, self.device)[self.args.metric], 6)
+
+    def retrain(
+        self, losses: dict[str, Expr | str] | str, seed: int, picture: Path | None = None, checkpoint=None
+    ) -> dict[str, dict[str, float]]:
+        own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
+        plan = self.retraining
+        net = self.network(plan, own)
+        self.curve = train_network(net, self.losses(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
+        if picture:
+            draw_predictions(net, self.data["test"], picture, plan.size, self.device)
+        return {name: test_network(net, self.data[name], plan.size, self.device) for name in ("val", "test")}
+
+    def make_branches(self) -> dict[str, Branch]:
+        """The training images with most objects, and what the losses of a random network see of each."""
+        train, net = self.data["train"], self.network(self.proxy, self.args.seed)
+        seen = {branch: [] for branch in BRANCHES}
+
+        def keep(branch, *what):
+            seen[branch].append(what)
+            return torch.zeros((), device=self.device)
+
+        net.set_losses({branch: functools.partial(keep, branch) for branch in BRANCHES})
+        net.train()
+        size = self.proxy.size
+        number = ((train.labels > 0) & ~train.crowd).sum(1)
+        rich = number.sort(descending=True, stable=True).indices[: int((number > 0).sum())].cpu()
+        self.few = rich[torch.arange(GATE_SAMPLES) % len(rich)]
+        for index in self.few:
+            augmentation = torch.Generator(self.device).manual_seed(self.args.seed)
+            images, targets = batch_scale_flip(train, index.view(1), size, (1.0, 1.0), augmentation, self.masks)
+            with torch.no_grad():
+                net(normalise(images), [(size, size)], targets)
+        return {branch: self.make_branch(branch, seen[branch]) for branch in self.args.branches}
+
+    def make_branch(self, branch: str, seen: list[tuple]) -> Branch:
+        """A sample is what the loss of this branch has seen of one picture, as many predictions from each."""
+        kind = branch.split("_")[-1]
+
+        def alike(tensors) -> Tensor:
+            """(B, N, ...): N rows of each tensor at even distances, some of them repeatedly where there are fewer."""
+            rows = torch.arange(GATE_SIZE[kind], device=self.device)
+            return torch.stack([tensor[rows * len(tensor) // GATE_SIZE[kind]] for tensor in tensors]).float()
+
+        if kind == "reg":
+            boxes = [farther_half(boxes) for (boxes,) in seen]
+            start = alike(b.start for b in boxes)
+            found, wanted = (alike(b.decode()[k] for b in boxes) for k in (0, 1))
+            flat = start.view(-1, 4)
+            prediction, ideal = (CODER.encode_single(b.view(-1, 4), flat).view_as(start) for b in (found, wanted))
+            prediction, target, ideal = (x[..., None, None] for x in (prediction, wanted, ideal))
+            leaves, score = box_branch_functions(start)
+        elif kind == "cls":
+            prediction = alike(logits for logits, *_ in seen)[..., None, None]
+            target = alike(F.one_hot(label, prediction.shape[2]) for _, label, _ in seen)[..., None, None]
+            ideal, leaves, score = 10 * target, class_leaves, class_score
+        else:
+            prediction, target = (alike(column).unsqueeze(2) for column in zip(*seen))
+            ideal, leaves, score = 20 * target - 10, mask_gate_leaves, mask_score
+        return Branch(
+            BRANCHES[branch][0], prediction, target, leaves, score, ETA[branch], ideal=ideal, known=KNOWN[kind]
+        )
+
+    def simulate(self, losses: dict[str, Expr]) -> float:
+        """A short training on the pictures of the gates: the score on these, as a share of the baseline's."""
+        try:
+            return self.score_of_few(losses) / max(self.baseline_of_few, 1e-6)
+        except InvalidLoss:
+            return 0.0
+
+    @functools.cached_property
+    def baseline_of_few(self) -> float:
+        return self.score_of_few(BASELINE)
+
+    def score_of_few(self, losses: dict[str, Expr] | str) -> float:
+        few = select(self.data["train"], self.few.unique())
+        plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
+        net = self.network(plan, self.args.seed)
+        train_network(net, self.losses(losses), Batches(few, plan, self.args.seed, self.device, self.masks), plan)
+        return test_network(net, few, plan.size, self.device)[self.args.metric]
+
+
+# Least gain in the rejection protocol, about half of what hand-made losses reach: the random network's boxes start
+# near the right ones, and one of two classes is right by chance, which leaves no room for the published 0.6 [D].
+ETA = {"rpn_cls": 0.3, "rpn_reg": 0.3, "rcnn_cls": 0.6, "rcnn_reg": 0.12, "mask": 0.3}
+
+
+def export(found: dict[str, Expr]) -> str:
+    """The found losses as one standalone file with a function per branch; it imports nothing of this repository."""
+    heads = {branch: HEADS[branch.split("_")[-1]] for branch in found} | {"rpn_cls": RPN_HEAD}
+    losses = [(expr, heads[branch].replace("NAME", branch)) for branch, expr in found.items()]
+    return python_module(losses, "Loss functions of a detector, found by search: " + ", ".join(found) + ".")
+
+
+RPN_HEAD = '''def NAME(objectness, label):
+    """{expr}
+
+    objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object.
+    Returns a scalar, averaged over anchors.
+    """
+    y = torch.stack([1 - label, label], 1)[..., None, None].to(objectness)
+    p = torch.stack([(-objectness).sigmoid(), objectness.sigmoid()], 1)[..., None, None]
+    mask = None
+'''
+HEADS = {
+    "cls": '''def NAME(logits, label):
+    """{expr}
+
+    logits: (N, C) of the sampled proposals, before softmax; label: (N,) integers 0..C-1, 0 background.
+    Returns a scalar, averaged over proposals.
+    """
+    y = torch.zeros_like(logits).scatter_(1, label.unsqueeze(1), 1.0)[..., None, None]
+    p = logits.softmax(1)[..., None, None]
+    mask = None
+''',
+    "reg": '''def NAME(boxes, target):
+    """{expr}
+
+    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives, at least one.
+    i, u, e: intersection, union and enclosing area, in units of the true box's own area.
+    Returns a scalar, averaged over boxes.
+    """
+    a, b, c, d = boxes[:, :2], boxes[:, 2:], target[:, :2], target[:, 2:]
+    own, area = (d - c).prod(1), (b - a).clamp(min=0).prod(1)
+    i = (torch.minimum(b, d) - torch.maximum(a, c)).clamp(min=0).prod(1)
+    e = (torch.maximum(b, d) - torch.minimum(a, c)).prod(1)
+    i, u, e = ((x / own)[:, None, None, None] for x in (i, area + own - i, e))
+    mask = None
+''',
+    "mask": '''def NAME(logits, target):
+    """{expr}
+
+    logits, target: (N, H, W), the mask of the true class of each positive, at least one; target in 0..1.
+    Returns a scalar, averaged over pixels.
+    """
+    y = torch.stack([1 - target, target], 1)
+    p = torch.stack([(-logits).sigmoid(), logits.sigmoid()], 1)
+    mask = None
+''',
+}
+
+
+# =====================================================================================================================
+# Main
+
+
+def main() -> None:
+    args = parse_arguments(sys.argv[1:])
+    torch.set_num_threads(1)  # a second thread of one process gains less than a second process
+    story = evolve.Story("det", BASELINE, METRICS[args.metric], lambda: DetTask(args), export)
+    try:
+        list_data(args)
+        evolve.compare(args, story) if args.wanted else evolve.run(args, story)
+    except DataError as error:
+        fail(f"--data-root {args.data_root}: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The evaluator against pycocotools, the loader, and where a proxy training of detection spends its time.
+
+    python tests/bench_det.py
+
+Evaluator: 1,000 images with 100 detections each over 80 classes. Loader: batches of 8 augmented 64 x 64 windows with
+boxes, with and without masks. Proxy: a training with the baseline, part by part. One thread; ratios within one run.
+"""
+
+import contextlib
+import copy
+import io
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+import search_det  # noqa: E402
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def large_case(images: int = 1000, found: int = 100, classes: int = 80) -> tuple[dict, list[dict]]:
+    """Seven objects in a picture, as COCO has; half of the detections are near one of them."""
+    rng = np.random.default_rng(0)
+    entries, results = [], []
+    for image in range(images):
+        own = []
+        for _ in range(rng.poisson(7)):
+            x, y, w, h = (*rng.uniform(0, 300, 2), *rng.lognormal(4, 0.8, 2))
+            own.append({"id": len(entries) + 1, "image_id": image, "category_id": int(rng.integers(classes))})
+            own[-1] |= {"bbox": [x, y, w, h], "area": 0.6 * w * h, "iscrowd": int(rng.random() < 0.01)}
+            entries.append(own[-1])
+        for _ in range(found):
+            box, category = [*rng.uniform(0, 300, 2), *rng.lognormal(4, 0.8, 2)], int(rng.integers(classes))
+            if own and rng.random() < 0.5:
+                near = own[int(rng.integers(len(own)))]
+                box, category = (np.array(near["bbox"]) * rng.normal(1, 0.1, 4)).tolist(), near["category_id"]
+            results.append({"image_id": image, "category_id": category, "bbox": box, "score": float(rng.random())})
+    truth = {
+        "images": [{"id": k, "height": 480, "width": 640} for k in range(images)],
+        "categories": [{"id": k, "name": str(k)} for k in range(classes)],
+        "annotations": entries,
+    }
+    return truth, results
+
+
+def show_evaluator() -> None:
+    truth, results = large_case()
+    theirs, copies = [], (copy.deepcopy(truth), copy.deepcopy(results))
+
+    def pycocotools():
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO()
+            coco.dataset = copies[0]
+            coco.createIndex()
+            evaluation = COCOeval(coco, coco.loadRes(copies[1]), "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        theirs.extend(evaluation.stats)
+
+    slow = seconds(pycocotools)
+    times = [seconds(lambda: search_det.coco_eval(truth, results, "bbox", "cpu")) for _ in range(3)]
+    mine = list(search_det.coco_eval(truth, results, "bbox", "cpu").values())
+    print(f"{'1,000 x 100 detections, 80 classes':<36}{'seconds':>10}{'ratio':>8}")
+    print(f"{'pycocotools':<36}{slow:>10.2f}{1.0:>8.1f}")
+    print(f"{'this project, median of three':<36}{sorted(times)[1]:>10.2f}{slow / sorted(times)[1]:>8.1f}")
+    print(f"largest difference: {max(abs(a - b) for a, b in zip(mine, theirs)):.1e}")
+
+
+def show_loader() -> None:
+    print(f"\n{'loader':<36}{'images/s':>10}")
+    for metric in ("bbox", "segm"):
+        task = search_det.DetTask(search_det.parse_arguments(["--device", "cpu", "--metric", metric]))
+        plan = task.proxy._replace(steps=100)
+        taken = seconds(lambda: list(itertools.islice(task.batches(plan, 0), plan.steps)))  # noqa: B023
+        print(f"{'boxes' if metric == 'bbox' else 'boxes and masks':<36}{plan.steps * plan.batch / taken:>10.0f}")
+
+
+def show_proxy() -> None:
+    """Seconds of one proxy training by part, for the baseline."""
+    task = search_det.DetTask(search_det.parse_arguments(["--device", "cpu"]))
+    plan, data = task.proxy, task.proxy_batches
+    net = task.network(plan, 0)
+    backbone = 0.0
+    for images, _ in data:
+        backbone += seconds(lambda: sum(x.sum() for x in net.backbone(images).values()).backward())  # noqa: B023
+    train = seconds(lambda: search_det.train_network(net, task.losses("ce+l1"), data, plan))
+    score = seconds(lambda: search_det.test_network(net, task.data["val"], plan.size, "cpu"))
+    print(f"\n{'one proxy training':<36}{'seconds':>10}")
+    rest = train - backbone
+    for name, value in (("backbone and pyramid", backbone), ("two stages and losses", rest), ("detection, AP", score)):
+        print(f"{name:<36}{value:>10.2f}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    show_evaluator()
+    show_loader()
+    show_proxy()
+    print(f"\ntorch {torch.__version__}, CPU")
+
+
+if __name__ == "__main__":
+    main()

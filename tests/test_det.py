@@ -1,0 +1,714 @@
+"""Detection, piece by piece and as the real command: evaluator, loader, losses, gates, files, resume, wrong input."""
+
+import contextlib
+import copy
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+import evolve
+import search_det
+from data import shapes
+from loss_ops import parse
+from search_det import DataError, InvalidLoss, coco_eval
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared/data"
+SMALL = ("--proxy-steps", "2", "--retrain-steps", "2", "--batch", "4", "--device", "cpu")
+NUMBERS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    return shapes.write_shapes(tmp_path_factory.mktemp("data") / "shapes", splits={"train": 40, "val": 10, "test": 10})
+
+
+def arguments(root, *argv):
+    return search_det.parse_arguments(["--data-root", str(root), "--workers", "1", *SMALL, *argv])
+
+
+@pytest.fixture(scope="module")
+def task(root):
+    return search_det.DetTask(arguments(root))
+
+
+@pytest.fixture(scope="module")
+def mask_task(root):
+    return search_det.DetTask(arguments(root, "--metric", "segm"))
+
+
+# Metric, against pycocotools
+
+
+def oracle(truth, found, iou_type):
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(truth)
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(found)), iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(NUMBERS, evaluation.stats.tolist()))
+
+
+def random_case(seed, iou_type):
+    """Truth and results with crowds, ties in score and IoU, empty pictures and classes, and far too many boxes."""
+    rng = np.random.default_rng(seed)
+    side, coarse, crowded = int(rng.choice([40, 100, 300])), rng.random() < 0.5, rng.random() < 0.25
+    images = rng.choice(1000, int(rng.integers(1, 8)), replace=False).tolist()
+    classes = sorted(rng.choice(90, int(rng.integers(1, 6)), replace=False).tolist())
+
+    def random_box():
+        w, h = rng.uniform(2, 0.7 * side, 2)
+        box = [rng.uniform(0, side - w), rng.uniform(0, side - h), w, h]
+        return [round(v / 8) * 8.0 or 8.0 for v in box] if coarse else [float(v) for v in box]
+
+    def random_mask(box):
+        pixels = np.zeros((side, side), np.uint8)
+        x, y, w, h = map(int, box)
+        pixels[y : y + h + 1, x : x + w + 1] = 1
+        pixels *= rng.random(pixels.shape) < (0.8 if rng.random() < 0.5 else 1)
+        code = rle.encode(np.asfortranarray(pixels))
+        return {"size": code["size"], "counts": code["counts"].decode()}
+
+    entries, found = [], []
+    first = int(rng.integers(2))  # pycocotools takes a match with annotation 0 for none
+    for image in images:
+        for _ in range(int(rng.integers(9)) * (3 if crowded else 1)):
+            box = random_box()
+            area = rng.choice([100, 1024, 5000, 9216]) if rng.random() < 0.2 else box[2] * box[3] * rng.uniform(0.3, 1)
+            entry = {"id": first + len(entries), "image_id": image, "bbox": box, "area": float(area)}
+            entry |= {"category_id": int(rng.choice(classes[: len(classes) - 1] or classes))}
+            entry |= {"iscrowd": int(rng.random() < 0.2), "ignore": int(rng.random() < 0.1)}
+            entries.append(entry)
+    for image in images:
+        own = [entry for entry in entries if entry["image_id"] == image]
+        for _ in range(int(rng.integers(110, 250) if crowded and rng.random() < 0.4 else rng.integers(20))):
+            box, category = random_box(), int(rng.choice(classes))
+            if own and rng.random() < 0.7:
+                near = own[int(rng.integers(len(own)))]
+                noise = rng.choice([0, 0, 8, -8], 4) if coarse else rng.normal(0, 0.02 * side, 4)
+                box = np.maximum(np.add(near["bbox"], noise), [0, 0, 1, 1]).tolist()
+                category = near["category_id"] if rng.random() < 0.9 else category
+            score = rng.random() if rng.random() < 0.3 else round(rng.random(), 1)
+            found.append({"image_id": image, "category_id": category, "score": float(score), "bbox": box})
+    if iou_type == "segm":
+        for entry in entries + found:
+            entry["segmentation"] = random_mask(entry["bbox"])
+        if seed % 2:  # then the area of a result is its mask's
+            found = [{key: value for key, value in entry.items() if key != "bbox"} for entry in found]
+    rng.shuffle(found)
+    truth = {
+        "images": [{"id": image, "height": side, "width": side} for image in images],
+        "categories": [{"id": k, "name": str(k)} for k in classes],
+        "annotations": entries,
+    }
+    return truth, found
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", range(24))
+def test_evaluator_equals_pycocotools(seed, iou_type):
+    truth, found = random_case(seed, iou_type)
+    got = coco_eval(truth, found, iou_type)
+    assert list(got) == NUMBERS
+    if found:
+        assert got == pytest.approx(oracle(truth, found, iou_type), abs=1e-9)
+
+
+def test_evaluator_in_small_portions(monkeypatch):
+    """The groups of a case, matched a few at a time, as those of a large data set are."""
+    truth, found = random_case(13, "bbox")
+    whole = coco_eval(truth, found, "bbox")
+    monkeypatch.setattr(search_det, "PORTION", 1)
+    assert coco_eval(truth, found, "bbox") == whole
+
+
+def test_evaluator_without_detections_or_truth():
+    truth, found = random_case(2, "bbox")
+    nothing = coco_eval(truth, [], "bbox")
+    full = oracle(truth, found, "bbox")
+    assert nothing == {name: min(value, 0.0) for name, value in full.items()}, "-1 where there is no truth, else 0"
+    assert set(coco_eval({**truth, "annotations": []}, found, "bbox").values()) == {-1.0}
+
+
+def test_evaluator_reads_files_and_complains(tmp_path):
+    truth, found = random_case(5, "bbox")
+    for name, content in (("truth", truth), ("found", found)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert coco_eval(tmp_path / "truth.json", str(tmp_path / "found.json"), "bbox") == coco_eval(truth, found, "bbox")
+    with pytest.raises(ValueError, match="keypoints"):
+        coco_eval(truth, found, "keypoints")
+    with pytest.raises(ValueError, match="image 5000"):
+        coco_eval(truth, [{**found[0], "image_id": 5000}], "bbox")
+
+
+@pytest.mark.skipif(not (SHARED / "coco_eval").is_dir(), reason="COCO's published example is not here")
+@pytest.mark.parametrize(
+    "iou_type, published",
+    [
+        ("bbox", [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564]),
+        ("segm", [0.320, 0.562, 0.299, 0.387, 0.310, 0.327, 0.268, 0.415, 0.417, 0.469, 0.377, 0.381]),
+    ],
+)
+def test_evaluator_gives_the_published_figures(iou_type, published):
+    folder = SHARED / "coco_eval"
+    got = coco_eval(folder / "instances_val2014_100.json", folder / f"fake{iou_type}100_results.json", iou_type)
+    assert [round(value, 3) for value in got.values()] == published
+
+
+# Losses, against torchvision's
+
+
+def unmodified(net, masks):
+    """torchvision's own model with the settings and weights of `net`."""
+    own = search_det.SETTINGS["small"]
+    kinds = dict(rpn_pre_nms_top_n_train=own.proposals["training"], rpn_post_nms_top_n_train=own.proposals["training"])
+    extra = dict(mask_roi_pool=net.roi_heads.mask_roi_pool, mask_head=net.roi_heads.mask_head,
+                 mask_predictor=net.roi_heads.mask_predictor) if masks else {}  # fmt: skip
+    theirs = (MaskRCNN if masks else FasterRCNN)(
+        net.backbone,
+        rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in own.anchors), ((0.5, 1.0, 2.0),) * 3),
+        rpn_head=net.rpn.head,
+        rpn_fg_iou_thresh=own.object,
+        rpn_batch_size_per_image=own.sampled[0],
+        box_batch_size_per_image=own.sampled[1],
+        box_roi_pool=net.roi_heads.box_roi_pool,
+        box_head=net.roi_heads.box_head,
+        box_predictor=net.roi_heads.box_predictor,
+        **kinds,
+        **extra,
+    )
+    return theirs.train()
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_baseline_is_torchvisions_own_training(task, mask_task, masks):
+    task = mask_task if masks else task
+    images, targets = task.proxy_batches[0]
+    sizes = [tuple(images.shape[-2:])] * len(images)
+    net = task.network(task.proxy, 3).train()
+    net.set_losses(task.losses("ce+l1"))
+    theirs = unmodified(net, masks)
+    runs = []
+    for _ in range(2):
+        net.zero_grad()
+        torch.manual_seed(7)  # both draw the sampled anchors and proposals
+        if runs:
+            features = theirs.backbone(images)
+            proposals, first = theirs.rpn(ImageList(images, sizes), features, targets)
+            values = {**first, **theirs.roi_heads(features, proposals, sizes, targets)[1]}
+        else:
+            values = net(images, sizes, targets)
+        sum(values.values()).backward()
+        runs.append((sorted(v.item() for v in values.values()), [w.grad.clone() for w in net.parameters()]))
+    assert len(runs[0][0]) == 4 + masks and runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
+    for mine, own in zip(runs[0][1], runs[1][1]):
+        torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-6)
+
+
+def sample(seed=0, N=12, C=4):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N, C, generator=g, dtype=torch.float64)
+    label = torch.randint(0, C, (N,), generator=g)
+    label[:2] = torch.tensor([0, 1])
+    start = torch.rand(int((label > 0).sum()), 4, generator=g, dtype=torch.float64) * 20
+    start[:, 2:] += start[:, :2] + 8
+    deltas, targets = torch.randn(2, len(start), 4, generator=g, dtype=torch.float64)
+    return logits, label, search_det.Boxes(deltas, targets, start, search_det.CODER, N)
+
+
+def test_trees_of_known_losses():
+    logits, label, boxes = sample()
+    ce = parse("Neg(Mul(y, Log(p)))")
+    got = search_det.tree_loss("rcnn_cls", ce)(logits, label, boxes)
+    torch.testing.assert_close(got, F.cross_entropy(logits, label))
+    objectness = torch.stack([torch.zeros_like(logits[:, 0]), logits[:, 0]], 1)
+    got = search_det.tree_loss("rpn_cls", ce)(objectness, (label > 0).long(), None)
+    torch.testing.assert_close(got, F.binary_cross_entropy_with_logits(logits[:, 0], (label > 0).double()))
+    maps, target = torch.randn(3, 5, 5, dtype=torch.float64), torch.rand(3, 5, 5, dtype=torch.float64)
+    got = search_det.tree_loss("mask", ce)(maps, target)
+    torch.testing.assert_close(got, F.binary_cross_entropy_with_logits(maps, target))
+    found, wanted = boxes.decode()
+    for name, want in (
+        ("iou", -torch.log(torch.diagonal(torchvision.ops.box_iou(found, wanted)) + 1e-12).mean()),
+        ("giou", torchvision.ops.generalized_box_iou_loss(found, wanted, reduction="mean", eps=0) - 2),
+    ):
+        got = search_det.tree_loss("rcnn_reg", search_det.REGRESSION[name])(boxes)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_cse_a():
+    logits, label, boxes = sample(1)
+    found, wanted = boxes.decode()
+    want, k = 0.0, 0
+    for row in range(len(label)):
+        w = 0.0
+        if label[row]:
+            w = torchvision.ops.box_iou(found[k : k + 1], wanted[k : k + 1]).item()
+            k += 1
+        want -= (1 + np.sin(w)) * logits[row].log_softmax(0)[label[row]] / len(label)
+    torch.testing.assert_close(search_det.cse_cls(logits, label, boxes), want)
+    terms = []
+    for a, b in zip(found, wanted):
+        i = (min(a[2], b[2]) - max(a[0], b[0])).clamp(min=0) * (min(a[3], b[3]) - max(a[1], b[1])).clamp(min=0)
+        u = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - i
+        e = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+        terms.append((1 - i / u) + (1 - (i + 2) / e))
+    torch.testing.assert_close(search_det.cse_reg(boxes), torch.stack(terms).mean())
+
+
+def test_losses_without_any_positive():
+    logits, label, boxes = sample()
+    label[:] = 0
+    empty = boxes._replace(
+        **{name: getattr(boxes, name)[:0].requires_grad_() for name in ("deltas", "targets", "start")}
+    )
+    maps = torch.zeros(0, 5, 5, requires_grad=True)
+    for name in ("l1", "iou", "giou", "cse-a"):
+        term = search_det.BRANCHES["rcnn_reg"][1][name]
+        loss = term if callable(term) else search_det.tree_loss("rcnn_reg", term)
+        assert loss(empty) == 0 and loss(empty).requires_grad
+    assert search_det.cse_cls(logits, label, empty).isfinite()
+    for loss in (search_det.mask_ce, search_det.tree_loss("mask", parse("Neg(Mul(y, Log(p)))"))):
+        assert loss(maps, maps.detach()) == 0 and loss(maps, maps.detach()).requires_grad
+
+
+# Data
+
+
+def test_splits_are_what_was_drawn(mask_task):
+    data = mask_task.data
+    assert {name: len(split.images) for name, split in data.items()} == {"train": 40, "val": 10, "test": 10}
+    image, _, instances = shapes.draw_scene(0, 40, shapes.SIZE)  # the first of val
+    val = data["val"]
+    difference = val.images[0].float() - torch.from_numpy(image[:, :, ::-1].copy()).movedim(-1, 0)
+    assert difference.abs().mean() < 8, "only JPEG stands between the drawing and the split, and channels are RGB"
+    assert val.labels[0][val.labels[0] > 0].tolist() == [instance["kind"] for instance in instances]
+
+
+def test_windows_carry_boxes_and_masks_along(mask_task):
+    """Unscaled windows hold the drawn masks to the pixel, mirrored or not, and boxes that fit them."""
+    split, g = mask_task.data["train"], torch.Generator().manual_seed(0)
+    index = torch.arange(40)
+    images, targets = search_det.batch_scale_flip(split, index, 64, (1.0, 1.0), g, True)
+    mirrored = 0
+    for k, target in enumerate(targets):
+        _, _, instances = shapes.draw_scene(0, k, shapes.SIZE)
+        drawn = torch.stack([torch.from_numpy(instance["mask"]) for instance in instances])
+        flipped = (images[k] - split.images[k].flip(-1)).abs().mean() < 1e-3
+        mirrored += flipped
+        drawn = drawn.flip(-1) if flipped else drawn
+        kept = torch.tensor([all(side >= 2 for side in rle.toBbox(rle.encode(np.asfortranarray(m.byte().numpy())))[2:])
+                             for m in drawn])  # fmt: skip
+        assert torch.equal(target["masks"].bool(), drawn[kept])
+        torch.testing.assert_close(
+            target["boxes"], torchvision.ops.masks_to_boxes(drawn[kept]) + torch.tensor([0, 0, 1, 1])
+        )
+        assert target["labels"].tolist() == [i["kind"] for i, good in zip(instances, kept) if good]
+    assert 10 <= mirrored <= 30
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.7])
+def test_scaled_windows(mask_task, scale):
+    split, g = mask_task.data["train"], torch.Generator().manual_seed(1)
+    _, targets = search_det.batch_scale_flip(split, torch.arange(40), 96, (scale, scale), g, True)
+    for target in targets:
+        assert (target["boxes"] >= 0).all() and (target["boxes"] <= 96).all()
+        for box, mask in zip(target["boxes"], target["masks"]):
+            assert mask.shape == (96, 96)
+            if mask.sum() > 40 and scale < 1:  # whole objects: the mask fills its box
+                around = torchvision.ops.masks_to_boxes(mask[None])[0] + torch.tensor([0, 0, 1, 1])
+                torch.testing.assert_close(around, box, atol=1.5, rtol=0)
+            outside = mask.clone()
+            outside[int(box[1]) : int(box[3].ceil()), int(box[0]) : int(box[2].ceil())] = 0
+            assert not outside.any()
+
+
+def write_coco(root, pictures, entries, categories=(3, 7)):
+    """A COCO folder with random pictures of the given (height, width), the same in both splits."""
+    (root / "annotations").mkdir(parents=True)
+    images = [{"id": k, "file_name": f"{k}.jpg", "height": h, "width": w} for k, (h, w) in pictures.items()]
+    content = {"images": images, "annotations": entries, "categories": [{"id": k, "name": str(k)} for k in categories]}
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir()
+        for k, size in pictures.items():
+            pixels = np.random.default_rng(k).integers(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(pixels).save(root / f"{split}2017/{k}.jpg")
+        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    return content
+
+
+def entry(number, image, category=3, box=(2, 3, 8, 6), **more):
+    x, y, w, h = box
+    polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return {"id": number, "image_id": image, "category_id": category, "bbox": list(box), "area": w * h,
+            "iscrowd": 0, "segmentation": polygon} | more  # fmt: skip
+
+
+def test_coco_layout(tmp_path):
+    """Pictures of several sizes, gaps in ids and categories, an uncompressed crowd, pictures without objects."""
+    pictures = {5 * k + 2: (40 + k, 80 - k) for k in range(16)}
+    crowd = {"size": [40, 80], "counts": [40, 100, 3060]}
+    entries = [
+        entry(9, 2, 7),
+        entry(4, 2, iscrowd=1, segmentation=crowd),
+        entry(5, 12),
+        entry(6, 77, box=(0, 0, 50, 55)),
+    ]
+    write_coco(tmp_path, pictures, entries)
+    task = search_det.DetTask(
+        arguments(tmp_path, "--data", "coco", "--size", "64", "--metric", "segm", "--model", "small")
+    )
+    assert {name: len(split.images) for name, split in task.data.items()} == {"train": 14, "val": 2, "test": 16}
+    test = task.data["test"]
+    assert (
+        test.truth.categories == [3, 7]
+        and test.labels[0].tolist() == [2, 1]
+        and test.crowd[0].tolist() == [False, True]
+    )
+    assert test.sizes[0].tolist() == [32, 64] and test.originals[0].tolist() == [40, 80]
+    torch.testing.assert_close(test.boxes[0, 0], torch.tensor([2.0, 3, 10, 9]) * 0.8)
+    g = torch.Generator().manual_seed(0)
+    _, targets = search_det.batch_scale_flip(test, torch.tensor([0, 15, 1]), 64, (1.0, 1.0), g, True)
+    assert [target["labels"].tolist() for target in targets] == [[2], [1], []], "crowds are no targets"
+    assert targets[2]["masks"].shape == (0, 64, 64)
+    assert task.train("ce+l1") >= 0
+
+
+BROKEN = {
+    "no picture": ("2017/7.jpg", "not found"),
+    "torn picture": ("2017/7.jpg", "not a readable image"),
+    "other size": ("2017/7.jpg", "16x20 pixels, listed as 30x20"),
+    "no json": ("instances_train2017.json", "not found"),
+    "torn json": ("instances_train2017.json", "not a json file"),
+    "other json": ("instances_train2017.json", "not a COCO instances file"),
+    "lost image": ("instances_train2017.json: annotation 31", "image 99 is not listed"),
+    "lost category": ("instances_train2017.json: annotation 31", "category 5 is not listed"),
+    "empty box": ("instances_train2017.json: annotation 31", "empty box [4, 4, 0, 6]"),
+    "mask of another size": ("instances_train2017.json: annotation 31", "mask of 30x21 pixels, its image has 30x20"),
+    "no objects": ("instances_train2017.json", "no annotations"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_data_is_named(tmp_path, monkeypatch, capsys, broken):
+    wrong = {
+        "lost image": entry(31, 99),
+        "lost category": entry(31, 7, 5),
+        "empty box": entry(31, 7, box=(4, 4, 0, 6)),
+        "mask of another size": entry(31, 7, segmentation={"size": [21, 30], "counts": [30, 100, 500]}),
+    }.get(broken, entry(31, 7))
+    write_coco(tmp_path, dict.fromkeys(range(9), (20, 30)), [] if broken == "no objects" else [entry(30, 1), wrong])
+    picture, listing = tmp_path / "train2017/7.jpg", tmp_path / "annotations/instances_train2017.json"
+    if broken == "other size":
+        Image.new("RGB", (16, 20)).save(picture)
+    target = picture if "picture" in broken else listing
+    {"no": target.unlink, "torn": lambda: target.write_text("{"), "other": lambda: target.write_text("[]")}.get(
+        broken.split()[0] if broken.split()[-1] in ("picture", "json") else "", lambda: None
+    )()
+    error = bad(monkeypatch, capsys, "--data", "coco", "--data-root", tmp_path, "--size", "64", "--workers", "1")
+    assert all(word in error for word in BROKEN[broken]), error
+
+
+def test_empty_boxes_can_be_left_out(tmp_path):
+    write_coco(tmp_path, dict.fromkeys(range(9), (20, 30)), [entry(30, 1), entry(31, 1, box=(4, 4, 0, 6))])
+    task = search_det.DetTask(arguments(tmp_path, "--data", "coco", "--size", "64", "--skip-empty"))
+    assert len(task.data["test"].truth.objects.box) == 1
+
+
+@pytest.mark.skipif(not (SHARED / "coco_mini").is_dir(), reason="no photographs here")
+def test_photographs():
+    """The published network on a few photographs: one step, and their scores."""
+    folder = SHARED / "coco_mini"
+    source = search_det.Source(folder / "annotations/instances_val2017.json", folder / "val2017", lambda k: k < 4)
+    split = search_det.read_split(source, 64, True, False)
+    plan = search_det.PROXY["coco"]._replace(steps=1, batch=2, size=64)
+    net = search_det.build_model("r50-fpn", 81, True)
+    losses = {branch: next(iter(known.values())) for branch, (_, known) in search_det.BRANCHES.items()}
+    data = search_det.Batches(split, plan, 0, "cpu", True)
+    ((_, loss),) = search_det.train_network(net, losses, data, plan)
+    assert 4 < loss < 8, "81 classes at random, and little from the rest"
+    assert all(0 <= value < 0.05 for value in search_det.test_network(net, split, 64, "cpu").values())
+
+
+def test_foreign_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match="something other"):
+        search_det.list_data(arguments(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# Networks, training, gates
+
+
+def test_scoring_twice_gives_the_same_number(task):
+    assert task.train("ce+l1") == task.train("ce+l1")
+    assert len(task.curve) == 2
+
+
+def test_scores_of_a_perfect_detector(mask_task, monkeypatch):
+    """The way from a network's answer to the score, with the truth as the answer."""
+    split = mask_task.data["test"]
+
+    def detect(net, split, part, size, device):
+        found = []
+        for k in range(len(split.images))[part]:
+            boxes, labels = split.boxes[k, split.labels[k] > 0], split.labels[k, split.labels[k] > 0]
+            _, _, instances = shapes.draw_scene(0, 50 + k, shapes.SIZE)
+            masks = []
+            for instance, (x, y, x2, y2) in zip(instances, boxes.int().tolist()):
+                inside = torch.from_numpy(instance["mask"][y:y2, x:x2]).float()
+                masks.append(F.interpolate(inside[None, None], (112, 112))[0])
+            found.append(
+                {"boxes": boxes, "labels": labels, "scores": torch.ones(len(boxes)), "masks": torch.stack(masks)}
+            )
+        return found
+
+    monkeypatch.setattr(search_det, "detect", detect)
+    net = mask_task.network(mask_task.proxy, 0)
+    scores = search_det.test_network(net, split, 64, "cpu")
+    assert scores["bbox"] == pytest.approx(1) and scores["segm50"] > 0.8
+    assert set(scores) == set(search_det.METRICS["segm"])
+
+
+def test_training_learns(root):
+    task = search_det.DetTask(arguments(root))
+    plan = task.proxy._replace(steps=40, batch=8)
+    net = task.network(plan, 0)
+    curve = search_det.train_network(net, task.losses("giou"), task.batches(plan, 0), plan)
+    assert curve[-1][1] < curve[0][1] - 0.5
+
+
+def test_a_detection_depends_on_its_picture_alone(task):
+    net, split = task.network(task.proxy, 0), task.data["test"]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    alone, together = (search_det.detect(net, split, slice(0, n), 64, "cpu")[0] for n in (1, 5))
+    assert len(alone["boxes"]) and all(torch.allclose(alone[key], together[key], atol=1e-4) for key in alone)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", search_det.LOSSES)
+def test_every_loss_trains(task, name):
+    assert 0 <= task.train(name) < 1
+
+
+def test_each_loss_goes_to_its_branch(task):
+    got = task.losses({"rpn_reg": "iou", "rcnn_cls": "cse-a"})
+    assert (
+        got["rpn_cls"] is search_det.ce and got["rcnn_cls"] is search_det.cse_cls and got["mask"] is search_det.mask_ce
+    )
+    assert got["rcnn_reg"] is search_det.l1
+    boxes = sample()[2]
+    assert got["rpn_reg"](boxes) == search_det.tree_loss("rpn_reg", search_det.REGRESSION["iou"])(boxes)
+
+
+@pytest.mark.parametrize("text", ["rcnn_cls=Mul(y, Exp(Inv(Add(p, Neg(p)))))", "rpn_reg=Exp(Exp(Exp(Exp(u))))"])
+def test_invalid_values_stop_the_training(task, text):
+    with pytest.raises(InvalidLoss):
+        task.train(search_det.read_loss(text, "--loss"))
+
+
+@pytest.mark.parametrize("branch", search_det.BRANCHES)
+def test_known_losses_pass_the_gates(mask_task, branch):
+    own = mask_task.branches[branch]
+    assert (own.score(own.ideal, own.target) > 0.95).all(), "the ideal prediction is right"
+    for text in own.known:
+        expr = parse(text)
+        assert evolve.first_gradients(own, [expr])[0] is not None
+        assert evolve.rejection_gains(own, [expr])[0] > 1.2 * own.eta, text
+    wrong = parse(f"Neg({own.known[0]})")
+    assert evolve.rejection_gains(own, [wrong])[0] < own.eta
+
+
+def test_gates_decode_as_torchvision(task):
+    g = torch.Generator().manual_seed(0)
+    deltas, start = 5 * torch.randn(2, 3, 6, 4, 1, 1, generator=g), 20 * torch.rand(3, 6, 4, generator=g)
+    start[..., 2:] += start[..., :2] + 1
+    got = search_det.decode_boxes(deltas, start)
+    for k in range(2):
+        for b in range(3):
+            torch.testing.assert_close(got[k, b], search_det.CODER.decode_single(deltas[k, b, ..., 0, 0], start[b]))
+
+
+def test_simulation_of_cse(task):
+    good = task.simulate({"rcnn_cls": parse("Neg(Mul(y, Log(p)))")})
+    assert good >= 0 and task.simulate({"rcnn_cls": parse("Mul(y, Exp(Inv(Add(p, Neg(p)))))")}) == 0
+
+
+# The real command
+
+
+def command(root, runs, *argv):
+    return [sys.executable, "search_det.py", "--data-root", str(root), "--runs", str(runs), *SMALL, *argv]
+
+
+def journal(directory):
+    """The journal without what times say."""
+    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
+
+
+FLAGS = ("--evals", "3", "--seed", "3", "--workers", "1", "--seeds", "1", "--branches", "rpn_cls,rcnn_cls")
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """One finished run: its directory and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = subprocess.run(command(root, runs, *FLAGS), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (directory,) = runs.iterdir()
+    return directory, done.stdout
+
+
+def test_run_writes_what_it_promises(finished):
+    directory, printed = finished
+    assert re.match(r"det_bbox_shapes_3_\d{8}-\d{6}$", directory.name)
+    assert len(re.findall(r"^eval +\d+/3  bbox ", printed, re.M)) == 3
+    result = json.loads((directory / "result.json").read_text())
+    assert set(result["losses"]) == {"rpn_cls", "rcnn_cls"} and result["task"] == "det"
+    for side in ("found", "baseline"):
+        assert set(result["test"][side]) == set(search_det.METRICS["bbox"])
+        assert all(len(values) == 1 for values in result["test"][side].values())
+    assert (directory / "baseline.png").exists() and (directory / "finalist_1.png").exists()
+
+
+def test_same_seed_same_journal_across_a_kill(root, finished, tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command(root, tmp_path / "runs", *FLAGS), cwd=REPOSITORY, stdout=out)
+        while "eval   1/3" not in (tmp_path / "out").read_text():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert 1 <= len(journal(directory)) < 3
+    resume = [sys.executable, "search_det.py", "--resume", str(directory)]  # all else is known to the run
+    done = subprocess.run(resume, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert journal(directory) == journal(finished[0])
+    results = [json.loads((path / "result.json").read_text()) for path in (directory, finished[0])]
+    assert results[0]["test"] == results[1]["test"]
+
+
+def test_found_losses_stand_alone(finished, tmp_path):
+    shutil.copy(finished[0] / "best_loss.py", tmp_path)
+    code = (
+        "import torch; from best_loss import rpn_cls, rcnn_cls;"
+        "x = torch.randn(5, 7, requires_grad=True); rcnn_cls(x, torch.tensor([0, 0, 3, 6, 1])).backward();"
+        "o = torch.randn(4, requires_grad=True); rpn_cls(o, torch.tensor([0, 1, 1, 0])).backward();"
+        "assert all(t.grad.isfinite().all() and t.grad.any() for t in (x, o))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1"})
+
+
+TREES = {
+    "rpn_cls": "Square(Add(Mul(p, 1), Neg(MeanNHW(y))))",
+    "rpn_reg": "Mul(Exp(e), Add(1, Neg(Mul(i, Inv(u)))))",
+    "rcnn_cls": "Neg(Mul(y, Log(Tanh(p))))",
+    "rcnn_reg": "Add(Neg(i), MeanNHW(Square(u)))",
+    "mask": "Abs(Add(MaxPool3(p), Neg(y)))",
+}
+
+
+def test_exported_losses_are_those_of_the_training():
+    scope = {}
+    exec(
+        compile(search_det.export({branch: parse(text) for branch, text in TREES.items()}), "best_loss.py", "exec"),
+        scope,
+    )
+    logits, label, boxes = sample(2)
+    objectness, maps, target = logits[:, 0], torch.randn(3, 6, 6), torch.rand(3, 6, 6)
+    pairs = torch.stack([torch.zeros_like(objectness), objectness], 1), (label > 0).long(), None
+    calls = {
+        "rpn_cls": (pairs, (objectness, (label > 0).long())),
+        "rcnn_cls": ((logits, label, boxes), (logits, label)),
+        "rpn_reg": ((boxes,), boxes.decode()),
+        "rcnn_reg": ((boxes,), boxes.decode()),
+        "mask": ((maps, target), (maps, target)),
+    }
+    for branch, (inside, outside) in calls.items():
+        want = search_det.tree_loss(branch, parse(TREES[branch]))(*inside)
+        torch.testing.assert_close(scope[branch](*outside), want, msg=branch)
+
+
+@pytest.mark.parametrize("loss", ["rcnn_reg=giou, rpn_cls=Neg(Mul(y, Log(p)))", "cse-a", "RUN_DIR"])
+def test_one_loss_instead_of_a_search(root, finished, capsys, monkeypatch, loss):
+    loss = str(finished[0]) if loss == "RUN_DIR" else loss
+    monkeypatch.setattr(
+        sys, "argv", ["search_det.py", "--data-root", str(root), *SMALL, "--loss", loss, "--seeds", "1"]
+    )
+    search_det.main()
+    printed = capsys.readouterr().out
+    assert ">>>>  bbox" in printed and printed.count("+-") == 3
+
+
+def test_several_losses_side_by_side(root, capsys, monkeypatch):
+    listed = "ce+l1,rcnn_reg=iou; rpn_reg=Neg(Mul(i, Inv(u))),cse-a"
+    flags = ["--data-root", str(root), *SMALL, "--compare", listed, "--seeds", "1", "--metric", "segm"]
+    monkeypatch.setattr(sys, "argv", ["search_det.py", *flags])
+    search_det.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0][2:] for row in table[1:]] == [
+        "ce+l1",
+        "rcnn_reg=iou; rpn_reg=Neg(Mul(i, Inv(u)))",
+        "cse-a",
+    ]
+    assert all(row.count("+-") == 6 for row in table[1:])
+
+
+def bad(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["search_det.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        search_det.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--metric", "map"], ["--metric", "map", "bbox segm"]),
+        (["--branches", "rcnn"], ["--branches", "rcnn", "rpn_cls rpn_reg rcnn_cls rcnn_reg mask"]),
+        (["--branches", "mask"], ["--branches mask", "--metric segm"]),
+        (["--loss", "focal"], ["--loss focal", "ce+l1 iou giou cse-a", "BRANCH=LOSS"]),
+        (["--loss", "Neg(Mul(y, Log(p)))"], ["--loss", "BRANCH=LOSS", "rcnn_cls"]),
+        (["--loss", "rcnn=iou"], ["--loss rcnn=iou", "rcnn_reg"]),
+        (["--loss", "rcnn_reg=ciou"], ["--loss rcnn_reg=ciou", "l1 iou giou cse-a"]),
+        (["--loss", "rpn_cls=cse-a"], ["--loss rpn_cls=cse-a", "ce"]),
+        (["--loss", "rcnn_reg=Neg(Mul(i, Inf(u)))"], ["--loss", "position 11", "Inv"]),
+        (["--loss", "rcnn_reg=Neg(Mul(y, Log(p)))"], ["--loss", "'p'", "i, u, e, 1"]),
+        (["--loss", "rcnn_cls=Add(p, y)"], ["--loss", "cannot teach"]),
+        (["--compare", "iou,focal"], ["--compare focal"]),
+        (["--loss", "iou", "--compare", "iou"], ["--compare iou", "--loss"]),
+        (["--size", "8"], ["--size", "at least 64"]),
+        (["--data", "voc"], ["--data", "shapes coco"]),
+        (["--data", "coco"], ["--data coco", "--data-root"]),
+        (["--model", "r101"], ["--model", "small r50-fpn"]),
+    ],
+)
+def test_bad_flags(monkeypatch, capsys, argv, words):
+    error = bad(monkeypatch, capsys, *argv)
+    assert all(word in error for word in words), error

@@ -1028,6 +1028,61 @@ def mask_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {"y": y, "p": torch.stack([(-logits).sigmoid(), logits.sigmoid()], -3)}
 
 
+def export(found: dict[str, Expr]) -> str:
+    """The found losses as one standalone file with a function per branch; it imports nothing of this repository."""
+    heads = {branch: HEADS[branch.split("_")[-1]] for branch in found} | {"rpn_cls": RPN_HEAD}
+    losses = [(expr, heads[branch].replace("NAME", branch)) for branch, expr in found.items()]
+    return python_module(losses, "Loss functions of a detector, found by search: " + ", ".join(found) + ".")
+
+
+RPN_HEAD = '''def NAME(objectness, label):
+    """{expr}
+
+    objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object.
+    Returns a scalar, averaged over anchors.
+    """
+    y = torch.stack([1 - label, label], 1)[..., None, None].to(objectness)
+    p = torch.stack([(-objectness).sigmoid(), objectness.sigmoid()], 1)[..., None, None]
+    mask = None
+'''
+HEADS = {
+    "cls": '''def NAME(logits, label):
+    """{expr}
+
+    logits: (N, C) of the sampled proposals, before softmax; label: (N,) integers 0..C-1, 0 background.
+    Returns a scalar, averaged over proposals.
+    """
+    y = torch.zeros_like(logits).scatter_(1, label.unsqueeze(1), 1.0)[..., None, None]
+    p = logits.softmax(1)[..., None, None]
+    mask = None
+''',
+    "reg": '''def NAME(boxes, target):
+    """{expr}
+
+    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives, at least one.
+    i, u, e: intersection, union and enclosing area, in units of the true box's own area.
+    Returns a scalar, averaged over boxes.
+    """
+    a, b, c, d = boxes[:, :2], boxes[:, 2:], target[:, :2], target[:, 2:]
+    own, area = (d - c).prod(1), (b - a).clamp(min=0).prod(1)
+    i = (torch.minimum(b, d) - torch.maximum(a, c)).clamp(min=0).prod(1)
+    e = (torch.maximum(b, d) - torch.minimum(a, c)).prod(1)
+    i, u, e = ((x / own)[:, None, None, None] for x in (i, area + own - i, e))
+    mask = None
+''',
+    "mask": '''def NAME(logits, target):
+    """{expr}
+
+    logits, target: (N, H, W), the mask of the true class of each positive, at least one; target in 0..1.
+    Returns a scalar, averaged over pixels.
+    """
+    y = torch.stack([1 - target, target], 1)
+    p = torch.stack([(-logits).sigmoid(), logits.sigmoid()], 1)
+    mask = None
+''',
+}
+
+
 # =====================================================================================================================
 # Training
 
@@ -1391,61 +1446,6 @@ class DetTask:
 # Least gain in the rejection protocol, about half of what hand-made losses reach: the random network's boxes start
 # near the right ones, and one of two classes is right by chance, which leaves no room for the published 0.6 [D].
 ETA = {"rpn_cls": 0.3, "rpn_reg": 0.3, "rcnn_cls": 0.6, "rcnn_reg": 0.12, "mask": 0.3}
-
-
-def export(found: dict[str, Expr]) -> str:
-    """The found losses as one standalone file with a function per branch; it imports nothing of this repository."""
-    heads = {branch: HEADS[branch.split("_")[-1]] for branch in found} | {"rpn_cls": RPN_HEAD}
-    losses = [(expr, heads[branch].replace("NAME", branch)) for branch, expr in found.items()]
-    return python_module(losses, "Loss functions of a detector, found by search: " + ", ".join(found) + ".")
-
-
-RPN_HEAD = '''def NAME(objectness, label):
-    """{expr}
-
-    objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object.
-    Returns a scalar, averaged over anchors.
-    """
-    y = torch.stack([1 - label, label], 1)[..., None, None].to(objectness)
-    p = torch.stack([(-objectness).sigmoid(), objectness.sigmoid()], 1)[..., None, None]
-    mask = None
-'''
-HEADS = {
-    "cls": '''def NAME(logits, label):
-    """{expr}
-
-    logits: (N, C) of the sampled proposals, before softmax; label: (N,) integers 0..C-1, 0 background.
-    Returns a scalar, averaged over proposals.
-    """
-    y = torch.zeros_like(logits).scatter_(1, label.unsqueeze(1), 1.0)[..., None, None]
-    p = logits.softmax(1)[..., None, None]
-    mask = None
-''',
-    "reg": '''def NAME(boxes, target):
-    """{expr}
-
-    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives, at least one.
-    i, u, e: intersection, union and enclosing area, in units of the true box's own area.
-    Returns a scalar, averaged over boxes.
-    """
-    a, b, c, d = boxes[:, :2], boxes[:, 2:], target[:, :2], target[:, 2:]
-    own, area = (d - c).prod(1), (b - a).clamp(min=0).prod(1)
-    i = (torch.minimum(b, d) - torch.maximum(a, c)).clamp(min=0).prod(1)
-    e = (torch.maximum(b, d) - torch.minimum(a, c)).prod(1)
-    i, u, e = ((x / own)[:, None, None, None] for x in (i, area + own - i, e))
-    mask = None
-''',
-    "mask": '''def NAME(logits, target):
-    """{expr}
-
-    logits, target: (N, H, W), the mask of the true class of each positive, at least one; target in 0..1.
-    Returns a scalar, averaged over pixels.
-    """
-    y = torch.stack([1 - target, target], 1)
-    p = torch.stack([(-logits).sigmoid(), logits.sigmoid()], 1)
-    mask = None
-''',
-}
 
 
 # =====================================================================================================================

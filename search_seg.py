@@ -717,8 +717,9 @@ def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, points: Tensor, toleranc
     def erode(x):
         return -F.max_pool2d(F.pad(-x, (1, 1, 1, 1), value=-1.0), 3, 1)
 
-    def reach(x):
-        return F.max_pool2d(x, 2 * tolerance + 1, 1, tolerance)
+    def reach(x):  # along one axis after the other: a fifth of the comparisons
+        x = F.max_pool2d(x, (2 * tolerance + 1, 1), 1, (tolerance, 0))
+        return F.max_pool2d(x, (1, 2 * tolerance + 1), 1, (0, tolerance))
 
     eroded = erode(p)
     and_p, and_e, or_p, or_e = (bezier(x, c) for x, c in zip((p, eroded, p, eroded), points))

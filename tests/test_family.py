@@ -69,7 +69,7 @@ def describe(action, own_ending: bool) -> tuple:
     """All that a user sees of a flag and can expect of it."""
     kind = getattr(action.type, "__qualname__", None)
     about = re.split(r"[:;,(]", action.help)[0].strip() if own_ending else action.help
-    default = None if action.dest == "metric" else action.default
+    default = None if action.dest in ("metric", "minutes") else action.default
     return action.option_strings, type(action).__name__, kind, action.nargs, action.metavar, default, about
 
 

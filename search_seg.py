@@ -152,7 +152,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="images in a batch (shapes 16, others 32 in the proxy and 16 in re-training)",
     )
     task.add_argument(
-        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (shapes 0.01, others 0.02)"
+        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (small 0.01, others 0.02)"
     )
     task.add_argument(
         "--device",
@@ -1017,8 +1017,10 @@ class SegTask:
         self.branches = {"loss": self.branch()}
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
-        """A schedule with the user's flags in it."""
+        """A schedule with the user's flags in it; the small network has its own optimizer on all data sets."""
         args = self.args
+        if args.model == "small":
+            plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in ("optimizer", "lr", "head_lr")})
         flags = {"steps": steps, "crop": args.crop, "batch": args.batch, "lr": args.lr, "model": args.model}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 

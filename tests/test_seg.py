@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -668,3 +669,17 @@ def test_simulation_prefers_what_teaches(task):
     assert task.simulate({"loss": parse("Neg(Mul(y, Log(p)))")}) == pytest.approx(1, abs=0.3)
     assert task.simulate({"loss": parse("Mul(y, Log(p))")}) < 0.75
     assert task.simulate({"loss": parse("Square(y)")}) == 0, "no gradient: invalid"
+
+
+@pytest.mark.parametrize("data", search_seg.CLASSES)
+def test_flags_change_a_schedule(root, data):
+    def plan(*flags):
+        task = SimpleNamespace(args=arguments(root, "--data", data, *flags))
+        return search_seg.SegTask.plan(task, search_seg.RETRAIN[data], task.args.retrain_steps)
+
+    assert plan() == search_seg.RETRAIN[data]
+    changed = plan("--retrain-steps", "7", "--crop", "32", "--batch", "3", "--lr", "0.5")
+    assert changed == plan()._replace(steps=7, crop=32, batch=3, lr=0.5)
+    small = plan("--model", "small")
+    assert (small.model, small.optimizer, small.lr, small.head_lr) == ("small", "adamw", 0.01, 1.0)
+    assert small.steps == plan().steps and plan("--model", "r50-psp").optimizer == plan().optimizer

@@ -20,6 +20,7 @@ from loss_ops import (
     is_dead,
     latex,
     parse,
+    python_module,
     python_source,
     softmax_leaves,
     subtrees,
@@ -346,3 +347,14 @@ def test_exported_random_trees():
         exec(compile(python_source(expr), "best_loss.py", "exec"), scope)
         want = evaluate(expr, *softmax_leaves(logits, label))
         torch.testing.assert_close(scope["loss"](logits, label), want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_several_losses_in_one_file():
+    head = 'def NAME(p, y):\n    """{expr}"""\n    mask = None\n'
+    texts = {"first": "MinPool3(Neg(Mul(y, Log(p))))", "second": "Square(Add(1, Neg(p)))"}
+    scope = {}
+    exec(python_module([(parse(text), head.replace("NAME", name)) for name, text in texts.items()], "Two."), scope)
+    leaves = {name: torch.rand(2, 3, 5, 5) for name in "py"}
+    for name, text in texts.items():
+        assert scope[name].__doc__ == text
+        torch.testing.assert_close(scope[name](**leaves), evaluate(parse(text), leaves))

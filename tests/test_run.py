@@ -1,5 +1,6 @@
 """The real command: files, table, TensorBoard, resume after kills, workers, and what wrong input is told."""
 
+import importlib
 import json
 import os
 import re
@@ -407,13 +408,14 @@ def test_bad_resume(monkeypatch, capsys, finished, tmp_path):
     assert "--metric miou" in error and "macc" in error
 
 
-def test_readme_commands_parse(monkeypatch):
+@pytest.mark.parametrize("script", ["search_seg", "search_det", "search_pose"])
+def test_readme_commands_parse(script):
     text = (REPOSITORY / "README.md").read_text()
-    commands = re.findall(r"^python search_seg\.py(.*?)(?:#.*)?$", text, re.M)
-    assert len(commands) >= 5
+    commands = re.findall(rf"^python {script}\.py(.*?)(?:#.*)?$", text, re.M)
+    assert len(commands) >= 4
     for line in commands:
         argv = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
         if not any("RUN_DIR" in word for word in argv):
-            search_seg.parse_arguments(argv)
+            importlib.import_module(script).parse_arguments(argv)
     for path in re.findall(r"python (tests/bench_\w+\.py)", text):
         assert (REPOSITORY / path).exists()

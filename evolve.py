@@ -9,7 +9,8 @@
     closing round: the best few are re-trained for longer, with several seeds; the best of these is the found loss
 
 The gates stand between a child and its training, cheapest first: dead, seen, gradient, equivalent, rejected. This
-module knows no task: what a script hands over is a `Task`, a handful of tensors and two functions that train.
+module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train. Other
+kinds of search (`SEARCHES`), workers, run directories and the shared part of the command line are here as well.
 """
 
 import argparse
@@ -921,9 +922,11 @@ class Crew:
                 self.reporter.search.absorb(message["record"])
             self.reporter.hear(rank, message)
 
-    def wait_until_idle(self, phase, patience: float = 1800) -> None:
-        """Listen until every living worker has nothing left to do in `phase`."""
-        end = time.time() + patience
+    def wait_until_idle(self, phase) -> None:
+        """Listen until every living worker has nothing left to do in `phase`.
+
+        However long that takes: of a search or a re-training nobody knows. torchrun ends all ranks if one has died.
+        """
         while True:
             self.hear()
             busy = [rank for rank in range(len(self.board.read)) if self.reporter.idle.get(rank) != phase]
@@ -932,7 +935,7 @@ class Crew:
                 if all(child.poll() is not None for child in self.children):
                     self.hear()
                     raise ChildProcessError("all workers have ended")
-            if not busy or time.time() > end:
+            if not busy:
                 return
             time.sleep(0.05)
 
@@ -1444,7 +1447,8 @@ def compare(args, story: Story) -> None:
                     scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
                     print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: python search_{story.name}.py --resume {directory}")
+        if rank == 0:
+            print(f"\ninterrupted; go on with: python search_{story.name}.py --resume {directory}")
         raise
     if world > 1:
         dist.destroy_process_group()

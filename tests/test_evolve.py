@@ -470,6 +470,17 @@ def test_minutes_end_a_search_that_nothing_passes(tmp_path):
     assert json.loads((directory / "result.json").read_text())["evaluated"] == 0
 
 
+def test_workers_are_waited_for_however_long_they_take(monkeypatch):
+    hours = iter(range(0, 10**6, 3600))
+    monkeypatch.setattr(evolve.time, "time", lambda: next(hours))
+    messages = [[]] * 20 + [[(0, {"idle": "search"})], [], [(1, {"idle": "search"})]]
+    board = SimpleNamespace(read=[0, 0], rank=0, news=lambda: messages.pop(0))
+    heard = SimpleNamespace(idle={})
+    heard.hear = lambda rank, message: heard.idle.update({rank: message["idle"]})
+    evolve.Crew(board, heard, None, []).wait_until_idle("search")
+    assert not messages and heard.idle == {0: "search", 1: "search"}
+
+
 def test_a_kill_in_the_closing_round_costs_one_training(tmp_path):
     class Killed(ToyTask):
         def retrain(self, losses, seed, picture=None):

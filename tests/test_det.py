@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import journal, refused
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -563,12 +565,6 @@ def command(root, runs, *argv):
     return [sys.executable, "search_det.py", "--data-root", str(root), "--runs", str(runs), *SMALL, *argv]
 
 
-def journal(directory):
-    """The journal without what times say."""
-    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
-
-
 FLAGS = ("--evals", "3", "--seed", "3", "--workers", "1", "--seeds", "1", "--branches", "rpn_cls,rcnn_cls")
 
 
@@ -678,13 +674,7 @@ def test_several_losses_side_by_side(root, capsys, monkeypatch):
     assert all(row.count("+-") == 6 for row in table[1:])
 
 
-def bad(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["search_det.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        search_det.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
-    return error
+bad = functools.partial(refused, search_det)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import journal
 
 import evolve
 from evolve import Branch, Fate, InvalidLoss, Member, Search, Story
@@ -85,12 +86,6 @@ def run(tmp_path, *argv, **options):
     evolve.run(arguments(tmp_path, *argv), story(**options))
     (directory,) = tmp_path.iterdir()
     return directory
-
-
-def journal(directory):
-    """The journal without what times say."""
-    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
 
 
 # Trees and mutations

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import journal, refused
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -636,12 +638,6 @@ def command(root, runs, *argv):
     return [sys.executable, "search_pose.py", "--data-root", str(root), "--runs", str(runs), *SMALL, *argv]
 
 
-def journal(directory):
-    """The journal without what times say."""
-    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
-
-
 FLAGS = ("--metric", "pck", "--evals", "6", "--seed", "3", "--workers", "1", "--seeds", "2")
 
 
@@ -781,13 +777,7 @@ def test_several_losses_side_by_side(root, finished, capsys, monkeypatch, tmp_pa
 # Bad input: one line, the flag, the value, the cure; exit code 2; nothing written
 
 
-def bad(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["search_pose.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        search_pose.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
-    return error
+bad = functools.partial(refused, search_pose)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The real command: files, table, TensorBoard, resume after kills, workers, and what wrong input is told."""
 
+import functools
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import journal, refused
 
 import evolve
 import search_seg
@@ -34,12 +36,6 @@ def command(root, runs, *argv):
 def call(root, runs, *argv, **options):
     options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 300} | options
     return subprocess.run(command(root, runs, *argv), **options)
-
-
-def journal(directory):
-    """The journal without what times say."""
-    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -336,13 +332,7 @@ def test_several_losses_side_by_side(root, finished, capsys, monkeypatch, tmp_pa
 # Bad input: one line, the flag, the value, the cure; exit code 2; nothing written
 
 
-def bad(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["search_seg.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        search_seg.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
-    return error
+bad = functools.partial(refused, search_seg)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,21 @@ def test_evaluator_equals_pycocotools(seed, iou_type):
         assert got == pytest.approx(oracle(truth, found, iou_type), abs=1e-9)
 
 
+def test_of_equal_ious_the_later_one_is_taken():
+    about = {"image_id": 1, "category_id": 1}
+    boxes = [[0, 0, 10, 10], [4, 0, 10, 10]]
+    truth = {
+        "images": [{"id": 1, "height": 20, "width": 20}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{**about, "id": k, "bbox": box, "area": 100, "iscrowd": 0} for k, box in enumerate(boxes, 1)],
+    }
+    # The first lies in the middle of both and takes the second away from the one that is exactly there.
+    found = [{**about, "bbox": box, "score": score} for box, score in (([2, 0, 10, 10], 0.9), ([4, 0, 10, 10], 0.8))]
+    got = coco_eval(truth, found, "bbox")
+    assert got == pytest.approx(oracle(truth, found, "bbox"), abs=1e-9)
+    assert got["AR100"] == pytest.approx(0.5), "one of two at every threshold; .7 if the first were taken"
+
+
 def test_evaluator_in_small_portions(monkeypatch):
     """The groups of a case, matched a few at a time, as those of a large data set are."""
     truth, found = random_case(13, "bbox")

@@ -163,6 +163,22 @@ def test_first_gradient_looks_at_the_true_targets_of_every_sample(special):
     assert evolve.first_gradients(branch, [parse("Mul(y, Square(p))")])[0] is None
 
 
+def test_targets_are_exchanged_along_n_where_there_are_several():
+    """Samples with equal targets and numbers that belong together, as those of boxes do."""
+    target = torch.tensor([[3.0, 1.0], [5.0, 2.0], [9.0, 8.0]]).expand(4, 3, 2)[..., None, None]
+    seen = []
+
+    def leaves(x, y):
+        seen.append(y)
+        return {"y": y.expand_as(x), "p": x}
+
+    prediction = torch.rand(4, 3, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    branch = Branch(SYMBOLS, prediction, target, leaves, lambda x, y: x.mean((-4, -3, -2, -1)))
+    assert evolve.first_gradients(branch, [parse("Square(Add(p, Neg(y)))")])[0] is not None
+    pairs = {tuple(pair) for pair in seen[0].reshape(-1, 2).tolist()}
+    assert pairs == {(3.0, 1.0), (5.0, 2.0), (9.0, 8.0)}, "each target stays whole"
+
+
 @pytest.mark.parametrize("text", [str(CE), "Square(Add(p, Neg(y)))", "Neg(Mul(Sqrt(MeanNHW(y)), Mul(y, p)))"])
 def test_first_gradient_lets_pass(text):
     assert evolve.first_gradients(toy_branch(), [parse(text)])[0] is not None

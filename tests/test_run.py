@@ -312,6 +312,36 @@ def test_several_processes_share_one_training(root, tmp_path):
     assert len(orders) == 2 and not torch.equal(*orders), "each draws pictures of its own"
 
 
+SHARED = """
+import math, torch, torch.distributed as dist, search_seg
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+images = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
+data = [(x, torch.randint(0, 7, (4, 16, 16), generator=torch.Generator().manual_seed(rank))) for x in images]
+torch.manual_seed(0)
+net, plan = search_seg.build_model("small", 7), search_seg.PROXY["shapes"]._replace(steps=2)
+search_seg.train_network(net, search_seg.ce, data, plan)
+weights = [None, None]
+dist.all_gather_object(weights, torch.cat([w.detach().flatten() for w in net.parameters()]))
+assert torch.equal(*weights), "the processes have drifted apart"
+try:
+    search_seg.train_network(net, lambda x, y: search_seg.ce(x, y) + (math.inf if rank else 0), data, plan)
+except search_seg.InvalidLoss:
+    print("stopped", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_keep_the_same_weights_and_stop_together(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29615"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60, "env": environment}
+    done = subprocess.run([*launcher, "shared.py"], **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stopped") == 2, "what one of them finds invalid ends the training of all"
+
+
 def test_several_losses_side_by_side(root, finished, capsys, monkeypatch, tmp_path):
     listed = f"ce,wce,Mul(y, Exp(Neg(p))),{finished[0]}"
     flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--compare", listed, "--seeds", "2"]

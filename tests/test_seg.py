@@ -640,6 +640,11 @@ def test_asl_search_starts_on_the_identity_and_draws_rising_curves(metric):
     assert ((spread > 0.15) & (spread < 0.21)).all(), "a normal of 0.2, cut off at 0 and 1"
 
 
+def test_control_points_are_shares_of_the_way_that_is_left():
+    points = search_seg.AslSearch("macc").control_points(torch.tensor([0.5, 0.2, 0.5, 0.5, 0.0, 1.0]))
+    torch.testing.assert_close(points, torch.tensor([0.5, 0.2, 0.75, 0.6, 0.75, 1.0]))
+
+
 def test_asl_density_is_that_of_a_truncated_normal():
     search = search_seg.AslSearch("macc")
     x = torch.linspace(0, 1, 20001, dtype=torch.float64).unsqueeze(-1)

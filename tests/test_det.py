@@ -665,20 +665,29 @@ def test_exported_losses_are_those_of_the_training():
 
 
 @pytest.mark.parametrize("loss", ["rcnn_reg=giou, rpn_cls=Neg(Mul(y, Log(p)))", "cse-a", "RUN_DIR"])
-def test_one_loss_instead_of_a_search(root, finished, capsys, monkeypatch, loss):
+def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypatch, loss):
     loss = str(finished[0]) if loss == "RUN_DIR" else loss
-    monkeypatch.setattr(
-        sys, "argv", ["search_det.py", "--data-root", str(root), *SMALL, "--loss", loss, "--seeds", "1"]
-    )
+    monkeypatch.setattr(sys, "argv", command(root, tmp_path, "--loss", loss, "--seeds", "1")[1:])
     search_det.main()
     printed = capsys.readouterr().out
     assert ">>>>  bbox" in printed and printed.count("+-") == 3
 
 
-def test_several_losses_side_by_side(root, capsys, monkeypatch):
+def test_several_processes_share_one_training(root, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29616"]
+    flags = command(root, tmp_path, "--metric", "segm", "--loss", "rpn_reg=giou", "--seeds", "1")[1:]
+    done = subprocess.run([*launcher, *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rpn_reg=giou, seed 0: segm") == 1 == done.stdout.count(">>>>"), "one of them speaks"
+    state = torch.load(next(tmp_path.glob("*/training_0_0.pt")), weights_only=True)
+    (order, *_), (other, *_) = state["generators"]
+    assert state["steps"] == 2 and not torch.equal(order, other), "each draws pictures of its own"
+
+
+def test_several_losses_side_by_side(root, tmp_path, capsys, monkeypatch):
     listed = "ce+l1,rcnn_reg=iou; rpn_reg=Neg(Mul(i, Inv(u))),cse-a"
-    flags = ["--data-root", str(root), *SMALL, "--compare", listed, "--seeds", "1", "--metric", "segm"]
-    monkeypatch.setattr(sys, "argv", ["search_det.py", *flags])
+    flags = command(root, tmp_path, "--compare", listed, "--seeds", "1", "--metric", "segm")[1:]
+    monkeypatch.setattr(sys, "argv", flags)
     search_det.main()
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0][2:] for row in table[1:]] == [

@@ -42,8 +42,9 @@ POPULATION = 2500  # [P] the newest P candidates stay
 INITIAL = 20  # [P] random candidates to begin with
 DEPTH = 3  # [P] operators above each leaf of a random tree
 TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent ...
-TOURNAMENT_MIN = 5  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
+TOURNAMENT_MIN = 15  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
 FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutation
+EXCHANGE = 0.3  # [D] with several branches: probability that a child takes a branch from another tournament's winner
 ETA = 0.6  # [P] least gain in the rejection protocol, where the metric allows it
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
@@ -491,16 +492,26 @@ def compile_program(search: Search, branch: Branch, make: Callable[[], list[Inst
 
 
 def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:
-    """A child, its parent (None for a fresh one) and the branches of it that are new."""
+    """A child, its parent (None for a fresh one) and the branches of it that are new.
+
+    Of several branches one changes: it is mutated, drawn afresh, or taken from the winner of another tournament [D].
+    There evolution begins with half as many candidates [D]: each brings a tree for every branch, most teach nothing.
+    """
     branches = search.task.branches
-    parent = None
-    if search.kind.evolving and search.evaluated >= INITIAL and rng.random() >= FRESH:
+    several, fresh, parent = len(branches) > 1, rng.random() < FRESH, None
+    begun = search.evaluated >= (INITIAL // 2 if several else INITIAL)
+    if search.kind.evolving and begun and (several or not fresh):
         parent = select_parent(search, rng)
     if parent is None:
         return {name: fresh_loss(search, rng, branch) for name, branch in branches.items()}, None, list(branches)
     name = rng.choice(list(branches))
-    child = mutate_loss(search, rng, branches[name], parent.losses[name])
-    return {**parent.losses, name: child}, parent.losses, [name]
+    if fresh:
+        tree = fresh_loss(search, rng, branches[name])
+    elif several and rng.random() < EXCHANGE:
+        tree = select_parent(search, rng).losses[name]
+    else:
+        tree = mutate_loss(search, rng, branches[name], parent.losses[name])
+    return {**parent.losses, name: tree}, parent.losses, [name]
 
 
 def judge(search: Search, trees: list[tuple[str, Expr]]) -> list[tuple[Fate, str | None]]:

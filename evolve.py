@@ -44,7 +44,9 @@ DEPTH = 3  # [P] operators above each leaf of a random tree
 TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent ...
 TOURNAMENT_MIN = 15  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
 FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutation
-EXCHANGE = 0.3  # [D] with several branches: probability that a child takes a branch from another tournament's winner
+# With several branches:
+TRIALS = 15  # [D] of the first INITIAL candidates so many have a tree for one branch and the baseline for the others
+EXCHANGE = 0.3  # [D] probability that a child takes a branch from the winner of another tournament
 ETA = 0.6  # [P] least gain in the rejection protocol, where the metric allows it
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
@@ -124,7 +126,10 @@ class Sampler(Protocol):
 
 
 class Task(Protocol):
-    """What a script gives to the search. `losses`: a tree per branch, or the name of a hand-made loss."""
+    """What a script gives to the search.
+
+    `losses`: a tree per branch, the baseline's loss where one has none; or the name of a hand-made loss.
+    """
 
     branches: dict[str, Branch]
     curve: list[tuple[int, float]]  # (step, loss) of the latest training
@@ -419,7 +424,7 @@ class Search:
         self.programs.update(record.get("programs", {}))
         if record["identity"]:
             self.scores.setdefault(tuple(record["identity"]), member.score)
-        if member.score is not None:
+        if member.score is not None and not record.get("trial"):
             self.hall.setdefault(losses_text(record["losses"]), (member.score, record))
             if self.best is None or member.score > self.best.score:
                 self.best = member
@@ -432,6 +437,13 @@ class Search:
         for losses, score in record["tried"]["reused"]:
             self.reuse(Member({branch: parse(text) for branch, text in losses.items()}, score))
         self.add(record)
+
+    def best_parts(self) -> dict[str, str]:
+        """For each branch the tree of the best candidate that has one."""
+        parts = {}
+        for member in sorted((m for m in self.population if m.score is not None), key=lambda m: m.score):
+            parts |= {branch: str(expr) for branch, expr in member.losses.items()}
+        return parts
 
     def ranking(self) -> list[tuple[float, dict]]:
         """Score and record of the distinct evaluated candidates, best first."""
@@ -449,13 +461,14 @@ def losses_text(losses: dict[str, object]) -> str:
 # One turn of the search: propose a child that passes the gates, train it
 
 
-def select_parent(search: Search, rng: random.Random) -> Member | None:
-    """The best of a random 5 % of the population; None while no candidate of it is valid.
+def select_parent(search: Search, rng: random.Random, branches: Sequence[str]) -> Member | None:
+    """The best of a random 5 % of the population; None while no candidate of it has all `branches` and is valid.
 
     Equivalent losses share their score to the last digit; the newest stands for all of them [D]. Otherwise copies of
     the best so far soon fill the population, win every tournament, and the search never leaves them.
     """
-    distinct = list({member.score: member for member in search.population if member.score is not None}.values())
+    able = (member for member in search.population if member.score is not None and member.losses.keys() >= {*branches})
+    distinct = list({member.score: member for member in able}.values())
     if not distinct:
         return None
     size = max(TOURNAMENT_MIN, math.ceil(TOURNAMENT * len(distinct)))
@@ -494,24 +507,32 @@ def compile_program(search: Search, branch: Branch, make: Callable[[], list[Inst
 def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:
     """A child, its parent (None for a fresh one) and the branches of it that are new.
 
-    Of several branches one changes: it is mutated, drawn afresh, or taken from the winner of another tournament [D].
-    There evolution begins with half as many candidates [D]: each brings a tree for every branch, most teach nothing.
+    With several branches a candidate of random trees is hardly ever good in all of them. So after a first one TRIALS
+    candidates try a tree in one branch alone, the next are put together from these, and a child differs from its parent
+    in one branch, which is mutated, drawn afresh, or taken from the winner of another tournament [D].
     """
-    branches = search.task.branches
-    several, fresh, parent = len(branches) > 1, rng.random() < FRESH, None
-    begun = search.evaluated >= (INITIAL // 2 if several else INITIAL)
-    if search.kind.evolving and begun and (several or not fresh):
-        parent = select_parent(search, rng)
+    branches, parent = search.task.branches, None
+    several, evolving, fresh = len(branches) > 1, search.kind.evolving, rng.random() < FRESH
+    if several and evolving and 0 < search.evaluated <= TRIALS:
+        name = rng.choice(list(branches))
+        return {name: fresh_loss(search, rng, branches[name])}, None, [name]
+    if evolving and search.evaluated >= INITIAL and (several or not fresh):
+        winner = select_parent(search, rng, branches)
+        parent = winner and winner.losses
+    if several and evolving and parent is None:
+        winners = {name: select_parent(search, rng, [name]) for name in branches}
+        if None not in winners.values():
+            parent = {name: winner.losses[name] for name, winner in winners.items()}
     if parent is None:
         return {name: fresh_loss(search, rng, branch) for name, branch in branches.items()}, None, list(branches)
     name = rng.choice(list(branches))
     if fresh:
         tree = fresh_loss(search, rng, branches[name])
     elif several and rng.random() < EXCHANGE:
-        tree = select_parent(search, rng).losses[name]
+        tree = select_parent(search, rng, [name]).losses[name]
     else:
-        tree = mutate_loss(search, rng, branches[name], parent.losses[name])
-    return {**parent.losses, name: tree}, parent.losses, [name]
+        tree = mutate_loss(search, rng, branches[name], parent[name])
+    return {**parent, name: tree}, parent, [name]
 
 
 def judge(search: Search, trees: list[tuple[str, Expr]]) -> list[tuple[Fate, str | None]]:
@@ -600,6 +621,8 @@ def next_candidate(search: Search, rng: random.Random, deadline: float):
             losses, parent, gate = search.waiting.popleft()
             fates = [search.fates[name, search.text(expr)] for name, expr in losses.items()]
             identity = [fate.key for fate in fates] if search.gates & {"seen", "equivalent"} else []
+            if identity and len(losses) < len(search.task.branches):
+                identity = [*losses, *identity]
             if tuple(identity) not in search.scores:
                 if "simulation" in search.gates and not search.task.simulate(losses) >= SIMULATION:
                     tally("simulation")
@@ -644,8 +667,10 @@ def evaluation(search: Search, rng: random.Random, deadline: float) -> dict | No
         if candidate is None:
             return None
         losses, parent, identity, gains, tried = candidate
+    if len(losses) < len(search.task.branches):
+        more |= {"trial": True}
     if search.kind.programs:
-        more = {"programs": {str(expr): search.programs[str(expr)] for expr in losses.values()}}
+        more |= {"programs": {str(expr): search.programs[str(expr)] for expr in losses.values()}}
     start = time.time()
     try:
         score = search.task.train(losses)
@@ -894,10 +919,10 @@ class Reporter:
         """The end of a run, on the console and in TensorBoard."""
         args, story, search = self.args, self.story, self.search
         print(f"\n{'':6}{'proxy':>7} {'re-trained':>10}  loss ({args.metric} on the search-validation split)")
-        proxy = {json.dumps(record["losses"]): score for score, record in search.ranking()}
+        proxy = {json.dumps(record["losses"]): f"{score:.3f}" for score, record in search.ranking()}
         for losses in finalists:
             mark = ">>>>" if losses == found else "    "
-            scores = f"{proxy[json.dumps(losses)]:>7.3f} {self.closing_score(losses):>10.3f}"
+            scores = f"{proxy.get(json.dumps(losses), '-'):>7} {self.closing_score(losses):>10.3f}"
             print(f"{mark}  {scores}  {losses_text(losses)}")
         named = {("found" if name == "found" else story.baseline): column for name, column in test.items()}
         show_table(named, story.metrics, args.metric)
@@ -1350,6 +1375,8 @@ def close(args, story: Story, crew: Crew) -> None:
     directory = reporter.directory
     seconds = reporter.elapsed
     finalists = select_finalists(search.ranking(), reporter.baseline)
+    if len(finalists) < FINALISTS and search.best_parts() not in [{}, *finalists]:  # the search was a short one
+        finalists.append(search.best_parts())
     print(f"closing round: the best {len(finalists)} by proxy and {story.baseline}, re-trained", flush=True)
     seeds = [args.seed + k for k in range(args.seeds)]
     pictures = {json.dumps(losses): directory / f"finalist_{k}.png" for k, losses in enumerate(finalists, 1)}

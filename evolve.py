@@ -45,7 +45,8 @@ TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent 
 TOURNAMENT_MIN = 15  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
 FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutation
 # With several branches:
-TRIALS = 15  # [D] of the first INITIAL candidates so many have a tree for one branch and the baseline for the others
+TRIALS = 30  # [D] early candidates that have a tree for one branch alone, and the baseline's loss for the others
+ASSEMBLED = 5  # [D] candidates that are then put together from these
 EXCHANGE = 0.3  # [D] probability that a child takes a branch from the winner of another tournament
 ETA = 0.6  # [P] least gain in the rejection protocol, where the metric allows it
 REJECTION_STEPS = 500  # [P]
@@ -438,6 +439,11 @@ class Search:
             self.reuse(Member({branch: parse(text) for branch, text in losses.items()}, score))
         self.add(record)
 
+    def best_trial(self, branch: str) -> float:
+        """The best score of a tree that was tried in this branch alone; -inf while there is none."""
+        trials = (member.score for member in self.population if member.losses.keys() == {branch})
+        return max((score for score in trials if score is not None), default=-math.inf)
+
     def best_parts(self) -> dict[str, str]:
         """For each branch the tree of the best candidate that has one."""
         parts = {}
@@ -505,34 +511,41 @@ def compile_program(search: Search, branch: Branch, make: Callable[[], list[Inst
 
 
 def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:
-    """A child, its parent (None for a fresh one) and the branches of it that are new.
-
-    With several branches a candidate of random trees is hardly ever good in all of them. So after a first one TRIALS
-    candidates try a tree in one branch alone, the next are put together from these, and a child differs from its parent
-    in one branch, which is mutated, drawn afresh, or taken from the winner of another tournament [D].
-    """
-    branches, parent = search.task.branches, None
-    several, evolving, fresh = len(branches) > 1, search.kind.evolving, rng.random() < FRESH
-    if several and evolving and 0 < search.evaluated <= TRIALS:
-        name = rng.choice(list(branches))
-        return {name: fresh_loss(search, rng, branches[name])}, None, [name]
-    if evolving and search.evaluated >= INITIAL and (several or not fresh):
-        winner = select_parent(search, rng, branches)
-        parent = winner and winner.losses
-    if several and evolving and parent is None:
-        winners = {name: select_parent(search, rng, [name]) for name in branches}
-        if None not in winners.values():
-            parent = {name: winner.losses[name] for name, winner in winners.items()}
+    """A child, its parent (None for a fresh one) and the branches of it that are new."""
+    branches, evolving, parent = search.task.branches, search.kind.evolving, None
+    fresh = rng.random() < FRESH
+    if evolving and len(branches) > 1 and search.evaluated > 0:
+        return change_one_branch(search, rng, fresh)
+    if evolving and search.evaluated >= INITIAL and not fresh:
+        parent = select_parent(search, rng, branches)
     if parent is None:
         return {name: fresh_loss(search, rng, branch) for name, branch in branches.items()}, None, list(branches)
+    (name,) = branches
+    return {name: mutate_loss(search, rng, branches[name], parent.losses[name])}, parent.losses, [name]
+
+
+def change_one_branch(search: Search, rng: random.Random, fresh: bool):
+    """What `propose` does with several branches, where candidates of random trees are hardly ever good in all [D].
+
+    TRIALS candidates try a random tree in one branch alone, always the branch that has fared worst. The next few are
+    put together from the winners of all branches. From then on a child differs from its parent in one branch, which is
+    mutated, drawn afresh, or taken from the winner of another tournament.
+    """
+    branches = search.task.branches
+    if search.evaluated <= TRIALS:
+        name = min(branches, key=search.best_trial)
+        return {name: fresh_loss(search, rng, branches[name])}, None, [name]
+    parent = select_parent(search, rng, branches) if search.evaluated > TRIALS + ASSEMBLED else None
+    winners = {name: parent or select_parent(search, rng, [name]) for name in branches}
+    parts = {name: winner.losses[name] for name, winner in winners.items() if winner}
     name = rng.choice(list(branches))
-    if fresh:
+    if fresh or name not in parts:
         tree = fresh_loss(search, rng, branches[name])
-    elif several and rng.random() < EXCHANGE:
+    elif rng.random() < EXCHANGE:
         tree = select_parent(search, rng, [name]).losses[name]
     else:
-        tree = mutate_loss(search, rng, branches[name], parent[name])
-    return {**parent, name: tree}, parent, [name]
+        tree = mutate_loss(search, rng, branches[name], parts[name])
+    return {**parts, name: tree}, parts, [name]
 
 
 def judge(search: Search, trees: list[tuple[str, Expr]]) -> list[tuple[Fate, str | None]]:

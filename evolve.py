@@ -520,7 +520,7 @@ def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[s
         parent = select_parent(search, rng, branches)
     if parent is None:
         return {name: fresh_loss(search, rng, branch) for name, branch in branches.items()}, None, list(branches)
-    (name,) = branches
+    name = rng.choice(list(branches))
     return {name: mutate_loss(search, rng, branches[name], parent.losses[name])}, parent.losses, [name]
 
 

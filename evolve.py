@@ -527,9 +527,9 @@ def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[s
 def change_one_branch(search: Search, rng: random.Random, fresh: bool):
     """What `propose` does with several branches, where candidates of random trees are hardly ever good in all [D].
 
-    TRIALS candidates try a random tree in one branch alone, always the branch that has fared worst. The next few are
-    put together from the winners of all branches. From then on a child differs from its parent in one branch, which is
-    mutated, drawn afresh, or taken from the winner of another tournament.
+    After a first whole one TRIALS candidates try a random tree in one branch alone, always the branch that has fared
+    worst. The next few are put together from the winners of all branches. From then on a child differs from its parent
+    in one branch, which is mutated, drawn afresh, or taken from the winner of another tournament.
     """
     branches = search.task.branches
     if search.evaluated <= TRIALS:

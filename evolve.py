@@ -859,7 +859,8 @@ class Reporter:
             f"explored {search.explored:,} ({rate:,.0f}/s)  "
             f"equivalent {gates['equivalent']}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            + (f"  * {losses_text(search.best.losses)}" if improved else ""),
+            + (f"  * {losses_text(search.best.losses)}" if improved else "")
+            + (f"  {' '.join(record['losses'])} alone" if record.get("trial") else ""),
             flush=True,
         )
 

@@ -356,9 +356,10 @@ def test_several_branches(tmp_path):
         (name,) = line["losses"]
         assert name == min(best, key=best.get), "where the trees are worst another one is tried"
         best[name] = max(best[name], line["score"])
-    for line in children:
+    for k, line in enumerate(children):
         assert set(line["losses"]) == set(line["parent"]) == {"cls", "reg"} and "trial" not in line
-        assert sum(line["losses"][name] != line["parent"][name] for name in ("cls", "reg")) == 1
+        changes = sum(line["losses"][name] != line["parent"][name] for name in ("cls", "reg"))
+        assert changes == 1 or (k < evolve.ASSEMBLED and changes == 0)
     assert all(line["parent"] != first["losses"] for line in children[:4]), "they are put together from trials"
     result = json.loads((directory / "result.json").read_text())
     rows = (directory / "hall_of_fame.csv").read_text().splitlines()[1:]
@@ -599,8 +600,10 @@ def test_convergence_simulation(tmp_path, kind):
     assert all(2 * line["score"] >= evolve.SIMULATION for line in lines)
     texts = [line["losses"]["loss"] for line in lines]
     assert len(set(texts)) == len(texts)
-    known = {str(canonical(parse(text))) for text in toy_branch().known}
-    assert bool(known & {str(canonical(parse(text))) for text in texts[:8]}) == (kind == "cse")
+    search, rng = Search(ToyTask(), kind=evolve.SEARCHES[kind]), random.Random(0)
+    fresh = [str(evolve.fresh_loss(search, rng, toy_branch())) for _ in range(200)]
+    known = sum(text in toy_branch().known for text in fresh)
+    assert 30 < known < 80 if kind == "cse" else known == 0, "a quarter of them is not mutated"
 
 
 def test_programs_evolve_without_gates_and_go_on_after_a_resume(tmp_path):

@@ -42,9 +42,10 @@ POPULATION = 2500  # [P] the newest P candidates stay
 INITIAL = 20  # [P] random candidates to begin with
 DEPTH = 3  # [P] operators above each leaf of a random tree
 TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent ...
-TOURNAMENT_MIN = 15  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
+TOURNAMENT_MIN = 5  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
 FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutation
 # With several branches:
+TOURNAMENT_SEVERAL = 15  # [D] in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
 TRIALS = 30  # [D] early candidates that have a tree for one branch alone, and the baseline's loss for the others
 ASSEMBLED = 5  # [D] candidates that are then put together from these
 EXCHANGE = 0.3  # [D] probability that a child takes a branch from the winner of another tournament
@@ -477,7 +478,8 @@ def select_parent(search: Search, rng: random.Random, branches: Sequence[str]) -
     distinct = list({member.score: member for member in able}.values())
     if not distinct:
         return None
-    size = max(TOURNAMENT_MIN, math.ceil(TOURNAMENT * len(distinct)))
+    least = TOURNAMENT_SEVERAL if len(search.task.branches) > 1 else TOURNAMENT_MIN
+    size = max(least, math.ceil(TOURNAMENT * len(distinct)))
     return max(rng.sample(distinct, min(size, len(distinct))), key=lambda member: member.score)
 
 

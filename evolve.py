@@ -426,7 +426,7 @@ class Search:
         self.programs.update(record.get("programs", {}))
         if record["identity"]:
             self.scores.setdefault(tuple(record["identity"]), member.score)
-        if member.score is not None and not record.get("trial"):
+        if member.score is not None and not record.get("trial"):  # a tree beside the baseline's is no answer yet
             self.hall.setdefault(losses_text(record["losses"]), (member.score, record))
             if self.best is None or member.score > self.best.score:
                 self.best = member
@@ -512,7 +512,10 @@ def compile_program(search: Search, branch: Branch, make: Callable[[], list[Inst
     return tree
 
 
-def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]:
+Child = tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]
+
+
+def propose(search: Search, rng: random.Random) -> Child:
     """A child, its parent (None for a fresh one) and the branches of it that are new."""
     branches, evolving, parent = search.task.branches, search.kind.evolving, None
     fresh = rng.random() < FRESH
@@ -526,7 +529,7 @@ def propose(search: Search, rng: random.Random) -> tuple[dict[str, Expr], dict[s
     return {name: mutate_loss(search, rng, branches[name], parent.losses[name])}, parent.losses, [name]
 
 
-def change_one_branch(search: Search, rng: random.Random, fresh: bool):
+def change_one_branch(search: Search, rng: random.Random, fresh: bool) -> Child:
     """What `propose` does with several branches, where candidates of random trees are hardly ever good in all [D].
 
     After a first whole one TRIALS candidates try a random tree in one branch alone, always the branch that has fared
@@ -637,7 +640,7 @@ def next_candidate(search: Search, rng: random.Random, deadline: float):
             fates = [search.fates[name, search.text(expr)] for name, expr in losses.items()]
             identity = [fate.key for fate in fates] if search.gates & {"seen", "equivalent"} else []
             if identity and len(losses) < len(search.task.branches):
-                identity = [*losses, *identity]
+                identity = [*losses, *identity]  # its score says nothing of a whole candidate, nor of another branch
             if tuple(identity) not in search.scores:
                 if "simulation" in search.gates and not search.task.simulate(losses) >= SIMULATION:
                     tally("simulation")
@@ -1391,8 +1394,9 @@ def close(args, story: Story, crew: Crew) -> None:
     directory = reporter.directory
     seconds = reporter.elapsed
     finalists = select_finalists(search.ranking(), reporter.baseline)
-    if len(finalists) < FINALISTS and search.best_parts() not in [{}, *finalists]:  # the search was a short one
-        finalists.append(search.best_parts())
+    parts = search.best_parts()
+    if len(finalists) < FINALISTS and len(parts) > 1 and parts not in finalists:  # a short search of several branches
+        finalists.append(parts)
     print(f"closing round: the best {len(finalists)} by proxy and {story.baseline}, re-trained", flush=True)
     seeds = [args.seed + k for k in range(args.seeds)]
     pictures = {json.dumps(losses): directory / f"finalist_{k}.png" for k, losses in enumerate(finalists, 1)}

@@ -23,6 +23,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
+from bench_proxy import spearman  # noqa: E402
+
 import search_det  # noqa: E402
 
 LOSSES = (
@@ -43,16 +45,6 @@ LOSSES = (
     "rpn_cls=Neg(Mul(y, Sqrt(p))), rpn_reg=iou, rcnn_cls=Square(Add(p, Neg(y))), rcnn_reg=Exp(Neg(Mul(i, Inv(u))))",
     "rpn_cls=Mul(Neg(p), Exp(y)), rpn_reg=Mul(Inv(Exp(i)), u), rcnn_cls=Abs(Mul(Log(p), y)), rcnn_reg=Add(e, Neg(i))",
 )
-
-
-def ranks(values: list[float]) -> torch.Tensor:
-    """Ranks with ties at their mean."""
-    v = torch.tensor(values, dtype=torch.float64)
-    return (v[:, None] > v).sum(1) + 0.5 * (v[:, None] == v).sum(1)
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
 def score(task: search_det.DetTask, losses, plan: search_det.Schedule, seed: int) -> dict[str, float]:

@@ -21,6 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench_proxy import spearman  # noqa: E402
+
 import search_pose  # noqa: E402
 from loss_ops import parse  # noqa: E402
 
@@ -40,16 +42,6 @@ TREES = (
     "Add(Mul(Log(p), Neg(y)), Square(p))",
     "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))",
 )
-
-
-def ranks(values: list[float]) -> torch.Tensor:
-    """Ranks with ties at their mean."""
-    v = torch.tensor(values, dtype=torch.float64)
-    return (v[:, None] > v).sum(1) + 0.5 * (v[:, None] == v).sum(1)
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
 def score(task: search_pose.PoseTask, losses, plan: search_pose.Schedule, seed: int) -> dict[str, float]:

@@ -345,16 +345,18 @@ def test_every_candidate_invalid(tmp_path):
     assert result["evaluated"] == 25 and result["gates"]["invalid"] == 25 and result["losses"] == {}
 
 
-def test_several_branches(tmp_path):
+def test_several_branches(tmp_path, capsys):
     directory = run(tmp_path, "--evals", "60", branches=("cls", "reg"))
     first, *lines = journal(directory)
     trials, children = lines[: evolve.TRIALS], lines[evolve.TRIALS :]
+    assert capsys.readouterr().out.count(" alone\n") == len(trials)
     assert set(first["losses"]) == {"cls", "reg"} and not first["parent"]
     assert all(line["trial"] and len(line["losses"]) == 1 and not line["parent"] for line in trials)
     best = dict.fromkeys(("cls", "reg"), -math.inf)
     for line in trials:
         (name,) = line["losses"]
         assert name == min(best, key=best.get), "where the trees are worst another one is tried"
+        assert line["identity"][0] == name, "the same tree in another branch is another candidate"
         best[name] = max(best[name], line["score"])
     for k, line in enumerate(children):
         assert set(line["losses"]) == set(line["parent"]) == {"cls", "reg"} and "trial" not in line

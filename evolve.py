@@ -1,33 +1,43 @@
 """Regularised evolution over the language of losses (AutoLoss-Zero, arXiv 2103.14026, Sec. 3.2-3.4).
 
-    population <- K random trees that pass the gates, each scored by a proxy training
-    repeat until the budget is spent
-        parent     <- the best of a random 5 % of the population
-        child      <- mutate(parent), again and again until one passes the gates
-        score      <- proxy training with the child, stopped at the first invalid value
-        population <- the newest P of population + child
-    closing round: the best few are re-trained for longer, with several seeds; the best of these is the found loss
+    replay the journal
+    while there is budget
+        parent  <- the best of a random 5 % of the population
+        child   <- mutate(parent), again and again until one passes the gates
+        score   <- proxy training with the child, stopped at the first invalid value
+        journal <- child, score;    population <- the newest P of population + child
+    closing round: the best are trained to convergence, by successive halving; the last one is the found loss
 
-The gates stand between a child and its training, cheapest first: dead, seen, gradient, equivalent, rejected. This
-module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train. Other
-kinds of search (`SEARCHES`), workers, run directories and the shared part of the command line are here as well.
+Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected. This
+module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
+
+The journal is all that workers share. Each appends its records to a file of its own in the run directory and tails the
+files of the others; a search is a fold over these records, live as well as on resume.
+
+From top to bottom: The algorithm, Task, Trees, Gates, Surrogate, State, Several branches, Closing round, Journal,
+Workers, Report, The whole run, Command line, Losses by name, Other searches.
 """
 
 import argparse
 import csv
+import fcntl
+import functools
+import hashlib
 import io
 import json
 import math
 import os
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -43,46 +53,107 @@ INITIAL = 20  # [P] random candidates to begin with
 DEPTH = 3  # [P] operators above each leaf of a random tree
 TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent ...
 TOURNAMENT_MIN = 5  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
-FRESH = 0.10  # [D] probability that a child is a random tree instead of a mutation
-# With several branches:
-TOURNAMENT_SEVERAL = 15  # [D] in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
-TRIALS = 30  # [D] early candidates that have a tree for one branch alone, and the baseline's loss for the others
-ASSEMBLED = 5  # [D] candidates that are then put together from these
-EXCHANGE = 0.3  # [D] probability that a child takes a branch from the winner of another tournament
-ETA = 0.6  # [P] least gain in the rejection protocol, where the metric allows it
+FRESH = 0.10  # [D] share of the trainings whose candidate has no parent
+REMEMBERED = 100_000  # verdicts that are kept for reuse [D]
+NODES = 60  # [D] of a mutated tree, at most: longer ones cost more and say no more
+ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where another limit was measured
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
-FINALISTS = 5  # [D] candidates of the closing round ...
-RELATED = 0.45  # ... whose gradients differ at least this much: cosine 0.9 at most [D]
-
-PROGRAM = 20  # [P] instructions of an AutoML-Zero program, at most ...
-REGISTERS = 5  # ... and its memory beyond the symbols of the task [D]
-TREE = 500  # nodes of a program written as a tree, at most [D]: repeated squaring would write millions
-SIMULATION = 0.75  # [D] share of the baseline's score that a loss must reach in CSE's short training on a few samples
-
-GATES = ("dead", "seen", "gradient", "equivalent", "rejected")
-OTHER_GATES = ("rising", "simulation")  # of convergence simulation (CSE)
+POOL = 200  # [D] children from which the surrogate chooses ...
+ATTEMPTS = 4000  # [D] ... made by at most so many mutations, most of which are dead or known
+LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
+RUNGS = ((8, 1), (4, 3), (2, 6))  # [D] closing round: so many finalists with so many seeds, then the better ones
+RELATED = 0.95  # [D] finalists have gradients of less than this mean cosine
+SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
+TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
 
 
-class Kind(NamedTuple):
-    """What one kind of search consists of."""
-
-    gates: tuple[str, ...]
-    about: str
-    evolving: bool = True  # False: every candidate is fresh
-    known: bool = False  # fresh candidates come from the known losses, not from nowhere
-    programs: bool = False  # what is mutated is a program, not a tree
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
 
 
-SEARCHES = {
-    "evolve": Kind(GATES, "all gates"),
-    "random": Kind(GATES, "the same gates, no evolution", evolving=False),
-    "naive": Kind((), "evolution without gates"),
-    "cse": Kind(("seen", *OTHER_GATES), "convergence simulation, from the known losses", known=True),
-    "cse-rand": Kind(("seen", *OTHER_GATES), "the same from random trees"),
-    "aml": Kind((), "programs as in AutoML-Zero, without gates", programs=True),
-}
+def search(task: "Task", state: "State", worker: "Worker", args) -> None:
+    """One worker's part of the search, until the budget is spent.
+
+    Every turn has a random generator of its own, and all else comes from the journal: a resumed search goes on exactly.
+    """
+    deadline = time.time() + 60 * args.minutes - state.elapsed
+    while True:
+        worker.hear(state)
+        if state.evaluated >= args.evals or time.time() >= deadline:
+            return
+        rng = random.Random(f"{args.seed}/{worker.rank}/{state.turns[worker.rank]}")
+        guide = state.surrogate.fit(task, state, worker.others_at_work(state)) if state.surrogate else None
+        if guide and (leader := next_leader(state, guide, worker)):
+            worker.tell(retrain(task, worker, leader, args.seed, leader=True))
+            continue
+        child = next_child(task, state, rng, guide, deadline)
+        if child is None:  # the deadline came first
+            return
+        worker.tell(evaluate(task, worker, child))
+
+
+def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surrogate | None", deadline: float):
+    """A child that deserves a training; None if the deadline comes first.
+
+    As published, one parent is drawn and mutated until a child passes: a new parent for every attempt would select for
+    fertility. A surrogate chooses among some hundred children of many parents that have passed the cheap gates [D].
+    """
+    if state.sampler:
+        return state.sampler.propose(rng)
+    tried, parent = Tried(), None
+    fresh = rng.random() < FRESH or not state.method.mutate or state.evaluated < INITIAL
+    size, attempts = (POOL, ATTEMPTS) if guide else (1, 1)
+    while time.time() < deadline:
+        pool: dict[tuple, Child] = {}
+        for _ in range(0, attempts, state.batch):
+            if guide or parent is None:
+                parent = None if fresh else select_parent(state, rng, task.branches)
+            children = [propose(task, state, rng, parent, tried) for _ in range(state.batch)]
+            pool |= {child.identity: child for child in judge(task, state, children, CHEAP, tried)}
+            if len(pool) >= size or time.time() >= deadline:
+                break
+        ranked = guide.rank(task, list(pool.values())) if guide else list(pool.values())
+        for k in range(0, len(ranked), state.batch):
+            for child in judge(task, state, ranked[k : k + state.batch], DEAR, tried):
+                tried.counts["surrogate"] += len(ranked) - k - 1
+                return tried.close(state, child)
+    return None
+
+
+def evaluate(task: "Task", worker: "Worker", child: "Child") -> dict:
+    """The proxy training of a child, as its record in the journal."""
+    start = time.time()
+    worker.works_on(child.losses)
+    try:
+        score = task.train(child.losses)
+    except InvalidLoss:
+        score = None
+    return {
+        "losses": texts(child.losses),
+        "parent": child.parent and texts(child.parent),
+        "score": score if score is not None and math.isfinite(score) else None,
+        "gain": {tree.branch: tree.gain for tree in child.trees},
+        "identity": child.identity,
+        "predicted": child.predicted,
+        "tried": child.tried,
+        "curve": [[step, float(f"{loss:.4g}")] for step, loss in task.curve],
+        "seconds": round(time.time() - start, 3),
+        **child.more,
+    }
+
+
+def retrain(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None, **more) -> dict:
+    """A converged training of losses, or of the baseline by its name, as its record in the journal."""
+    start = time.time()
+    worker.works_on(losses, bool(more))
+    try:
+        scores = task.retrain(losses, seed, picture)
+    except InvalidLoss:
+        scores = None
+    named = losses if isinstance(losses, str) else texts(losses)
+    return {"retrained": named, "seed": seed, "scores": scores, "seconds": round(time.time() - start, 3), **more}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,14 +164,19 @@ class InvalidLoss(Exception):
     """Training met a loss or a gradient that is not finite."""
 
 
+class DataError(Exception):
+    """A data set that is missing or broken; the message names the path and the cure."""
+
+
 @dataclass
 class Branch:
-    """One searched loss: its symbols, and B samples on which a tree can show what it optimises.
+    """One searched loss: its symbols, and samples on which a tree can show what it optimises.
 
-    prediction: (B, N, C, H, W) raw network outputs; target: (B, N, ...) in whatever form the two functions take.
-    leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target) -> (..., B), how
-    well each prediction scores. Both take leading dimensions. `ideal`, of the shape of `prediction`, is right about the
-    target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone.
+    prediction: (S, B, N, C, H, W), raw outputs for B samples of the base network at S states of its training; the first
+    state, an untrained network, is the one that the rejection protocol starts from. target: (B, N, ...) in whatever form
+    the two functions take. leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction,
+    target) -> (..., B), how well each prediction scores. Both take leading dimensions. `ideal` (B, N, C, H, W) is right
+    about the target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone.
     """
 
     symbols: tuple[str, ...]
@@ -117,8 +193,8 @@ class Branch:
 class Sampler(Protocol):
     """A search over losses that are not trees, which a script may bring along; the state is a fold over the records."""
 
-    def propose(self, rng: random.Random) -> tuple[dict[str, object], dict]:
-        """Losses to train next (`str` writes them, `Story.read` reads them), and what else their record shall hold."""
+    def propose(self, rng: random.Random) -> "Child":
+        """Losses to train next (`str` writes them, `Task.read` reads them); `more` is what else the record shall hold."""
 
     def learn(self, record: dict) -> None:
         """A finished evaluation."""
@@ -127,28 +203,52 @@ class Sampler(Protocol):
         """Write to TensorBoard what is new."""
 
 
-class Task(Protocol):
-    """What a script gives to the search.
+class Task:
+    """What a script gives to the search: a class of its own on top of this one.
 
+    It is made in every process, also in those that only report; `load` and `prepare` bring what training needs.
     `losses`: a tree per branch, the baseline's loss where one has none; or the name of a hand-made loss.
     """
 
-    branches: dict[str, Branch]
-    curve: list[tuple[int, float]]  # (step, loss) of the latest training
+    name: str  # seg, det, pose
+    baseline: str  # the hand-made loss to beat, a name that `retrain` knows
+    metrics: tuple[str, ...]
+    samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
+    converged = True  # whether `retrain` follows the schedule at which the baseline has converged
+    branches: dict[str, Branch]  # at the latest from `prepare` on
+    curve: list[tuple[int, float]] = []  # (step, loss) of the latest training
+
+    def load(self) -> None:
+        """Load the data, once. Raises DataError."""
+        raise NotImplementedError
+
+    def prepare(self, base: Path) -> None:
+        """What a search needs beyond that: branches, and the base network, trained now or read from the file `base`."""
 
     def train(self, losses: dict[str, Expr] | str) -> float:
         """Proxy training; the metric on the search-validation split. Raises InvalidLoss."""
+        raise NotImplementedError
 
     def retrain(
         self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
-        """The longer schedule: all metrics on `val` and `test`; predictions drawn to `picture`. Raises InvalidLoss.
+        """The converged schedule, from fresh weights: all metrics on `val` and `test`; predictions drawn to `picture`.
 
-        With a `Checkpoint` it goes on from there, and is shared by all processes under torchrun.
+        With a `Checkpoint` it goes on from there, and is shared by all processes under torchrun. Raises InvalidLoss.
         """
+        raise NotImplementedError
 
-    def simulate(self, losses: dict[str, Expr]) -> float:
-        """A short training on a few samples, the metric on these samples as a share of the baseline's; for CSE."""
+    def simulate(self, losses: dict[str, Expr] | str) -> float:
+        """A short training on a few samples: the metric on these, 0 if it became invalid; for `--search cse` alone."""
+        raise NotImplementedError
+
+    def export(self, losses: dict[str, object], title: str) -> str:
+        """The losses as one standalone Python file."""
+        raise NotImplementedError
+
+    def read(self, text: str) -> object:
+        """A searched loss from its text. Raises ValueError."""
+        return parse(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,8 +280,13 @@ def replace_node(expr: Expr, index: int, new: Expr) -> Expr:
     return Expr(expr.op, tuple(args))
 
 
+def pick(rng: random.Random, expr: Expr, operators: bool) -> tuple[int, Expr]:
+    """A random operator, or a random leaf, of `expr` with its number in preorder."""
+    return rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if bool(node.args) == operators])
+
+
 def insert(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
-    """Put a random operator between a random node and its parent; a second operand is a random leaf."""
+    """Put a random operator between a random node and its parent; a second operand is a random leaf [P]."""
     everything = nodes(expr)
     index = rng.randrange(len(everything))
     op = rng.choice(list(OPERATORS))
@@ -191,14 +296,14 @@ def insert(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
 
 
 def delete(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
-    """Remove a random operator; one of its operands, at random, takes its place."""
-    index, node = rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if node.args])
+    """Remove a random operator; one of its operands, at random, takes its place [P]."""
+    index, node = pick(rng, expr, operators=True)
     return replace_node(expr, index, rng.choice(node.args))
 
 
 def replace(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
-    """Exchange a random operator; surplus operands are dropped at random, missing ones are random leaves."""
-    index, node = rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if node.args])
+    """Exchange a random operator; surplus operands are dropped at random, missing ones are random leaves [P]."""
+    index, node = pick(rng, expr, operators=True)
     op = rng.choice([name for name in OPERATORS if name != node.op])
     args, arity = list(node.args), OPERATORS[op].arity
     while len(args) > arity:
@@ -208,94 +313,255 @@ def replace(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     return replace_node(expr, index, Expr(op, tuple(args)))
 
 
-def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
-    """One of the three mutations, equally likely [D]; a bare leaf can only grow."""
-    kind = rng.choice((insert, delete, replace)) if expr.args else insert
-    return kind(rng, expr, symbols)
+def exchange_leaf(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+    """Another symbol in place of a random leaf [D]."""
+    index, node = pick(rng, expr, operators=False)
+    return replace_node(expr, index, Expr(rng.choice([symbol for symbol in symbols if symbol != node.op])))
 
 
-# Programs, as AutoML-Zero evolves them (Real 2020, arXiv 2003.03384): instructions that write one register each, over a
-# memory that holds the symbols first and zeros behind them. The value of a program is its last register.
-
-Instruction = tuple[str, int, int, int]  # operator, registers of its operands, register that is written
-
-
-def random_instruction(rng: random.Random, symbols: tuple[str, ...]) -> Instruction:
-    first, size = len(symbols), len(symbols) + REGISTERS
-    return rng.choice(list(OPERATORS)), rng.randrange(size), rng.randrange(size), rng.randrange(first, size)
+def swap(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+    """Two operands of different operators, neither inside of the other, change places [D]; no operator is lost."""
+    everything = nodes(expr)
+    first, second = sorted(rng.sample(range(1, len(everything)), 2)) if len(everything) > 2 else (0, 0)
+    if second < first + len(nodes(everything[first])):
+        return expr
+    return replace_node(replace_node(expr, second, everything[first]), first, everything[second])
 
 
-def random_program(rng: random.Random, symbols: tuple[str, ...]) -> list[Instruction]:
-    return [random_instruction(rng, symbols) for _ in range(rng.randint(1, PROGRAM))]
+def cross(rng: random.Random, expr: Expr, other: Expr) -> Expr:
+    """A random subtree of `other` in place of a random node of `expr` [D]."""
+    return replace_node(expr, rng.randrange(len(nodes(expr))), rng.choice(nodes(other)))
 
 
-def mutate_program(rng: random.Random, program: list[Instruction], symbols: tuple[str, ...]) -> list[Instruction]:
-    """Insert or remove an instruction, redraw all of them, or redraw one part of one [P: AutoML-Zero, Sec. 3.2]."""
-    program = list(program)
-    kind = rng.choice(("length", "all", "part"))
-    if kind == "all":
-        return [random_instruction(rng, symbols) for _ in program]
-    k = rng.randrange(len(program))
-    if kind == "length":
-        longer = len(program) == 1 or (len(program) < PROGRAM and rng.random() < 0.5)
-        program[k : k + (not longer)] = [random_instruction(rng, symbols)] * longer
-    else:
-        part, other = rng.randrange(4), random_instruction(rng, symbols)
-        program[k] = (*program[k][:part], other[part], *program[k][part + 1 :])
-    return program
+def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...], other: Expr | None = None) -> Expr:
+    """One to three mutations in a row [D], each equally likely; some children have a second parent, `other`.
 
-
-def program_tree(program: Sequence[Instruction], symbols: tuple[str, ...]) -> Expr | None:
-    """What a program computes, as a tree; None if that would have more than TREE nodes."""
-    memory = [(Expr(symbol), 1) for symbol in symbols] + [(ZERO, 4)] * REGISTERS  # trees and how many nodes they have
-    for op, *operands, out in program:
-        used = [memory[k] for k in operands[: OPERATORS[op].arity]]
-        memory[out] = Expr(op, tuple(tree for tree, _ in used)), 1 + sum(size for _, size in used)
-        if memory[out][1] > TREE:
-            return None
-    return memory[-1][0]
+    A bare leaf can only grow, and what has outgrown NODES can only shrink.
+    """
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        if other and rng.random() < 0.15:
+            expr = cross(rng, expr, other)
+        else:
+            kind = rng.choice((insert, delete, replace, exchange_leaf, swap)) if expr.args else insert
+            expr = kind(rng, expr, symbols)
+        while len(nodes(expr)) > NODES:
+            expr = delete(rng, expr, symbols)
+    return expr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gates that look at tensors
+# Gates: functions of one shape, trees in, verdicts out; None lets a tree pass
 
 
-def first_gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
-    """dL/d(prediction) at the start, (B, D) float64 for each tree; None where nothing can be learned from it.
+class Verdict(NamedTuple):
+    """What became of a tree in a branch."""
+
+    gate: str  # the gate that turned it away, or "passed"
+    key: str = ""  # what equivalent trees share
+    gain: float | None = None  # in the rejection protocol
+
+
+PASSED = "passed"
+
+
+@dataclass
+class Tree:
+    """A tree of one branch on its way through the gates."""
+
+    branch: str
+    expr: Expr
+    text: str  # what it is remembered by
+    key: str | None = None  # "" where the gradient is of no use
+    gain: float | None = None
+    sketch: Tensor | None = None  # see `sketch`
+    verdict: Verdict | None = None
+    gate: str = ""  # the gate that gave the verdict
+
+
+@dataclass
+class Child:
+    """A candidate: a loss per branch, or for one alone; `trees` are those that its parent does not have."""
+
+    losses: dict[str, Expr]
+    parent: dict[str, Expr] | None = None
+    trees: Sequence[Tree] = ()
+    identity: tuple[str, ...] = ()  # shared by all equivalent candidates
+    predicted: list[float] | None = None  # mean and standard deviation, by the surrogate
+    tried: dict | None = None  # what was looked at before it, see `Tried`
+    more: dict = field(default_factory=dict)  # for the record, by other kinds of search
+
+
+class Tried:
+    """What one turn of the search has looked at: counters, verdicts, and children that took over a known score."""
+
+    def __init__(self):
+        self.counts: Counter = Counter()
+        self.verdicts: list[tuple] = []
+        self.reused: list[tuple] = []
+        self.failed: list[tuple] = []  # identities that CSE's short training turned away
+
+    def learn(self, state: "State", tree: Tree) -> None:
+        self.verdicts.append((tree.branch, tree.text, *tree.verdict))
+        state.learn(*self.verdicts[-1])
+
+    def close(self, state: "State", child: Child) -> Child:
+        """What the record of `child`, which goes on to its training, has to tell of this turn."""
+        for tree in child.trees:
+            if tree.verdict is None:
+                tree.verdict = Verdict(PASSED, tree.key or "", tree.gain)
+                self.learn(state, tree)
+        state.open.clear()
+        counts = {gate: number for gate, number in self.counts.items() if number}
+        child.tried = {"counts": counts, "verdicts": self.verdicts, "reused": self.reused, "failed": self.failed}
+        return child
+
+
+def judge(task: Task, state: "State", children: list[Child], names: tuple[str, ...], tried: Tried) -> list[Child]:
+    """The children that pass the named gates. A child whose equivalent was trained takes over its score [P]."""
+    trees = [tree for child in children for tree in child.trees]
+    for name in (name for name in names if name in state.gates):
+        undecided = [tree for tree in trees if tree.verdict is None]
+        for tree, verdict in zip(undecided, GATES[name](task, state, undecided)):
+            tree.verdict, tree.gate = verdict, name if verdict else ""
+            if verdict and name not in ("dead", "seen"):
+                tried.learn(state, tree)
+    passing = []
+    for child in children:
+        against = [tree.gate for tree in child.trees if tree.verdict and tree.verdict.gate != PASSED]
+        decided = [tree.gate for tree in child.trees if tree.verdict]
+        child.identity = state.identity(child)
+        if against:
+            tried.counts[min(against, key=list(GATES).index)] += 1
+        elif child.identity in state.failed:
+            tried.counts["seen"] += 1
+        elif decided and child.identity in state.scores:
+            tried.counts[decided[-1]] += 1
+            if not state.surrogate:  # hundreds a turn would soon make a population of copies
+                tried.reused.append((texts(child.losses), child.identity))
+        elif "simulation" in names and not simulated(task, state, child):
+            tried.counts["simulation"] += 1
+            tried.failed.append(child.identity)
+            state.failed.add(child.identity)
+        else:
+            passing.append(child)
+    return passing
+
+
+def dead(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+    """Symbolic, no tensor touched: the gradient provably knows no prediction or no target [D]."""
+    return [Verdict("dead") if is_dead(canonical(tree.expr)) else None for tree in trees]
+
+
+def seen(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+    """The canonical text is known, whatever became of it [D]; in this very turn, it is in the pool already."""
+    verdicts = []
+    for tree in trees:
+        here = tree.branch, tree.text
+        verdicts.append(state.verdicts.get(here) or (Verdict("seen") if here in state.open else None))
+        state.open.add(here)
+    return verdicts
+
+
+def gradient(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+    """Nothing can be learned from the gradient [D]; see `gradients`."""
+    return [None if key else Verdict("gradient") for key in describe(task, trees)]
+
+
+def equivalent(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+    """Norms and directions of the gradients are known to two digits [P]; verdict and score are reused."""
+    return [state.keys.get((tree.branch, key)) if key else None for tree, key in zip(trees, describe(task, trees))]
+
+
+def rejected(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+    """The loss-rejection protocol [P], see `rejection_gains`."""
+    verdicts = {}
+    for name, branch in task.branches.items():
+        here = [tree for tree in trees if tree.branch == name]
+        for tree, gain in zip(here, rejection_gains(branch, [tree.expr for tree in here]) if here else ()):
+            tree.gain = round(gain, 4) if math.isfinite(gain) else None
+            verdicts[id(tree)] = None if gain >= branch.eta else Verdict("rejected", tree.key or "", tree.gain)
+    return [verdicts[id(tree)] for tree in trees]
+
+
+def describe(task: Task, trees: list[Tree]) -> list[str]:
+    """Key and sketch of each tree, computed once; the keys, "" where the gradient is of no use."""
+    for name, branch in task.branches.items():
+        here = [tree for tree in trees if tree.branch == name and tree.key is None]
+        for tree, slope in zip(here, gradients(branch, [tree.expr for tree in here]) if here else ()):
+            tree.key = "" if slope is None else equivalence_key(slope, branch.scale_free)
+            tree.sketch = None if slope is None else sketch(slope)
+    return [tree.key for tree in trees]
+
+
+def gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
+    """dL/d(prediction) at all states, (S, B, D) float64 for each tree; None where nothing can be learned from the first.
 
     That is: a gradient that is not finite, that is zero on every sample, or that stays the same (to a thousandth of its
     norm, on every sample) when the targets are exchanged between samples and when they are shifted within each: along N
-    where there are several, so that each stays whole; a box shifted by a coordinate would be none.
+    where there are several, so that each stays whole; a box shifted by a coordinate would be none. At later states a
+    gradient that is not finite counts as zero.
     """
     x, y = branch.prediction, branch.target
     several, flat = y.shape[1] > 1, y.flatten(1)
     shifted = y.roll(y.shape[1] // 3 + 1, 1) if several else flat.roll(flat.shape[1] // 3 + 1, 1).view_as(y)
-    targets = torch.stack([y, y.roll(1, 0), shifted])
-    x = x.expand(len(exprs), 3, *x.shape).clone().requires_grad_()  # (K, 3, B, N, C, H, W)
-    values = evaluate_batch(exprs, branch.leaves(x, targets))  # (K, 3, B)
-    if not values.requires_grad:
-        return [None] * len(exprs)
-    gradients = torch.autograd.grad(values.sum(), x)[0].flatten(3).double()  # (K, 3, B, D)
-    norms = gradients[:, 0].norm(dim=-1)
-    finite = values.isfinite().flatten(1).all(1) & gradients.isfinite().flatten(1).all(1)
-    changes = (gradients[:, 1:] - gradients[:, :1]).norm(dim=-1)  # (K, 2, B)
+    first, finite = slopes(branch, exprs, x[:1].expand(3, *x.shape[1:]), torch.stack([y, y.roll(1, 0), shifted]))
+    norms = first[:, 0].norm(dim=-1)
+    changes = (first[:, 1:] - first[:, :1]).norm(dim=-1)  # (K, 2, B)
     aware = (changes > 1e-3 * norms[:, None]).flatten(1).any(1)
-    useful = finite & norms.any(1) & aware
-    return [gradients[k, 0] if good else None for k, good in enumerate(useful.tolist())]
+    useful = (finite & norms.any(1) & aware).nonzero().flatten().tolist()
+    found: list[Tensor | None] = [None] * len(exprs)
+    for k in useful:
+        found[k] = first[k, :1]
+    if useful and len(x) > 1:
+        later, _ = slopes(branch, [exprs[k] for k in useful], x[1:], y)
+        later = torch.where(later.isfinite().all(-1, keepdim=True), later, 0.0)
+        for k, more in zip(useful, later):
+            found[k] = torch.cat([found[k], more])
+    return found
 
 
-def equivalence_key(gradient: Tensor, scale_free: bool) -> str:
+def slopes(branch: Branch, exprs: Sequence[Expr], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (K, T, B, D) float64 of K trees at predictions (T, B, ...), and whether values and gradients are finite."""
+    x = x.expand(len(exprs), *x.shape).clone().requires_grad_()  # (K, T, B, N, C, H, W)
+    values = evaluate_batch(exprs, branch.leaves(x, y))  # (K, T, B)
+    if not values.requires_grad:
+        return torch.zeros_like(x).flatten(3).double(), torch.zeros(len(exprs), dtype=torch.bool, device=x.device)
+    slope = torch.autograd.grad(values.sum(), x)[0].flatten(3).double()
+    return slope, values.isfinite().flatten(1).all(1) & slope.isfinite().flatten(1).all(1)
+
+
+def equivalence_key(slope: Tensor, scale_free: bool) -> str:
     """What losses with the same gradient share: two significant digits, per sample, of its norm [P] and direction [D].
 
     Norms alone confuse cross entropy with its negative and with losses of another direction, so the key also holds the
     projection of each sample's gradient on a fixed random direction. Where the optimiser does not feel the scale of a
-    loss, neither does the key: norms are relative to that over all samples [D].
+    loss, neither does the key: norms are relative to that over all samples [D]. All states of the base network count.
     """
-    norm = gradient.norm(dim=-1)
-    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    side = (gradient * direction.to(gradient.device)).sum(-1) / norm.clamp(min=1e-300)
+    norm = slope.norm(dim=-1)  # (S, B)
+    side = (slope @ directions(slope.shape[-1])[:, 0].to(slope)) / norm.clamp(min=1e-300)
     norm = norm / norm.norm() if scale_free else norm
-    return " ".join(f"{n:.1e}:{s:+.1e}" for n, s in zip(norm.tolist(), side.tolist()))
+    digits = " ".join(f"{n:.1e}:{s:+.1e}" for n, s in zip(norm.flatten().tolist(), side.flatten().tolist()))
+    return hashlib.blake2b(digits.encode(), digest_size=8).hexdigest()
+
+
+SKETCH = 128  # [D] numbers that stand for the direction of one gradient
+
+
+@functools.lru_cache(maxsize=8)
+def directions(size: int) -> Tensor:
+    """Fixed random directions (size, SKETCH)."""
+    return torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(0))
+
+
+def sketch(slope: Tensor) -> Tensor:
+    """Directions of the gradients (S, B, D) in few numbers, (S * B * SKETCH,) float32 on the CPU.
+
+    Random projections keep distances (Johnson & Lindenstrauss): the mean squared distance of two sketches over the S * B
+    gradients is that of the unit gradients, 2 - 2 cosine, to a few percent.
+    """
+    unit = slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    projected = unit.float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
+    return (projected / math.prod(slope.shape[:2]) ** 0.5).flatten().cpu()
 
 
 # Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
@@ -314,8 +580,9 @@ def rejection_gains(branch: Branch, exprs: Sequence[Expr], steps: int = REJECTIO
     """
     gains = [-math.inf] * len(exprs)
     undecided = list(range(len(exprs)))
-    before = branch.score(branch.prediction, branch.target).mean()
-    x = branch.prediction.expand(len(exprs), *branch.prediction.shape).clone()  # (K, B, N, C, H, W)
+    start = branch.prediction[0]
+    before = branch.score(start, branch.target).mean()
+    x = start.expand(len(exprs), *start.shape).clone()  # (K, B, N, C, H, W)
     mean, square = torch.zeros_like(x), torch.zeros_like(x)  # moments of the gradient
     limits = {step: (low * branch.eta, high * branch.eta) for step, low, high in early}
     for step in range(1, steps + 1):
@@ -323,10 +590,10 @@ def rejection_gains(branch: Branch, exprs: Sequence[Expr], steps: int = REJECTIO
         value = evaluate_batch([exprs[k] for k in undecided], branch.leaves(x, branch.target)).sum()
         if not value.requires_grad:  # no prediction in it; only a search without the first two gates comes here
             return gains
-        (gradient,) = torch.autograd.grad(value, x)
+        (slope,) = torch.autograd.grad(value, x)
         x = x.detach()
-        mean.lerp_(gradient, 0.1)
-        square.lerp_(gradient.square_(), 0.001)
+        mean.lerp_(slope, 0.1)
+        square.lerp_(slope.square_(), 0.001)
         x -= REJECTION_LR / (1 - 0.9**step) * mean / ((square / (1 - 0.999**step)).sqrt_() + 1e-16)
         if step in limits or step == steps:
             gain = branch.score(x, branch.target).mean(-1) - before
@@ -343,679 +610,1145 @@ def rejection_gains(branch: Branch, exprs: Sequence[Expr], steps: int = REJECTIO
     return gains
 
 
-def falling(branch: Branch, exprs: Sequence[Expr]) -> list[bool]:
-    """CSE's convergence property (Liu 2021, arXiv 2102.04700, Sec. 3.3): whether the loss, averaged over the samples,
-    falls with every step of the way from the prediction to the right one.
-    """
-    way = torch.stack([branch.prediction.lerp(branch.ideal, t) for t in (0.0, 0.25, 0.5, 0.75, 1.0)])
-    values = evaluate_batch(exprs, branch.leaves(way.expand(len(exprs), *way.shape), branch.target))  # (K, 5, B)
-    return (values.mean(-1).diff(dim=-1) < 0).all(-1).tolist()
+CHEAP = ("dead", "seen", "gradient", "equivalent", "rising")
+DEAR = ("rejected", "simulation")
+GATES = {"dead": dead, "seen": seen, "gradient": gradient, "equivalent": equivalent, "rejected": rejected}
+COUNTERS = (*CHEAP, "surrogate", *DEAR)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The state of a search: a fold over its records
+# Surrogate: losses with nearly the same gradient train nearly alike [D]
+
+
+class Surrogate:
+    """A Gaussian process over the gradients of losses that predicts what a converged training would score.
+
+    Covariance of two candidates: exp(-d^2 / 2 length^2), averaged over branches, with d^2 the mean squared distance of
+    their unit gradients over samples and states. It learns from proxy scores and from converged ones: a converged score is
+    the proxy score plus a deviation, a process of the same kind with `drift` times the variance. Length, noise and drift
+    have the greatest marginal likelihood on a grid; so has the variance of the scores, in closed form.
+    """
+
+    ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
+    GRID = [(length, noise, drift) for length in (0.3, 0.5, 0.8, 1.2, 2.0) for noise in (0.003, 0.02, 0.1)
+            for drift in (0.1, 0.5)]  # fmt: skip
+
+    def __init__(self):
+        self.known: dict[str, Tensor] = {}  # points of what was trained, by text
+        self.merits: dict[tuple[str, ...], float] = {}  # predicted converged scores of what was trained, by identity
+
+    def fit(self, task: Task, state: "State", at_work: list[dict[str, Expr]]) -> "Surrogate | None":
+        """Learn all that is known; None while that is too little.
+
+        What other workers are training at this moment counts as if its expected score had come out.
+        """
+        if state.evaluated < INITIAL:
+            return None
+        ranking = sorted(state.results, key=lambda text: state.results[text].score or 0.0)
+        rows = list(dict.fromkeys(ranking[-self.ROWS // 2 :] + list(state.results)[-self.ROWS // 2 :]))
+        self.rows = [state.results[text] for text in rows]
+        proxy = [row.score or 0.0 for row in self.rows]
+        floor = min(0.7 * (state.baseline or 0.0), median(proxy))  # how bad a bad loss is says nothing of the good ones
+        again = {k: state.converged(text) for k, text in enumerate(rows)}
+        again = {k: score for k, score in again.items() if score is not None}
+        good = [score - proxy[k] for k, score in again.items() if min(score, proxy[k]) > floor]
+        shift = sum(good) / len(good) if good else 0.0  # of converged scores against proxy scores
+        values = proxy + [score - shift for score in again.values()]
+        values = torch.tensor(values, dtype=torch.float64).clamp(min=floor)
+        self.centre, self.spread = values.mean().item(), max(values.std().item(), 1e-6)
+        self.values = (values - self.centre) / self.spread
+        self.points = torch.stack([self.point(task, row.losses) for row in self.rows])
+        self.index = torch.tensor([*range(len(rows)), *again])  # row of each value
+        self.late = torch.tensor([0.0] * len(rows) + [1.0] * len(again), dtype=torch.float64)
+        self.squared = squared_distances(self.points, self.points)
+        self.solve(*max(self.GRID, key=self.evidence))
+        for losses in at_work:
+            self.expect(self.point(task, losses))
+        mean, deviation = self.predict(self.points[: len(rows)])
+        self.best = mean.max()
+        self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
+        self.promise = expected_improvement(mean, deviation, self.best).tolist()
+        return self
+
+    def point(self, task: Task, losses: dict[str, Expr], trees: Sequence[Tree] = ()) -> Tensor:
+        """(branches, size): the sketches of a candidate; the baseline's own loss is a direction by itself."""
+        text = losses_text(losses)
+        if text in self.known:
+            return self.known[text]
+        sketches = {tree.branch: tree.sketch for tree in trees}
+        rows = []
+        for name, branch in task.branches.items():
+            own = torch.zeros(1 + SKETCH * math.prod(branch.prediction.shape[:2]))
+            if name not in losses:
+                own[-1] = 1.0
+            elif (found := sketches.get(name)) is not None:
+                own[:-1] = found
+            elif (slope := gradients(branch, [losses[name]])[0]) is not None:
+                own[:-1] = sketch(slope)
+            rows.append(own)
+        if not trees:
+            self.known[text] = torch.stack(rows)
+        return torch.stack(rows)
+
+    def covariance(self, squared: Tensor, late: Tensor, other: Tensor) -> Tensor:
+        return (-squared / (2 * self.length**2)).exp().mean(0) * (1 + self.drift * late[:, None] * other)
+
+    def solve(self, length: float, noise: float, drift: float) -> None:
+        self.length, self.noise, self.drift = length, noise, drift
+        matrix = self.covariance(self.squared[:, self.index][:, :, self.index], self.late, self.late)
+        self.factor = torch.linalg.cholesky(matrix + noise * torch.eye(len(matrix), dtype=torch.float64))
+        self.weights = torch.cholesky_solve(self.values[:, None], self.factor)[:, 0]
+        self.variance = (self.values @ self.weights / len(self.values)).clamp(min=1e-12)
+
+    def evidence(self, setting: tuple[float, float, float]) -> float:
+        """Log marginal likelihood, up to a constant."""
+        self.solve(*setting)
+        return -(len(self.values) / 2 * self.variance.log() + self.factor.diagonal().log().sum()).item()
+
+    def expect(self, point: Tensor) -> None:
+        """Add a proxy score that is yet to come, at its expectation."""
+        mean, _ = self.predict(point[None])
+        self.points = torch.cat([self.points, point[None]])
+        self.index = torch.cat([self.index, torch.tensor([len(self.points) - 1])])
+        self.late = torch.cat([self.late, torch.zeros(1, dtype=torch.float64)])
+        self.values = torch.cat([self.values, mean])
+        self.squared = squared_distances(self.points, self.points)
+        self.solve(self.length, self.noise, self.drift)
+
+    def predict(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the converged score, in the units of `self.values`."""
+        late = torch.ones(len(points), dtype=torch.float64)
+        cross = self.covariance(squared_distances(points, self.points)[:, :, self.index], late, self.late)
+        inner = torch.linalg.solve_triangular(self.factor, cross.T, upper=False)
+        return cross @ self.weights, (self.variance * (1 + self.drift - inner.square().sum(0)).clamp(min=1e-12)).sqrt()
+
+    def scores(self, values: Tensor) -> list[float]:
+        return (values * self.spread + self.centre).tolist()
+
+    def rank(self, task: Task, children: Sequence[Child]) -> list[Child]:
+        """The greatest expected improvement first; each child is told what is predicted of it."""
+        if not children:
+            return []
+        mean, deviation = self.predict(torch.stack([self.point(task, c.losses, c.trees) for c in children]))
+        for child, m, d in zip(children, self.scores(mean), deviation.tolist()):
+            child.predicted = [round(m, 4), round(d * self.spread, 4)]
+        promise = expected_improvement(mean, deviation, self.best).tolist()
+        return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
+
+
+def squared_distances(one: Tensor, other: Tensor) -> Tensor:
+    """(branches, n, m) float64 of points (n, branches, size) and (m, branches, size)."""
+    one, other = one.movedim(1, 0), other.movedim(1, 0)
+    square = one.square().sum(-1)[:, :, None] + other.square().sum(-1)[:, None]
+    return (square - 2 * one @ other.mT).clamp(min=0).double()
+
+
+def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tensor:
+    """Of normal variables beyond `best` (Jones 1998, Eq. 15)."""
+    z = (mean - best) / deviation
+    density = (-z * z / 2).exp() / (2 * math.pi) ** 0.5
+    return deviation * (z * torch.special.ndtr(z) + density)
+
+
+def median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def next_leader(state: "State", guide: Surrogate, worker: "Worker") -> dict[str, Expr] | None:
+    """What to train to convergence in the middle of a search: the most promising one so far, every LEADER_EVERY turns.
+
+    A proxy is one thing, what it stands for another: the surrogate learns from both.
+    """
+    others = worker.others().values()
+    if (state.evaluated - INITIAL) // LEADER_EVERY <= state.leaders + sum(other["leader"] for other in others):
+        return None
+    busy = [losses_text(losses) for losses in worker.others_at_work(state)]
+    able = [
+        (promise, row)
+        for promise, row in zip(guide.promise, guide.rows)
+        if row.score is not None and row.whole and state.converged(row.text) is None and row.text not in busy
+    ]
+    return max(able, key=lambda pair: pair[0])[1].losses if able else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State: a fold over the records
 
 
 class Member(NamedTuple):
     losses: dict[str, Expr]
     score: float | None  # None: invalid
+    identity: tuple[str, ...]
 
 
-class Fate(NamedTuple):
-    """What became of one tree of one branch."""
+class Result(NamedTuple):
+    """A candidate that had its proxy training."""
 
-    branch: str
-    text: str  # canonical
-    gate: str  # the gate that turned it away, or "passed"
-    key: str = ""  # equivalence key
-    gain: float | None = None
+    text: str
+    losses: dict[str, Expr]
+    identity: tuple[str, ...]
+    score: float | None
+    gain: float | None
+    whole: bool  # a loss for every branch
+
+
+class Recent(dict):
+    """A dict that forgets what was put in first: a long search needs no more memory than a short one."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        if len(self) > REMEMBERED:
+            del self[next(iter(self))]
 
 
 @dataclass
-class Search:
-    """Everything a search knows. It changes by `learn`, `reuse` and `add` alone, live as well as on resume."""
+class State:
+    """Everything a search knows; it changes by `absorb` alone, but for verdicts within a turn."""
 
-    task: Task | None
+    task: Task
+    method: "Method"
+    metric: str
     gates: frozenset[str] = frozenset(GATES)
-    kind: Kind = SEARCHES["evolve"]
+    surrogate: Surrogate | None = None
+    sampler: Sampler | None = None  # proposes in place of evolution
     batch: int = 1  # children that are judged together
-    sampler: "Sampler | None" = None  # proposes in place of evolution
-    read: Callable[[str], object] = parse  # a loss from its text
-    waiting: deque = field(default_factory=deque)  # children that have passed, with parent and deciding gate
     population: deque[Member] = field(default_factory=lambda: deque(maxlen=POPULATION))
-    counts: Counter = field(default_factory=Counter)
-    fates: dict[tuple[str, str], Fate] = field(default_factory=dict)  # by branch and canonical text
-    keys: dict[tuple[str, str], Fate] = field(default_factory=dict)  # by branch and equivalence key
-    scores: dict[tuple[str, ...], float | None] = field(default_factory=dict)  # by the keys of all branches
-    evaluated: int = 0
-    best: Member | None = None
-    hall: dict[str, tuple[float, dict]] = field(default_factory=dict)  # score and record by text, evaluated ones only
-    programs: dict[str, list[Instruction]] = field(default_factory=dict)  # the latest one that computes a tree
+    counts: Counter = field(default_factory=Counter)  # by gate, and of invalid trainings
+    verdicts: dict[tuple[str, str], Verdict] = field(default_factory=Recent)  # by branch and text
+    keys: dict[tuple[str, str], Verdict] = field(default_factory=Recent)  # by branch and key
+    open: set[tuple[str, str]] = field(default_factory=set)  # branch and text of what waits in the pool
+    failed: set[tuple[str, ...]] = field(default_factory=set)  # identities that CSE's short training turned away
+    scores: dict[tuple[str, ...], float | None] = field(default_factory=dict)  # of proxy trainings, by identity
+    results: dict[str, Result] = field(default_factory=dict)  # distinct candidates, by text
+    again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # converged trainings by text and seed
+    turns: Counter = field(default_factory=Counter)  # proxy trainings by worker
+    programs: dict[str, list] = field(default_factory=dict)  # the latest one that computes a tree
+    baseline: float | None = None  # its proxy score
+    simulated: float | None = None  # its score in the short training of CSE
+    leaders: int = 0  # converged trainings in the middle of the search
+    broken: int = 0  # lines of the journal that could not be read
+    elapsed: float = 0.0  # seconds of searching
+
+    @property
+    def evaluated(self) -> int:
+        return self.turns.total()
 
     @property
     def explored(self) -> int:
         """Candidates looked at: those that a gate decided and those that were trained."""
-        return sum(self.counts[gate] for gate in (*GATES, *OTHER_GATES)) + self.evaluated
+        return sum(self.counts[gate] for gate in COUNTERS) + self.evaluated
 
     def gate_counts(self) -> dict[str, int]:
         """What each gate has turned away, and how many trainings became invalid."""
-        others = [gate for gate in OTHER_GATES if gate in self.kind.gates]
-        return {gate: self.counts[gate] for gate in (*GATES, *others, "invalid")}
+        return {gate: self.counts[gate] for gate in (*(g for g in COUNTERS if g in self.gates), "invalid")}
 
     def text(self, expr: Expr) -> str:
         """What a tree is remembered by."""
         return str(canonical(expr)) if "seen" in self.gates else str(expr)
 
-    def learn(self, fate: Fate) -> None:
-        self.fates[fate.branch, fate.text] = fate
-        if fate.key:
-            self.keys.setdefault((fate.branch, fate.key), fate)
+    def tree(self, branch: str, expr: Expr) -> Tree:
+        return Tree(branch, expr, self.text(expr))
 
-    def reuse(self, member: Member) -> None:
-        self.population.append(member)
+    def identity(self, child: Child) -> tuple[str, ...]:
+        """Shared by all candidates with the same keys; that of a trial names its branch."""
+        new = {tree.branch: tree.key or (tree.verdict and tree.verdict.key) or tree.text for tree in child.trees}
+        keys = []
+        for name, expr in child.losses.items():
+            known = self.verdicts.get((name, self.text(expr)))
+            keys.append(f"{name}:{new.get(name) or (known and known.key) or self.text(expr)}")
+        return tuple(keys)
 
-    def add(self, record: dict) -> None:
-        """A finished evaluation: enters population, score cache and hall of fame."""
-        losses = {branch: self.read(text) for branch, text in record["losses"].items()}
-        member = Member(losses, record["score"])
-        self.population.append(member)
-        self.evaluated += 1
-        if self.sampler:
-            self.sampler.learn(record)
-        self.counts["invalid"] += member.score is None
-        self.programs.update(record.get("programs", {}))
-        if record["identity"]:
-            self.scores.setdefault(tuple(record["identity"]), member.score)
-        if member.score is not None and not record.get("trial"):  # a tree beside the baseline's is no answer yet
-            self.hall.setdefault(losses_text(record["losses"]), (member.score, record))
-            if self.best is None or member.score > self.best.score:
-                self.best = member
+    def learn(self, branch: str, text: str, *verdict) -> None:
+        verdict = Verdict(*verdict)
+        self.verdicts[branch, text] = verdict
+        if verdict.key and (branch, verdict.key) not in self.keys:
+            self.keys[branch, verdict.key] = verdict
 
     def absorb(self, record: dict) -> None:
-        """All that a record of another worker, or of an earlier life of this one, has to tell."""
-        self.counts.update(record["tried"]["counts"])
-        for fate in record["tried"]["fates"]:
-            self.learn(Fate(*fate))
-        for losses, score in record["tried"]["reused"]:
-            self.reuse(Member({branch: parse(text) for branch, text in losses.items()}, score))
-        self.add(record)
+        """Take in one record; raises what a broken one leads to before anything has changed."""
+        if "baseline" in record:
+            self.baseline = finite(record["baseline"])
+        elif "retrained" in record:
+            name, seed = record["retrained"], int(record["seed"])
+            key = name if isinstance(name, str) else losses_text({k: self.task.read(v) for k, v in name.items()})
+            scores = record["scores"] and {split: dict(record["scores"][split]) for split in ("val", "test")}
+            self.leaders += bool(record.get("leader"))
+            self.again.setdefault(key, {})[seed] = scores
+        else:
+            self.absorb_evaluation(record)
+        self.elapsed = max(self.elapsed, float(record["elapsed"]))
 
-    def best_trial(self, branch: str) -> float:
-        """The best score of a tree that was tried in this branch alone; -inf while there is none."""
-        trials = (member.score for member in self.population if member.losses.keys() == {branch})
-        return max((score for score in trials if score is not None), default=-math.inf)
+    def absorb_evaluation(self, record: dict) -> None:
+        losses = {branch: self.task.read(text) for branch, text in record["losses"].items()}
+        score, tried, identity = finite(record["score"]), record["tried"], tuple(record["identity"])
+        gain = min((value for value in record["gain"].values() if value is not None), default=None)
+        whole = not record.get("trial")
+        reused = [({k: parse(v) for k, v in texts.items()}, tuple(known)) for texts, known in tried["reused"]]
+        worker = int(record["worker"])
+        counts = Counter({gate: int(number) for gate, number in tried["counts"].items()})
 
-    def best_parts(self) -> dict[str, str]:
-        """For each branch the tree of the best candidate that has one."""
-        parts = {}
-        for member in sorted((m for m in self.population if m.score is not None), key=lambda m: m.score):
-            parts |= {branch: str(expr) for branch, expr in member.losses.items()}
-        return parts
+        self.turns[worker] += 1
+        self.counts += counts
+        self.counts["invalid"] += score is None
+        for verdict in tried["verdicts"]:
+            self.learn(*verdict)
+        self.failed.update(map(tuple, tried["failed"]))
+        self.scores.setdefault(identity, score)
+        for child, known in reused:
+            self.population.append(Member(child, self.scores.get(known), known))
+        self.population.append(Member(losses, score, identity))
+        text = losses_text(losses)
+        self.results.setdefault(text, Result(text, losses, identity, score, gain, whole))
+        self.programs.update(record.get("programs", {}))
+        if self.sampler:
+            self.sampler.learn(record)
 
-    def ranking(self) -> list[tuple[float, dict]]:
-        """Score and record of the distinct evaluated candidates, best first."""
-        return sorted(self.hall.values(), key=lambda entry: -entry[0])
+    def converged(self, text: str) -> float | None:
+        """The mean over its converged trainings, on the search-validation split: None without any, -inf if one failed."""
+        runs = list(self.again.get(text, {}).values())
+        if not runs:
+            return None
+        return -math.inf if None in runs else sum(run["val"][self.metric] for run in runs) / len(runs)
+
+    def merit(self, member: Member) -> float:
+        """What a candidate is chosen by: what its converged training is expected to score, else its proxy score."""
+        return self.surrogate.merits.get(member.identity, member.score) if self.surrogate else member.score
+
+    def ranking(self) -> list[Result]:
+        """The valid whole candidates, best first: by merit, where that is known."""
+        valid = [result for result in self.results.values() if result.score is not None and result.whole]
+        return sorted(valid, key=lambda result: -self.merit(result))
+
+    def best(self) -> Result | None:
+        """The best by converged trainings; as long as there is none, by the proxy."""
+        valid = [result for result in self.results.values() if result.score is not None and result.whole]
+        again = [result for result in valid if (self.converged(result.text) or -math.inf) > -math.inf]
+        return max(again, key=lambda r: self.converged(r.text), default=None) or max(
+            valid, key=lambda r: r.score, default=None
+        )
+
+
+def finite(score) -> float | None:
+    """A score of the journal, where NaN and infinity are worth nothing."""
+    return float(score) if score is not None and math.isfinite(score) else None
+
+
+def texts(losses: dict[str, object]) -> dict[str, str]:
+    return {branch: str(loss) for branch, loss in losses.items()}
+
+
+def losses_name(losses: dict[str, object] | str) -> str:
+    """The text of losses, or the name of hand-made ones."""
+    return losses if isinstance(losses, str) else losses_text(losses)
 
 
 def losses_text(losses: dict[str, object]) -> str:
     """One line for one or several losses, or their texts."""
     if len(losses) == 1:
         return str(next(iter(losses.values())))
-    return "; ".join(f"{branch}={expr}" for branch, expr in losses.items())
+    return "; ".join(f"{branch}={loss}" for branch, loss in losses.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One turn of the search: propose a child that passes the gates, train it
-
-
-def select_parent(search: Search, rng: random.Random, branches: Sequence[str]) -> Member | None:
+def select_parent(state: State, rng: random.Random, branches: Sequence[str], least: int = TOURNAMENT_MIN) -> Member | None:
     """The best of a random 5 % of the population; None while no candidate of it has all `branches` and is valid.
 
     Equivalent losses share their score to the last digit; the newest stands for all of them [D]. Otherwise copies of
     the best so far soon fill the population, win every tournament, and the search never leaves them.
     """
-    able = (member for member in search.population if member.score is not None and member.losses.keys() >= {*branches})
+    able = [member for member in state.population if member.score is not None and member.losses.keys() >= {*branches}]
     distinct = list({member.score: member for member in able}.values())
     if not distinct:
         return None
-    least = TOURNAMENT_SEVERAL if len(search.task.branches) > 1 else TOURNAMENT_MIN
     size = max(least, math.ceil(TOURNAMENT * len(distinct)))
-    return max(rng.sample(distinct, min(size, len(distinct))), key=lambda member: member.score)
+    return max(rng.sample(distinct, min(size, len(distinct))), key=state.merit)
 
 
-def fresh_loss(search: Search, rng: random.Random, branch: Branch) -> Expr:
-    """A loss without a parent: random; for CSE a known one, mutated up to three times."""
-    if search.kind.programs:
-        return compile_program(search, branch, lambda: random_program(rng, branch.symbols))
-    if not search.kind.known:
-        return random_tree(rng, branch.symbols)
-    expr = parse(rng.choice(branch.known))
-    for _ in range(rng.randrange(4)):
-        expr = mutate(rng, expr, branch.symbols)
-    return expr
-
-
-def mutate_loss(search: Search, rng: random.Random, branch: Branch, expr: Expr) -> Expr:
-    if search.kind.programs:
-        parent = search.programs[str(expr)]
-        return compile_program(search, branch, lambda: mutate_program(rng, parent, branch.symbols))
-    return mutate(rng, expr, branch.symbols)
-
-
-def compile_program(search: Search, branch: Branch, make: Callable[[], list[Instruction]]) -> Expr:
-    """The tree of the first program out of `make` that is not too large; by its tree the program is remembered."""
-    tree = None
-    while tree is None:
-        program = make()
-        tree = program_tree(program, branch.symbols)
-    search.programs[str(tree)] = program
-    return tree
-
-
-Child = tuple[dict[str, Expr], dict[str, Expr] | None, list[str]]
-
-
-def propose(search: Search, rng: random.Random) -> Child:
-    """A child, its parent (None for a fresh one) and the branches of it that are new."""
-    branches, evolving, parent = search.task.branches, search.kind.evolving, None
-    fresh = rng.random() < FRESH
-    if evolving and len(branches) > 1 and search.evaluated > 0:
-        return change_one_branch(search, rng, fresh)
-    if evolving and search.evaluated >= INITIAL and not fresh:
-        parent = select_parent(search, rng, branches)
+def propose(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child:
+    """A mutated copy of the parent, or a fresh candidate."""
+    if len(task.branches) > 1:
+        return propose_several(task, state, rng, parent, tried)
+    ((name, branch),) = task.branches.items()
     if parent is None:
-        return {name: fresh_loss(search, rng, branch) for name, branch in branches.items()}, None, list(branches)
-    name = rng.choice(list(branches))
-    return {name: mutate_loss(search, rng, branches[name], parent.losses[name])}, parent.losses, [name]
-
-
-def change_one_branch(search: Search, rng: random.Random, fresh: bool) -> Child:
-    """What `propose` does with several branches, where candidates of random trees are hardly ever good in all [D].
-
-    After a first whole one TRIALS candidates try a random tree in one branch alone, always the branch that has fared
-    worst. The next few are put together from the winners of all branches. From then on a child differs from its parent
-    in one branch, which is mutated, drawn afresh, or taken from the winner of another tournament.
-    """
-    branches = search.task.branches
-    if search.evaluated <= TRIALS:
-        name = min(branches, key=search.best_trial)
-        return {name: fresh_loss(search, rng, branches[name])}, None, [name]
-    parent = select_parent(search, rng, branches) if search.evaluated > TRIALS + ASSEMBLED else None
-    winners = {name: parent or select_parent(search, rng, [name]) for name in branches}
-    parts = {name: winner.losses[name] for name, winner in winners.items() if winner}
-    name = rng.choice(list(branches))
-    if fresh or name not in parts:
-        tree = fresh_loss(search, rng, branches[name])
-    elif rng.random() < EXCHANGE:
-        tree = select_parent(search, rng, [name]).losses[name]
-    else:
-        tree = mutate_loss(search, rng, branches[name], parts[name])
-    return {**parts, name: tree}, parts, [name]
-
-
-def judge(search: Search, trees: list[tuple[str, Expr]]) -> list[tuple[Fate, str | None]]:
-    """For each (branch, tree) its fate, and the gate that decided it (None: it passed them all).
-
-    The verdicts are those that the trees would get one by one. What needs tensors is computed for all at once.
-    """
-    gates, verdicts, later = search.gates, {}, []
-
-    def settle(k: int, fate: Fate, gate: str | None) -> None:
-        verdicts[k] = fate, gate
-        if gate not in ("dead", "seen"):
-            search.learn(fate)
-
-    new: dict[tuple[str, str], int] = {}
-    for k, (name, expr) in enumerate(trees):
-        text = search.text(expr)
-        if "dead" in gates and is_dead(canonical(expr)):
-            settle(k, Fate(name, text, "dead"), "dead")
-        elif "seen" in gates and (name, text) in search.fates:
-            settle(k, search.fates[name, text], "seen")
-        elif (name, text) in new:
-            later.append(k)  # the twin of another one here: what becomes of that one will be known then
-        else:
-            new[name, text] = k
-
-    for name, branch in search.task.branches.items():
-        texts = {k: text for (where, text), k in new.items() if where == name}
-        gradients = [None] * len(texts)
-        if texts and gates & {"gradient", "equivalent"}:
-            gradients = first_gradients(branch, [trees[k][1] for k in texts])
-        keys: dict[int, str] = {}
-        for (k, text), gradient in zip(texts.items(), gradients):
-            key = text
-            if gradient is None and "gradient" in gates:
-                settle(k, Fate(name, text, "gradient"), "gradient")
-                continue
-            if gradient is not None and "equivalent" in gates:
-                key = equivalence_key(gradient, branch.scale_free)
-                if (name, key) in search.keys:
-                    known = search.keys[name, key]
-                    settle(k, Fate(name, text, known.gate, key, known.gain), "equivalent")
-                    continue
-                if key in keys.values():
-                    later.append(k)
-                    continue
-            keys[k] = key
-
-        if keys and "rising" in gates:
-            for k, falls in zip(list(keys), falling(branch, [trees[k][1] for k in keys])):
-                if not falls:
-                    settle(k, Fate(name, texts[k], "rising"), "rising")
-                    del keys[k]
-        gains = [math.inf] * len(keys)
-        if keys and "rejected" in gates:
-            gains = rejection_gains(branch, [trees[k][1] for k in keys])
-        for (k, key), gain in zip(keys.items(), gains):
-            gate = None if gain >= branch.eta else "rejected"
-            shown = round(gain, 4) if math.isfinite(gain) else None
-            settle(k, Fate(name, texts[k], gate or "passed", key, shown), gate)
-
-    for k in sorted(later):
-        verdicts[k] = judge(search, [trees[k]])[0]
-    return [verdicts[k] for k in range(len(trees))]
-
-
-def next_candidate(search: Search, rng: random.Random, deadline: float):
-    """Propose until a candidate deserves a training; (losses, parent, identity, gains, tried), or None at the deadline.
-
-    A child whose equivalent was trained before takes over that score and joins the population at once [P].
-
-    On a GPU many children are proposed and judged together. Their parents come from the same population, as if as many
-    workers had asked at once; what passes beyond the first waits for its turn. Workers make the evolution asynchronous
-    in the same way: a parent is always the best of its tournament among the newest P that are known.
-    """
-    tried = {"counts": Counter(), "fates": [], "reused": []}
-    order = (*GATES, *OTHER_GATES).index
-
-    def tally(gate: str) -> None:
-        tried["counts"][gate] += 1
-        search.counts[gate] += 1
-
-    draft: dict[str, Expr] = {}  # branches of a fresh candidate that have passed; only the others are drawn again
-    while time.time() < deadline:
-        while search.waiting:
-            losses, parent, gate = search.waiting.popleft()
-            fates = [search.fates[name, search.text(expr)] for name, expr in losses.items()]
-            identity = [fate.key for fate in fates] if search.gates & {"seen", "equivalent"} else []
-            if identity and len(losses) < len(search.task.branches):
-                identity = [*losses, *identity]  # its score says nothing of a whole candidate, nor of another branch
-            if tuple(identity) not in search.scores:
-                if "simulation" in search.gates and not search.task.simulate(losses) >= SIMULATION:
-                    tally("simulation")
-                    continue
-                return losses, parent, identity, {fate.branch: fate.gain for fate in fates}, tried
-            tally(gate or "equivalent")
-            member = Member(losses, search.scores[tuple(identity)])
-            search.reuse(member)
-            tried["reused"].append([{k: str(v) for k, v in losses.items()}, member.score])
-
-        children = []
-        for _ in range(search.batch):
-            losses, parent, new = propose(search, rng)
-            if parent is None:
-                losses |= draft
-                new = [name for name in new if name not in draft]
-            children.append((losses, parent, new))
-        verdicts = iter(judge(search, [(name, losses[name]) for losses, _, new in children for name in new]))
-        for losses, parent, new in children:
-            decided = {name: next(verdicts) for name in new}
-            tried["fates"] += [fate for fate, gate in decided.values() if gate not in ("dead", "seen")]
-            blocking = [gate for fate, gate in decided.values() if fate.gate != "passed"]
-            if parent is None:
-                passed = {name: losses[name] for name, (fate, _) in decided.items() if fate.gate == "passed"}
-                draft = draft | passed if blocking else {}
-            if blocking:
-                tally(min(blocking, key=order))
-            else:
-                known = [gate for _, gate in decided.values() if gate]
-                search.waiting.append((losses, parent, min(known, key=order) if known else None))
-    return None
-
-
-def evaluation(search: Search, rng: random.Random, deadline: float) -> dict | None:
-    """One turn of the search, as the record that goes into the journal; None if the deadline came first."""
-    more = {}
-    if search.sampler:
-        losses, more = search.sampler.propose(rng)
-        parent, identity, gains, tried = None, [], {}, {"counts": {}, "fates": [], "reused": []}
-    else:
-        candidate = next_candidate(search, rng, deadline)
-        if candidate is None:
-            return None
-        losses, parent, identity, gains, tried = candidate
-    if len(losses) < len(search.task.branches):
-        more |= {"trial": True}
-    if search.kind.programs:
-        more |= {"programs": {str(expr): search.programs[str(expr)] for expr in losses.values()}}
-    start = time.time()
-    try:
-        score = search.task.train(losses)
-    except InvalidLoss:
-        score = None
-    return {
-        "losses": {name: str(expr) for name, expr in losses.items()},
-        "parent": parent and {name: str(expr) for name, expr in parent.items()},
-        "score": score,
-        "gain": gains,
-        "identity": identity,
-        "tried": tried,
-        "curve": [[step, float(f"{loss:.4g}")] for step, loss in search.task.curve],
-        "seconds": round(time.time() - start, 3),
-        **more,
-    }
+        return Child({name: (expr := state.method.fresh(state, rng, name, branch))}, None, [state.tree(name, expr)])
+    expr = state.method.mutate(state, rng, name, branch, parent.losses[name])
+    return Child({name: expr}, parent.losses, [state.tree(name, expr)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers
+# Several branches
 #
-# There is no master. Every worker keeps its own copy of the search, publishes each record in a log of its own in
-# torch.distributed's store and reads the others' logs before it proposes its next child. No call waits for another
-# worker, so a slow or dead one holds nobody up. Whoever reports (the process that launched the workers, or rank 0)
-# reads the same logs and mirrors them to files.
+# Candidates of random trees are hardly ever good in all branches. So the first TRIALS candidates have a tree for one
+# branch alone and the baseline's loss for the others, always in the branch that has fared worst; the next few are put
+# together from the winners of all branches. From then on a child differs from its parent in one branch, which is
+# mutated, drawn afresh, or taken from the winner of another tournament [D].
+
+TRIALS = 30
+ASSEMBLED = 5
+EXCHANGE = 0.3  # probability that a child takes a branch from the winner of another tournament
+TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
 
 
-class Board:
-    """The store, seen as one append-only log per worker, tickets for evaluations, and jobs that workers claim."""
-
-    def __init__(self, store: dist.Store, rank: int, world: int):
-        self.store, self.rank, self.written, self.read = store, rank, 0, [0] * world
-
-    def publish(self, **message) -> None:
-        self.store.set(f"log/{self.rank}/{self.written}", json.dumps(message))
-        self.written += 1
-
-    def news(self) -> Iterator[tuple[int, dict]]:
-        """(rank, message) of all that was published and not read here before, this worker's own messages included."""
-        for rank in range(len(self.read)):
-            while self.store.check([f"log/{rank}/{self.read[rank]}"]):
-                yield rank, json.loads(self.store.get(f"log/{rank}/{self.read[rank]}"))
-                self.read[rank] += 1
-
-    def claim(self, name: str) -> int:
-        """How many have claimed `name`, this claim included."""
-        return self.store.add(f"claim/{name}", 1)
-
-    def post_jobs(self, phase: int, jobs: list | None) -> None:
-        """Offer jobs to the workers; None sends them home."""
-        self.store.set(f"jobs/{phase}", json.dumps(jobs))
-
-    def wait_for_jobs(self, phase: int) -> list | None:
-        while not self.store.check([f"jobs/{phase}"]):
-            time.sleep(0.1)
-        return json.loads(self.store.get(f"jobs/{phase}"))
+def propose_several(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child:
+    branches, method = task.branches, state.method
+    if not method.mutate:
+        return whole_fresh(task, state, rng, tried)
+    if state.evaluated < TRIALS:
+        name = min(branches, key=lambda branch: best_trial(state, branch))
+        expr = method.fresh(state, rng, name, branches[name])
+        return Child({name: expr}, None, [state.tree(name, expr)], more={"trial": True})
+    if state.evaluated < TRIALS + ASSEMBLED:
+        parent = None
+    winners = {name: parent or select_parent(state, rng, [name], TOURNAMENT_SEVERAL) for name in branches}
+    parts = {name: winner.losses[name] for name, winner in winners.items() if winner}
+    name = rng.choice([name for name in branches if name not in parts] or list(branches))
+    if name not in parts or rng.random() < FRESH:
+        expr = method.fresh(state, rng, name, branches[name])
+    elif rng.random() < EXCHANGE:
+        expr = select_parent(state, rng, [name], TOURNAMENT_SEVERAL).losses[name]
+    else:
+        expr = method.mutate(state, rng, name, branches[name], parts[name])
+    losses = {**parts, name: expr}
+    more = {"trial": True} if len(losses) < len(branches) else {}
+    return Child(losses, parts or None, [state.tree(name, expr)], more=more)
 
 
-def search_loop(search: Search, board: Board, args, elapsed: float, finished: int, hear: Callable) -> None:
-    """Evaluate candidates until the budget is spent. `finished` of this worker's evaluations are in the journal."""
-    deadline = time.time() + 60 * args.minutes - elapsed
-    for number in count(finished):
-        hear()
-        if time.time() >= deadline or board.claim("evaluations") > args.evals:
-            break
-        # A generator of its own for each evaluation: a resumed search needs no generator state to go on exactly.
-        record = evaluation(search, random.Random(f"{args.seed}/{board.rank}/{number}"), deadline)
-        if record is None:
-            break
-        search.add(record)
-        board.publish(record=record)
-    board.publish(idle="search")
-    hear()
+def whole_fresh(task: Task, state: State, rng: random.Random, tried: Tried) -> Child:
+    """A random tree for each branch, drawn until it passes the gates by itself."""
+    losses, names = {}, [name for name in (*CHEAP, *DEAR) if name != "simulation"]
+    for name, branch in task.branches.items():
+        passing = []
+        while not passing:
+            expr = state.method.fresh(state, rng, name, branch)
+            passing = judge(task, state, [Child({name: expr}, None, [state.tree(name, expr)])], names, tried)
+        losses[name] = expr
+    return Child(losses)
 
 
-def serve(search: Search, board: Board, phase: int, jobs: list[dict], hear: Callable = lambda: None) -> None:
-    """Re-train what nobody else has claimed; publish each result, and `hear` what there is to report."""
-    for k, job in enumerate(jobs):
-        if board.claim(f"{phase}/{k}") == 1:
-            losses = job["losses"]
-            if isinstance(losses, dict):
-                losses = {name: search.read(text) for name, text in losses.items()}
-            start = time.time()
-            try:
-                scores = search.task.retrain(losses, job["seed"], Path(job["picture"]) if job["picture"] else None)
-            except InvalidLoss:
-                scores = None
-            board.publish(retrained={**job, "scores": scores, "seconds": round(time.time() - start, 2)})
-            hear()
-    board.publish(idle=phase)
+def best_trial(state: State, branch: str) -> float:
+    """The best score of a tree that was tried in this branch alone; -inf while there is none."""
+    trials = (member.score for member in state.population if member.losses.keys() == {branch})
+    return max((score for score in trials if score is not None), default=-math.inf)
+
+
+def best_parts(state: State) -> dict[str, Expr]:
+    """For each branch the tree of the best candidate that has one."""
+    parts = {}
+    for result in sorted((r for r in state.results.values() if r.score is not None), key=lambda r: r.score):
+        parts |= result.losses
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run directory
+# Closing round: successive halving on the converged schedule, a short formula, the table
+
+
+def close(task: Task, state: State, worker: "Worker", args) -> None:
+    """One worker's part of the closing round. What is decided is decided once, in a file that all of them read."""
+
+    def best_first(several: list[dict]) -> list[dict]:
+        return sorted(several, key=lambda losses: -state.converged(losses_text(losses)))
+
+    worker.wait_for_searching(state)
+    finalists = worker.agree("finalists", state, lambda: select_finalists(task, state))
+    for number, seeds in RUNGS:
+        seeds = min(seeds, 2 * args.seeds)
+        worker.serve(task, state, [(losses, args.seed + k) for k in range(seeds) for losses in finalists[:number]])
+        finalists = best_first(finalists[:number])
+    found = finalists[0] if finalists and state.converged(losses_text(finalists[0])) > -math.inf else None
+    short = worker.agree("short", state, lambda: found and shorten(task, found))
+    if short != found:
+        worker.serve(task, state, [(short, args.seed)])
+        runs = state.again[losses_text(found)].values()
+        again = state.converged(losses_text(short))
+        found = short if again >= min(run["val"][state.metric] for run in runs) else found
+    found = worker.agree("found", state, lambda: found)
+    table = [(task.baseline, "baseline"), *([(found, "found")] if found else [])]
+    for k in range(args.seeds):
+        pictures = [worker.directory / f"{name}.png" if k == 0 else None for _, name in table]
+        jobs = [(losses, args.seed + TABLE_SEEDS + k, picture) for (losses, _), picture in zip(table, pictures)]
+        worker.serve(task, state, jobs)
+
+
+def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
+    """The best few, no two with nearly the same gradient as long as others beat the baseline [D].
+
+    Near relatives train alike: a few of them would be one candidate, trained a few times. So does an equal score.
+    """
+    guide = state.surrogate and state.surrogate.fit(task, state, [])
+    guide = guide or Surrogate()
+    chosen, others, points, last = [], [], [], None
+    for result in state.ranking()[: 20 * RUNGS[0][0]]:
+        tree = all(isinstance(loss, Expr) for loss in result.losses.values())
+        point = guide.point(task, result.losses) if tree else None
+        related = tree and any((point * other).sum(1).mean() > RELATED for other in points)
+        worse = state.baseline is not None and result.score < state.baseline
+        if related or worse or result.score == last:
+            others.append(texts(result.losses))
+        else:
+            chosen.append(texts(result.losses))
+            points += [point] if tree else []
+        last = result.score
+        if len(chosen) == RUNGS[0][0]:
+            break
+    finalists = (chosen + others)[: RUNGS[0][0]]
+    parts = texts(best_parts(state))
+    if len(finalists) < RUNGS[0][0] and len(parts) > 1 and parts not in finalists:  # a short search of several branches
+        finalists.append(parts)
+    return finalists
+
+
+def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
+    """The same losses in short: operators are deleted as long as all gradients keep their directions [D].
+
+    Where the scale of a loss counts, the norms must stay the same, too. No training is needed for it.
+    """
+    short = dict(losses)
+    for name, branch in task.branches.items():
+        expr = task.read(losses[name]) if name in losses else None
+        if not isinstance(expr, Expr):
+            continue
+        (wanted,) = gradients(branch, [expr])
+        free = branch.scale_free and len(task.branches) == 1
+
+        def same(candidate: Expr, branch=branch, wanted=wanted, free=free) -> bool:
+            (slope,) = gradients(branch, [candidate])
+            if slope is None or wanted is None:
+                return False
+            norms = slope.norm(dim=-1), wanted.norm(dim=-1)
+            cosine = (slope * wanted).sum(-1) / (norms[0] * norms[1]).clamp(min=1e-300)
+            alike = (cosine >= SAME) | ((norms[0] == 0) & (norms[1] == 0))
+            return bool(alike.all()) and (free or bool(((norms[0] - norms[1]).abs() <= 0.01 * norms[1]).all()))
+
+        while True:
+            cuts = {
+                replace_node(expr, k, arg)
+                for k, node in enumerate(nodes(expr))
+                for arg in node.args
+                if not is_dead(canonical(replace_node(expr, k, arg)))
+            }
+            cut = next((cut for cut in sorted(cuts, key=lambda tree: (len(nodes(tree)), str(tree))) if same(cut)), None)
+            if cut is None:
+                break
+            expr = cut
+        short[name] = str(expr)
+    return short
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The journal, and those who write it
 
 
 def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file; a last line torn by a kill is cut off, with a warning."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole, _, torn = content.rpartition(b"\n")
-    if torn:
-        print(f"warning: {path}: the last line is torn and was skipped", file=sys.stderr)
-        with path.open("r+b") as file:
-            file.truncate(len(content) - len(torn))
-    return [json.loads(line) for line in whole.splitlines()]
+def write_once(path: Path, text: str) -> str:
+    """Write a file unless somebody else has; what then stands in it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    try:
+        os.link(part, path)  # fails if the file is there, in one step
+    except FileExistsError:
+        pass
+    finally:
+        part.unlink()
+    return path.read_text(encoding="utf-8")
 
 
-class Reporter:
-    """Mirrors what the workers publish to the run directory, the console and TensorBoard."""
+def save_once(path: Path, content) -> None:
+    """As `write_once`, by torch.save."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    torch.save(content, part)
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        pass
+    finally:
+        part.unlink()
 
-    def __init__(self, directory: Path, search: Search, args, story: "Story"):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-        self.directory, self.search, self.args, self.story = directory, search, args, story
-        self.journal = (directory / "journal.jsonl").open("a")
-        self.retrained = read_lines(directory / "retrain.jsonl")
-        self.retrain_log = (directory / "retrain.jsonl").open("a")
-        self.board = SummaryWriter(str(directory))
-        self.start = time.time()
-        self.earlier = 0.0  # seconds of search before a resume
-        self.explored_earlier = 0
-        self.baseline: float | None = None
-        self.best: float | None = None  # best score reported so far
-        self.idle: dict[int, object] = {}
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
-    def begin(self, lines: list[dict]) -> None:
-        """Take up where the journal ends."""
-        if lines:
-            self.earlier, self.explored_earlier = lines[-1]["elapsed"], self.search.explored
-            self.best = self.search.best.score if self.search.best else None
-        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(self.args).items()))
-        self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
+
+def read_records(path: Path, start: int = 0) -> tuple[list[dict], int]:
+    """The records of a .jsonl file from byte `start` on, and where to go on reading; a line that is none gives {}.
+
+    A last line without its end is left for the next time: it is being written, or torn by a kill.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        whole, end, _ = file.read().rpartition(b"\n")
+    records = []
+    for line in whole.split(b"\n") if end else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = {}
+        if line.strip():
+            records.append(record if isinstance(record, dict) else {})
+    return records, start + len(whole) + len(end)
+
+
+class Journal:
+    """The records of all workers in a run directory, read as they come."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.read: dict[Path, int] = {}  # bytes
+
+    def hear(self, state: State) -> list[dict]:
+        """Fold what is new into the state; the records. What cannot be read is skipped with a warning and counted."""
+        heard = []
+        for path in sorted(self.directory.glob("journal-*.jsonl")):
+            records, self.read[path] = read_records(path, self.read.get(path, 0))
+            for record in records:
+                try:
+                    state.absorb(record)
+                    heard.append(record)
+                except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+                    state.broken += 1
+                    warn(f"{path}: a record is broken and was skipped ({state.broken} so far)")
+        return heard
+
+
+class Worker(Journal):
+    """One process that searches: the owner of one journal file, with a sign of life that the others see.
+
+    Its rank is the lowest whose journal nobody holds. A file lock tells who holds one: it ends with its process,
+    whatever ends that. The sign of life is a file touched every second; who has not touched it for STALE seconds (a
+    stopped process, a lost machine) is not waited for, and what it had claimed is taken over.
+    """
+
+    STALE = 10.0
+
+    def __init__(self, directory: Path, report: Callable[[], None] = lambda: None):
+        super().__init__(directory)
+        self.report, self.start, self.earlier = report, time.time(), 0.0
+        self.room = directory / "workers"
+        self.room.mkdir(exist_ok=True)
+        self.rank, self.file = self.enlist()
+        self.life = f"{self.rank}-{socket.gethostname()}-{os.getpid()}"
+        self.sign = self.room / f"{self.life}.json"
+        self.searching = True
+        self.works_on(None)
+        self.gone = threading.Event()
+        threading.Thread(target=self.live, args=(os.getppid(),), daemon=True).start()
+
+    def enlist(self) -> tuple[int, io.BufferedRandom]:
+        rank = 0
+        while True:
+            path = self.directory / f"journal-{rank}.jsonl"
+            file = path.open("ab+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                rank += 1
+                continue
+            size = file.seek(0, os.SEEK_END)
+            _, whole = read_records(path)
+            if whole < size:
+                warn(f"{path}: the last line is torn and was skipped")
+                file.truncate(whole)
+            return rank, file
+
+    def live(self, parent: int) -> None:
+        """Touch the sign of life; end with whoever started this process."""
+        while not self.gone.wait(1.0):
+            try:
+                os.utime(self.sign)
+            except OSError:  # the run directory has gone; the next record will say so
+                pass
+            if "AUTOLOSS_RUN_DIR" in os.environ and os.getppid() != parent:
+                os._exit(1)
+
+    def leave(self) -> None:
+        self.gone.set()
+        self.sign.unlink(missing_ok=True)
+        self.file.close()
 
     @property
     def elapsed(self) -> float:
+        """Seconds of this run, also those before a resume."""
         return self.earlier + time.time() - self.start
 
-    def hear(self, rank: int, message: dict) -> None:
-        if "idle" in message:
-            self.idle[rank] = message["idle"]
-        elif "baseline" in message:
-            self.baseline = message["baseline"]
-            shown = "invalid" if self.baseline is None else f"{self.baseline:.3f}"
-            print(f"baseline {self.story.baseline}: {self.args.metric} {shown} in the same proxy training", flush=True)
-        elif "retrained" in message:
-            self.hear_retrained(message["retrained"])
-        else:
-            self.hear_record(message["record"] | {"worker": rank})
+    def hear(self, state: State) -> list[dict]:
+        heard = super().hear(state)
+        self.report()
+        return heard
 
-    def hear_record(self, record: dict) -> None:
-        search, args = self.search, self.args
-        n, score, gates = search.evaluated, record["score"], search.gate_counts()
-        line = {"n": n, **record, "explored": search.explored, "gates": gates, "elapsed": round(self.elapsed, 3)}
-        self.journal.write(json.dumps(line) + "\n")
-        self.journal.flush()
+    def tell(self, record: dict) -> None:
+        """Append a record: one write, which a kill leaves whole or torn at the end."""
+        record |= {"worker": self.rank, "elapsed": round(self.elapsed, 3)}
+        self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self.file.flush()
+        self.works_on(None)
 
-        rate = (search.explored - self.explored_earlier) / max(1e-9, time.time() - self.start)
-        share = max(n / args.evals, self.elapsed / (60 * args.minutes))
-        left = max(0, int(self.elapsed * (1 / max(share, 1e-9) - 1)))
-        best = f"{search.best.score:.3f}" if search.best else "  -  "
-        improved = search.best is not None and (self.best is None or search.best.score > self.best)
-        self.best = search.best.score if search.best else None
+    def works_on(self, losses: dict | str | None, leader: bool = False) -> None:
+        losses = texts(losses) if isinstance(losses, dict) else losses
+        doing = {"losses": losses, "leader": leader, "searching": self.searching}
+        write_atomically(self.sign, json.dumps(doing))
+
+    def others(self) -> dict[str, dict]:
+        """What the other living workers are doing, by their life."""
+        found = {}
+        for path in self.room.glob("*.json"):
+            try:
+                if path != self.sign and path.stat().st_mtime > self.sign.stat().st_mtime - self.STALE:
+                    found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # it has left in this moment
+                pass
+        return found
+
+    def others_at_work(self, state: State) -> list[dict]:
+        """Losses that others are training in this moment."""
+        busy = [other["losses"] for other in self.others().values() if isinstance(other["losses"], dict)]
+        return [{name: state.task.read(text) for name, text in losses.items()} for losses in busy]
+
+    def claim(self, name: str) -> bool:
+        """Whether a job is this worker's: nobody has claimed it, or who has is dead."""
+        path = self.room / f"claim-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+        holder = write_once(path, self.life)
+        if holder != self.life and holder not in self.others():
+            dead = path.with_name(f"{path.name}.{self.life}")
+            try:
+                path.rename(dead)  # of several that take over one succeeds
+            except FileNotFoundError:
+                return False
+            dead.unlink()
+            holder = write_once(path, self.life)
+        return holder == self.life
+
+    def agree(self, name: str, state: State, make: Callable):
+        """What the first worker to come here makes of it, for all of them and for every resume."""
+        path = self.room / f"{name}-{state.evaluated}.json"
+        return json.loads(path.read_text() if path.exists() else write_once(path, json.dumps(make())))
+
+    def serve(self, task: Task, state: State, jobs: list[tuple]) -> None:
+        """Converged trainings (losses, seed[, picture]) that nobody else has claimed, until all are done."""
+        while True:
+            self.hear(state)
+            left = [job for job in jobs if job[1] not in state.again.get(losses_name(job[0]), {})]
+            mine = next((job for job in left if self.claim(f"{losses_name(job[0])} {job[1]}")), None)
+            if mine:
+                losses, *more = mine
+                if not isinstance(losses, str):
+                    losses = {branch: task.read(text) for branch, text in losses.items()}
+                self.tell(retrain(task, self, losses, *more))
+            elif left:
+                time.sleep(0.1)
+            else:
+                return
+
+    def wait_for_searching(self, state: State) -> None:
+        """Until no living worker goes on searching."""
+        self.searching = False
+        self.works_on(None)
+        while any(other["searching"] for other in self.others().values()):
+            self.hear(state)
+            time.sleep(0.1)
+        self.hear(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report: console, TensorBoard, and the files for people
+
+
+class Reporter:
+    """Reads the journal like any worker, and tells."""
+
+    def __init__(self, directory: Path, task: Task, state: State, args):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+
+        self.directory, self.task, self.state, self.args = directory, task, state, args
+        self.journal = Journal(directory)
+        self.journal.hear(state)
+        self.board = SummaryWriter(str(directory))
+        self.start, self.earlier, self.explored_earlier = time.time(), state.elapsed, state.explored
+        self.best = state.best()
+        self.told: set[str] = set()  # of workers that have been named
+        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
+        self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
+
+    def hear(self) -> None:
+        for record in self.journal.hear(self.state):
+            if "baseline" in record:
+                score = "invalid" if self.state.baseline is None else f"{self.state.baseline:.3f}"
+                print(f"baseline {self.task.baseline}: {self.args.metric} {score} in the same proxy training", flush=True)
+            elif "retrained" in record:
+                self.tell_retrained(record)
+            else:
+                self.tell_evaluated(record)
+
+    def tell_evaluated(self, record: dict) -> None:
+        state, args, score = self.state, self.args, record["score"]
+        n, best, gates = state.evaluated, state.best(), state.gate_counts()
+        seconds = time.time() - self.start
+        rate = (state.explored - self.explored_earlier) / max(1e-9, seconds)
+        share = max(n / args.evals, state.elapsed / (60 * args.minutes))
+        left = max(0, int(state.elapsed * (1 / max(share, 1e-9) - 1)))
+        top = max((r.score for r in state.results.values() if r.score is not None and r.whole), default=None)
+        improved = best is not None and (self.best is None or best.text != self.best.text)
+        self.best = best
         print(
-            f"eval {n:>3}/{args.evals}  {args.metric} {'  -  ' if score is None else f'{score:.3f}'}  best {best}  "
-            f"explored {search.explored:,} ({rate:,.0f}/s)  "
-            f"equivalent {gates['equivalent']}  invalid {gates['invalid']}  "
+            f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(top)}  "
+            f"explored {state.explored:,} ({rate:,.0f}/s)  "
+            f"equivalent {gates.get('equivalent', 0)}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            + (f"  * {losses_text(search.best.losses)}" if improved else "")
+            + (f"  * {best.text}" if improved else "")
             + (f"  {' '.join(record['losses'])} alone" if record.get("trial") else ""),
             flush=True,
         )
-
-        add, x = self.board.add_scalar, search.explored
-        if score is not None:
-            add("search/score", score, x)
-        if search.best:
-            scores = [member.score for member in search.population if member.score is not None]
-            add("search/best", search.best.score, x)
-            add("search/best_by_minute", search.best.score, int(self.elapsed))
-            add("search/population_mean", sum(scores) / len(scores), x)
-        add("search/explored_per_second", rate, x)
-        add("search/evaluated", n, x)
-        if self.baseline is not None:
-            add("search/baseline", self.baseline, x)
-        for gate, number in gates.items():
-            add(f"gates/{gate}", number / max(1, search.explored), x)
-        add("proxy/seconds", record["seconds"], x)
+        self.draw_evaluated(record, rate, gates)
         if improved:
             for step, loss in record["curve"]:
-                add(f"proxy_curve/{n:04d}", loss, step)
-            formulas = [
-                f"{name}: `{loss}`" + (f"\n\n$${latex(loss)}$$" if isinstance(loss, Expr) else "")
-                for name, loss in search.best.losses.items()
-            ]
-            self.board.add_text("search/formula", "\n\n".join(formulas), x)
-            write_atomically(self.directory / "best_loss.py", self.story.export(search.best.losses))
-        if search.sampler:
-            search.sampler.show(self.board)
+                self.board.add_scalar(f"proxy_curve/{n:04d}", loss, step)
+            self.show_best(best)
         self.write_hall_of_fame()
 
+    def draw_evaluated(self, record: dict, rate: float, gates: dict[str, int]) -> None:
+        state, score = self.state, record["score"]
+        add = functools.partial(self.board.add_scalar, global_step=state.explored)
+        scores = [member.score for member in state.population if member.score is not None]
+        if score is not None:
+            add("search/score", score)
+        if scores:
+            add("search/best", max(scores))
+            self.board.add_scalar("search/best_by_minute", max(scores), int(state.elapsed))
+            add("search/population_mean", sum(scores) / len(scores))
+        if state.baseline is not None:
+            add("search/baseline", state.baseline)
+        add("search/explored_per_second", rate)
+        add("search/evaluated", state.evaluated)
+        add("proxy/seconds", record["seconds"])
+        for gate, number in gates.items():
+            add(f"gates/{gate}", number / max(1, state.explored))
+        if record["predicted"]:
+            mean, deviation = record["predicted"]
+            add("surrogate/predicted", mean)
+            add("surrogate/deviation", deviation)
+            add("surrogate/screened", record["tried"]["counts"].get("surrogate", 0))
+            if score is not None:
+                add("surrogate/error", score - mean)
+        if state.sampler:
+            state.sampler.show(self.board)
+
+    def tell_retrained(self, record: dict) -> None:
+        name, scores, metric = record["retrained"], record["scores"], self.args.metric
+        text = name if isinstance(name, str) else losses_text(name)
+        numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
+        print(f"converged, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
+        if scores and record.get("leader"):
+            self.board.add_scalar("search/converged", scores["val"][metric], self.state.explored)
+        best = self.state.best()
+        if best and (self.best is None or best.text != self.best.text):
+            self.best = best
+            self.show_best(best)
+        self.write_hall_of_fame()
+
+    def show_best(self, best: Result) -> None:
+        formulas = [
+            f"{name}: `{loss}`" + (f"\n\n$${latex(loss)}$$" if isinstance(loss, Expr) else "")
+            for name, loss in best.losses.items()
+        ]
+        self.board.add_text("search/formula", "\n\n".join(formulas), self.state.explored)
+        self.export(best.losses, f"proxy score {best.score:.4f}")
+
+    def export(self, losses: dict[str, object], score: str) -> None:
+        title = f"A loss found by search_{self.task.name}.py for {self.args.metric}: {score}. Run {self.directory.name}."
+        write_atomically(self.directory / "best_loss.py", self.task.export(losses, title))
+
     def write_hall_of_fame(self) -> None:
-        table = io.StringIO()
+        state, table = self.state, io.StringIO()
         writer = csv.writer(table)
-        writer.writerow(["rank", f"proxy_{self.args.metric}", f"retrained_{self.args.metric}", "gain", "loss"])
-        for rank, (score, record) in enumerate(self.search.ranking()[:50], 1):
-            again = self.closing_score(record["losses"])
-            gain = min((g for g in record["gain"].values() if g is not None), default="")
-            text = losses_text(record["losses"])
-            writer.writerow([rank, score, round(again, 6) if again > -math.inf else "", gain, text])
+        writer.writerow(["rank", f"proxy_{self.args.metric}", f"converged_{self.args.metric}", "seeds", "gain", "loss"])
+        for rank, result in enumerate(hall_of_fame(state), 1):
+            again = state.converged(result.text)
+            again = "" if again is None else "invalid" if again == -math.inf else round(again, 6)
+            gain = "" if result.gain is None else result.gain
+            writer.writerow([rank, result.score, again, len(state.again.get(result.text, {})), gain, result.text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
 
-    def hear_retrained(self, result: dict) -> None:
-        self.retrained.append(result)
-        self.retrain_log.write(json.dumps(result) + "\n")
-        self.retrain_log.flush()
-        name, scores = result["losses"], result["scores"]
-        text = name if isinstance(name, str) else losses_text(name)
-        shown = "invalid" if scores is None else " ".join(f"{k} {v[self.args.metric]:.3f}" for k, v in scores.items())
-        print(
-            f"re-trained, seed {result['seed']}: {self.args.metric} {shown}  {result['seconds']:.1f} s  {text}",
-            flush=True,
-        )
+    def found(self) -> dict | None:
+        """What the closing round has decided, once its table is complete: {"losses": {...} or None}."""
+        path = self.directory / "workers" / f"found-{self.state.evaluated}.json"
+        if not path.exists():
+            return None
+        losses = json.loads(path.read_text())
+        seeds = {self.args.seed + TABLE_SEEDS + k for k in range(self.args.seeds)}
+        names = [self.task.baseline, *([losses_text(losses)] if losses else [])]
+        return {"losses": losses} if all(seeds <= self.state.again.get(name, {}).keys() for name in names) else None
 
-    def scores_of(self, losses, seed: int) -> dict | None:
-        """All metrics by split of a re-training; None if it became invalid. KeyError if it was not done yet."""
-        for result in self.retrained:
-            if result["losses"] == losses and result["seed"] == seed:
-                return result["scores"]
-        raise KeyError((losses, seed))
+    def finish(self, losses: dict[str, str] | None) -> None:
+        """The closing table, on the console, in TensorBoard and in result.json."""
+        args, task, state = self.args, self.task, self.state
+        seeds = [args.seed + TABLE_SEEDS + k for k in range(args.seeds)]
+        names = {"found": losses_text(losses)} if losses else {}
+        runs = {column: [state.again[text][seed] for seed in seeds] for column, text in names.items()}
+        runs["baseline"] = [state.again[task.baseline][seed] for seed in seeds]
+        test = {
+            column: {metric: [run["test"][metric] for run in several if run] for metric in task.metrics}
+            for column, several in runs.items()
+        }
+        ahead = {metric: paired_difference(runs, metric) for metric in task.metrics} if losses else {}
+        result = {
+            "task": task.name,
+            "metric": args.metric,
+            "losses": losses or {},
+            "explored": state.explored,
+            "evaluated": state.evaluated,
+            "gates": state.gate_counts(),
+            "seconds": round(state.elapsed, 1),
+            "converged": task.converged,
+            "test": {"found": {}, **test},
+            "difference": ahead,
+        }
+        write_atomically(self.directory / "result.json", json.dumps(result, indent=1))
+        self.write_hall_of_fame()
+        if losses:
+            numbers = test["found"][args.metric]
+            mean = sum(numbers) / len(numbers) if numbers else math.nan
+            self.export({name: task.read(text) for name, text in losses.items()}, f"{mean:.4f} on test, {len(numbers)} seeds")
+        self.show_end(losses, test, ahead)
 
-    def closing_score(self, losses: dict[str, str]) -> float:
-        """Mean over the re-training seeds, search-validation split; -inf where one was invalid or none was done."""
-        runs = [result["scores"] for result in self.retrained if result["losses"] == losses]
-        if not runs or None in runs:
-            return -math.inf
-        return sum(scores["val"][self.args.metric] for scores in runs) / len(runs)
-
-    def show_end(self, found, finalists: list, test: dict, pictures: dict[str, Path]) -> None:
-        """The end of a run, on the console and in TensorBoard."""
-        args, story, search = self.args, self.story, self.search
-        print(f"\n{'':6}{'proxy':>7} {'re-trained':>10}  loss ({args.metric} on the search-validation split)")
-        proxy = {json.dumps(record["losses"]): f"{score:.3f}" for score, record in search.ranking()}
-        for losses in finalists:
-            mark = ">>>>" if losses == found else "    "
-            scores = f"{proxy.get(json.dumps(losses), '-'):>7} {self.closing_score(losses):>10.3f}"
-            print(f"{mark}  {scores}  {losses_text(losses)}")
-        named = {("found" if name == "found" else story.baseline): column for name, column in test.items()}
-        show_table(named, story.metrics, args.metric)
-        print(f"\nexplored {search.explored:,} losses, trained {search.evaluated}; everything is in {self.directory}")
-        if found is None:
-            print("no valid loss was found; give the search more --minutes or --evals")
-        else:
+    def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
+        args, task, state = self.args, self.task, self.state
+        text = losses_text(losses) if losses else None
+        print(f"\n{'':6}{'proxy':>7} {'converged':>10} {'seeds':>6}  loss ({args.metric} on the search-validation split)")
+        for result in hall_of_fame(state)[:8]:
+            again = state.converged(result.text)
+            number = len(state.again.get(result.text, {}))
+            print(f"{'>>>>' if result.text == text else '':4}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}")
+        if text and text not in state.results:
+            print(f">>>>  {'':7} {shown(state.converged(text)):>10} {len(state.again[text]):>6}  {text}  (in short)")
+        named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
+        show_table(named, task.metrics, args.metric, ahead, "" if task.converged else ", not converged")
+        print("\n" + verdict_in_words(task, args.metric, ahead))
+        print(f"explored {state.explored:,} losses, trained {state.evaluated}; everything is in {self.directory}")
+        if losses:
             print(f"take the found loss with you: {self.directory / 'best_loss.py'}")
-
         for name, column in test.items():
             for metric, values in column.items():
                 if values:
-                    self.board.add_scalar(f"test/{metric}/{name}", sum(values) / len(values), search.explored)
-        for name, losses in (("found", found), ("baseline", story.baseline)):
-            picture = pictures.get(json.dumps(losses))
-            if picture and picture.exists():
+                    self.board.add_scalar(f"test/{metric}/{name}", sum(values) / len(values), state.explored)
+        for name in ("found", "baseline"):
+            picture = self.directory / f"{name}.png"
+            if picture.exists():
                 pixels = cv2.imread(str(picture))[..., ::-1]  # BGR to RGB
-                self.board.add_image(f"predictions/{name}", pixels, search.explored, dataformats="HWC")
+                self.board.add_image(f"predictions/{name}", pixels, state.explored, dataformats="HWC")
         flags = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
-        final = test["found"][args.metric] if found else []
+        final = test["found"][args.metric] if losses else []
         self.board.add_hparams(flags, {"hparam/test": sum(final) / len(final) if final else 0.0}, run_name=".")
 
 
-class Crew:
-    """The workers as whoever reports sees them: its own process, child processes, or the other ranks of torchrun."""
+def shown(score: float | None) -> str:
+    return "  -  " if score is None else "invalid" if score == -math.inf else f"{score:.3f}"
 
-    def __init__(self, board: Board, reporter: Reporter, task: Task | None, children: list[subprocess.Popen]):
-        self.board, self.reporter, self.task, self.children, self.phase = board, reporter, task, children, 0
 
-    def hear(self) -> None:
-        for rank, message in self.board.news():
-            if "record" in message and not (self.task and rank == self.board.rank):
-                self.reporter.search.absorb(message["record"])
-            self.reporter.hear(rank, message)
+def hall_of_fame(state: State) -> list[Result]:
+    """The best fifty whole candidates: by converged score, behind them those that have none by the proxy."""
+    valid = [result for result in state.results.values() if result.score is not None and result.whole]
 
-    def wait_until_idle(self, phase) -> None:
-        """Listen until every living worker has nothing left to do in `phase`.
+    def key(result: Result):
+        again = state.converged(result.text)
+        return again is None, -(result.score if again is None else again)
 
-        However long that takes: of a search or a re-training nobody knows. torchrun ends all ranks if one has died.
-        """
-        while True:
-            self.hear()
-            busy = [rank for rank in range(len(self.board.read)) if self.reporter.idle.get(rank) != phase]
-            if self.children:
-                busy = [rank for rank in busy if self.children[rank].poll() is None]
-                if all(child.poll() is not None for child in self.children):
-                    self.hear()
-                    raise ChildProcessError("all workers have ended")
-            if not busy:
-                return
-            time.sleep(0.05)
+    return sorted(valid, key=key)[:50]
 
-    def retrain(self, jobs: list[tuple]) -> None:
-        """Have (losses, seed, picture) re-trained, once each; what a dying worker leaves undone is offered again."""
-        for _ in range(3):
-            done = {(json.dumps(r["losses"]), r["seed"]) for r in self.reporter.retrained}
-            left = [
-                {"losses": losses, "seed": seed, "picture": str(picture) if picture else None}
-                for losses, seed, picture in jobs
-                if (json.dumps(losses), seed) not in done
-            ]
-            if not left:
-                return
-            self.board.post_jobs(self.phase, left)
-            if self.task:
-                serve(self.reporter.search, self.board, self.phase, left, self.hear)
-            self.wait_until_idle(self.phase)
-            self.phase += 1
-        raise ChildProcessError("workers keep ending while they re-train")
 
-    def dismiss(self) -> None:
-        self.board.post_jobs(self.phase, None)
-        for child in self.children:
-            child.wait()
+def paired_difference(runs: dict[str, list], metric: str) -> list[float]:
+    """Found minus baseline on test: mean over the seeds at which both were valid, and its standard error."""
+    pairs = [(f["test"][metric], b["test"][metric]) for f, b in zip(runs["found"], runs["baseline"]) if f and b]
+    gaps = [f - b for f, b in pairs]
+    if not gaps:
+        return []
+    mean = sum(gaps) / len(gaps)
+    deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(1, len(gaps) - 1))
+    return [mean, deviation / math.sqrt(len(gaps))]
+
+
+def verdict_in_words(task: Task, metric: str, ahead: dict) -> str:
+    """What the table says of the searched metric, in a sentence."""
+    if not ahead.get(metric):
+        return "no valid loss was found; give the search more --minutes or --evals"
+    mean, error = ahead[metric]
+    if mean <= 0:
+        return f"nothing better than {task.baseline} was found: {metric} {mean:+.3f} +- {error:.3f} (standard error)"
+    if mean < 2 * error:
+        return f"ahead of {task.baseline} by {mean:.3f} +- {error:.3f} (standard error): too little to be sure; more --seeds would tell"
+    return f"ahead of {task.baseline} in {metric} by {mean:.3f} +- {error:.3f} (standard error over paired seeds)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole run
+
+
+def main(args, make_task: Callable[..., Task]) -> None:
+    """What every script does with its arguments: search, or train losses by name."""
+    torch.set_num_threads(1)  # a second thread of one process gains less than a second process
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        task = make_task(args)
+        compare(args, task) if args.wanted else run(args, task)
+    except DataError as error:
+        fail(f"--data-root {args.data_root}: {error}")
+    except KeyboardInterrupt as stop:
+        raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
+
+
+def interrupt(number: int, frame) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def run(args, task: Task) -> None:
+    """Search, close, report; as one worker of several only the first two."""
+    if "AUTOLOSS_RUN_DIR" in os.environ:
+        return work(args, task, Path(os.environ["AUTOLOSS_RUN_DIR"]))
+    launching = args.workers > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if not launching:
+        task.load()  # first: what is wrong with the data shall leave nothing behind
+    directory, first = meet(args, task)
+    lock = (directory / "report.lock").open("a") if first else None
+    if lock is None or not hold(lock):
+        print(f"joining {directory} as another worker; whoever started it reports", flush=True)
+        return work(args, task, directory)
+    reporter = Reporter(directory, task, make_state(args, task, reporting=True), args)
+    children = launch(args.workers, directory) if launching else []
+    try:
+        watch(children, reporter) if children else work(args, task, directory, reporter.hear)
+        reporter.hear()
+        reporter.finish(reporter.found()["losses"])
+    except KeyboardInterrupt:
+        reporter.hear()
+        print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}", flush=True)
+        raise
+    except ChildProcessError as error:
+        if all(child.returncode == 2 for child in children) and not reporter.state.evaluated:
+            shutil.rmtree(directory)  # the data set was broken; a worker has said so
+            raise SystemExit(2) from None
+        print(f"error: {error}; go on with: python search_{task.name}.py --resume {directory}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        for child in children:
+            child.kill()
+        reporter.board.close()
+
+
+def meet(args, task: Task) -> tuple[Path, bool]:
+    """The run directory, and whether this process is the first in it; under torchrun all ranks share one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return open_run(args, task.name), True
+    dist.init_process_group("gloo")
+    first = dist.get_rank() == 0
+    shared = [open_run(args, task.name) if first else None]
+    dist.broadcast_object_list(shared)
+    dist.destroy_process_group()
+    return shared[0], first
+
+
+def hold(file) -> bool:
+    """Whether the lock of a file could be had; it ends with this process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def make_state(args, task: Task, reporting: bool = False) -> State:
+    method = METHODS.get(args.search) or Method("the task's own", ())
+    gates = frozenset(method.gates) - set(args.without)
+    sampler = task.samplers[args.search]() if args.search in task.samplers else None
+    surrogate = Surrogate() if "surrogate" in gates and not reporting else None
+    batch = GPU_BATCH if args.device.startswith("cuda") else 1
+    return State(task, method, args.metric, gates, surrogate, sampler, batch)
+
+
+def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda: None) -> None:
+    """The life of a worker: take up what the journal tells, search, close."""
+    worker, state = Worker(directory, report), make_state(args, task)
+    try:
+        task.load()
+        task.prepare(directory / "base.pt")
+        worker.hear(state)
+        worker.earlier = state.elapsed
+        if state.baseline is None and worker.claim("baseline"):
+            try:
+                score = task.train(task.baseline)
+            except InvalidLoss:
+                score = None
+            worker.tell({"baseline": score})
+        search(task, state, worker, args)
+        close(task, state, worker, args)
+    finally:
+        worker.leave()
+
+
+def launch(number: int, directory: Path) -> list[subprocess.Popen]:
+    """Start the same command once per worker.
+
+    In sessions of their own: Ctrl-C reaches this process alone, which then ends them.
+    """
+    print(f"starting {number} workers", flush=True)
+    shared = {**os.environ, "AUTOLOSS_RUN_DIR": str(directory)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *sys.argv], env={**shared, "RANK": str(k), "LOCAL_RANK": str(k)}, start_new_session=True
+        )
+        for k in range(number)
+    ]
+
+
+def watch(children: list[subprocess.Popen], reporter: Reporter) -> None:
+    """Listen until the closing table is complete. A worker that ends too early is named; the others go on."""
+    named = set()
+    while reporter.found() is None:
+        reporter.hear()
+        for child in children:
+            if child.poll() is not None and child.pid not in named:
+                named.add(child.pid)
+                if child.returncode not in (0, 2):
+                    how = f"by signal {-child.returncode}" if child.returncode < 0 else f"with code {child.returncode}"
+                    warn(f"worker {child.pid} ended {how}; the others go on, its training is lost")
+        if len(named) == len(children):
+            reporter.hear()
+            if reporter.found() is None:
+                raise ChildProcessError("all workers have ended")
+        time.sleep(0.05)
+
+
+def open_run(args, task_name: str) -> Path:
+    """Make a run directory, or go on in the given one."""
+    if args.resume:
+        print(f"going on in {args.resume}")
+        return args.resume
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
+    for suffix in ("", *(f"-{k}" for k in range(2, 100))):
+        directory = args.runs / (name + suffix)
+        try:
+            directory.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    revision = ""
+    if shutil.which("git"):
+        here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+    about = {
+        "task": task_name,
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "git": revision or None,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
+    }
+    write_atomically(directory / "args.json", json.dumps(about, indent=1))
+    print(f"run directory: {directory}", flush=True)
+    return directory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1064,7 +1797,7 @@ def one_of(names):
 
 def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | None = None) -> None:
     """The flags of the search itself, the same in every script but for the task's `own` kinds of search."""
-    kinds = {name: kind.about for name, kind in SEARCHES.items()} | (own or {})
+    kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
     group = parser.add_argument_group("search")
     group.add_argument(
         "--search",
@@ -1078,7 +1811,7 @@ def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | 
         type=gate_list,
         default=[],
         metavar="GATES",
-        help="gates to switch off, comma-separated, for ablations: dead,seen,gradient,equivalent,rejected,invalid",
+        help="gates to switch off, comma-separated, for ablations: " + ",".join(SWITCHABLE),
     )
     group.add_argument(
         "--evals", type=at_least(1), default=500, metavar="N", help="budget: proxy trainings (%(default)s)"
@@ -1086,7 +1819,7 @@ def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | 
     group.add_argument(
         "--minutes",
         type=at_least(0.01, float),
-        default=7.0,
+        default=9.0,
         metavar="M",
         help="budget: minutes of searching, before the closing round (%(default)s)",
     )
@@ -1125,13 +1858,13 @@ def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | 
         "--resume",
         type=Path,
         metavar="RUN_DIR",
-        help="go on with an interrupted run; only --evals, --minutes and --workers may differ from its own flags",
+        help="go on with a run, or join one that is running; --evals, --minutes, --workers and --device may differ",
     )
 
 
 def gate_list(text: str) -> list[str]:
     """An argparse type: gates, comma-separated."""
-    return [one_of((*GATES, "invalid"))(name) for name in text.split(",") if name]
+    return [one_of(SWITCHABLE)(name) for name in text.split(",") if name]
 
 
 def settle_device_and_workers(args) -> None:
@@ -1152,23 +1885,24 @@ def settle_device_and_workers(args) -> None:
 
 def read_found(directory: Path, task_name: str, flag: str, read: Callable[[str], object] = parse) -> dict[str, object]:
     """The losses that a finished run has found; of an unfinished one the best so far."""
-    result, journal = directory / "result.json", directory / "journal.jsonl"
+    result, journals = directory / "result.json", sorted(directory.glob("journal-*.jsonl"))
     if result.is_file():
         content = json.loads(result.read_text())
         if content["task"] != task_name:
             fail(f"{flag} {directory}: a run of search_{content['task']}.py, not of search_{task_name}.py")
         found = content["losses"]
-    elif journal.is_file():
-        valid = [line for line in read_lines(journal) if line["score"] is not None]
-        found = max(valid, key=lambda line: line["score"], default={"losses": {}})["losses"]
+    elif journals:
+        records = [record for path in journals for record in read_records(path)[0]]
+        valid = [r for r in records if r.get("score") is not None and not r.get("trial")]
+        found = max(valid, key=lambda record: record["score"], default={"losses": {}})["losses"]
     else:
-        fail(f"{flag} {directory}: not a run directory (neither result.json nor journal.jsonl in it)")
+        fail(f"{flag} {directory}: not a run directory (neither result.json nor journal-0.jsonl in it)")
     if not found:
         fail(f"{flag} {directory}: that run has found no valid loss")
     return {name: read(text) for name, text in found.items()}
 
 
-RESUMABLE = ("evals", "minutes", "workers", "resume", "runs")  # flags that may change when a run goes on
+RESUMABLE = ("evals", "minutes", "workers", "device", "resume", "runs")  # flags that may change when a run goes on
 
 
 def resume_arguments(args, given: set[str], task_name: str):
@@ -1190,7 +1924,7 @@ def resume_arguments(args, given: set[str], task_name: str):
             flag, value = name.replace("_", "-"), getattr(args, name)
             fail(f"--{flag} {value}: the run was made with {known.get(name)}; leave the flag out")
     for name, value in known.items():
-        if name not in RESUMABLE or (name not in given and name in ("evals", "minutes", "workers")):
+        if name not in RESUMABLE or (name not in given and name in RESUMABLE[:4]):
             setattr(args, name, value)
     return args
 
@@ -1203,236 +1937,6 @@ def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
         if action.dest != "help":
             bare.add_argument(*action.option_strings, dest=action.dest, **switch)
     return set(vars(bare.parse_known_args(argv)[0]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole run
-
-
-@dataclass
-class Story:
-    """What a script tells `run` about its task without loading anything."""
-
-    name: str  # seg, det, pose
-    baseline: str  # the hand-made loss to beat, a name that `Task.retrain` knows
-    metrics: tuple[str, ...]
-    make_task: Callable[[], Task]
-    export: Callable[[dict[str, Expr]], str]  # the losses as one standalone Python file
-    samplers: dict[str, Callable[[], Sampler]] = field(default_factory=dict)  # searches of its own, by name
-    read: Callable[[str], object] = parse  # a loss from its text
-
-
-def run(args, story: Story) -> None:
-    """Search, close, compare, report. In a child or in rank > 0 of torchrun: only work."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    under_torchrun, is_child = "TORCHELASTIC_RUN_ID" in os.environ, "AUTOLOSS_RUN_DIR" in os.environ
-    launching = not under_torchrun and not is_child and args.workers > 1
-    task = None if launching else story.make_task()  # first: what is wrong with the data shall leave nothing behind
-    if under_torchrun or is_child:
-        own_server = under_torchrun and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        port = int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, None, own_server, wait_for_workers=False)
-        if under_torchrun and rank == 0:
-            directory = Path(store.get("run_dir").decode()) if store.check(["run_dir"]) else open_run(args, story.name)
-            store.set("run_dir", str(directory))
-        else:
-            directory = Path(os.environ.get("AUTOLOSS_RUN_DIR") or store.get("run_dir").decode())
-    else:
-        world = args.workers
-        store = dist.HashStore() if world == 1 else dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        directory = open_run(args, story.name)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic restart begins with fresh logs
-    board = Board(dist.PrefixStore(f"attempt{attempt}", store), rank, world)
-
-    lines = read_lines(directory / "journal.jsonl")
-    if is_child or (under_torchrun and rank > 0):
-        lines = lines[: int(board.store.get("lines"))]  # what has come since is in the others' logs
-    else:
-        board.store.set("lines", str(len(lines)))
-    kind = SEARCHES.get(args.search, Kind((), "the task's own"))
-    sampler = story.samplers[args.search]() if args.search in story.samplers else None
-    batch = GPU_BATCH if args.device.startswith("cuda") else 1
-    search = Search(task, frozenset(kind.gates) - set(args.without), kind, batch, sampler, story.read)
-    for line in lines:
-        search.absorb(line)
-    finished = sum(line["worker"] == rank for line in lines)
-    elapsed = lines[-1]["elapsed"] if lines else 0.0
-
-    if is_child or (under_torchrun and rank > 0):
-        work(args, story, search, board, elapsed, finished)
-        return
-
-    board.store.add("claim/evaluations", search.evaluated)
-    children = launch(world, store.port, directory) if launching else []
-    reporter = Reporter(directory, search, args, story)
-    reporter.begin(lines)
-    crew = Crew(board, reporter, task, children)
-    try:
-        if task:
-            publish_baseline(story, task, board)
-            search_loop(search, board, args, elapsed, finished, crew.hear)
-        crew.wait_until_idle("search")
-        close(args, story, crew)
-        crew.dismiss()
-    except KeyboardInterrupt:
-        crew.hear()
-        print(f"\ninterrupted; go on with: python search_{story.name}.py --resume {directory}")
-        raise SystemExit(130) from None
-    except ChildProcessError as error:
-        if all(child.returncode == 2 for child in children) and not search.evaluated:
-            shutil.rmtree(directory)  # the data set was broken; a worker has said so
-            raise SystemExit(2) from None
-        print(f"error: {error}; go on with: python search_{story.name}.py --resume {directory}", file=sys.stderr)
-        raise SystemExit(1) from None
-    finally:
-        for child in children:
-            child.kill()
-        reporter.board.close()
-
-
-def launch(world: int, port: int, directory: Path) -> list[subprocess.Popen]:
-    """Start the same command once per worker, with the environment that torchrun would give it.
-
-    In sessions of their own: Ctrl-C reaches this process alone, which then ends them.
-    """
-    print(f"starting {world} workers", flush=True)
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared = {**os.environ, **shared, "AUTOLOSS_RUN_DIR": str(directory)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *sys.argv], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True
-        )
-        for r in range(world)
-    ]
-
-
-def work(args, story: Story, search: Search, board: Board, elapsed: float, finished: int) -> None:
-    """The life of a worker: search, then re-train what is asked for, until sent home."""
-
-    def hear() -> None:
-        for rank, message in board.news():
-            if "record" in message and rank != board.rank:
-                search.absorb(message["record"])
-
-    try:
-        if board.rank == 0:
-            publish_baseline(story, search.task, board)
-        search_loop(search, board, args, elapsed, finished, hear)
-        for phase in count():
-            jobs = board.wait_for_jobs(phase)
-            if jobs is None:
-                return
-            serve(search, board, phase, jobs)
-    except dist.DistError:  # whoever reports has gone, and so does this worker
-        os._exit(1)
-
-
-def publish_baseline(story: Story, task: Task, board: Board) -> None:
-    try:
-        score = task.train(story.baseline)
-    except InvalidLoss:
-        score = None
-    board.publish(baseline=score)
-
-
-def open_run(args, task_name: str) -> Path:
-    """Make a run directory, or go on in the given one."""
-    if args.resume:
-        print(f"going on in {args.resume}")
-        return args.resume
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
-    for suffix in ("", *(f"-{k}" for k in range(2, 100))):
-        directory = args.runs / (name + suffix)
-        try:
-            directory.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-    revision = ""
-    if shutil.which("git"):
-        here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
-    about = {
-        "task": task_name,
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "git": revision or None,
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
-    }
-    write_atomically(directory / "args.json", json.dumps(about, indent=1))
-    print(f"run directory: {directory}", flush=True)
-    return directory
-
-
-def select_finalists(ranking: list[tuple[float, dict]], baseline: float | None) -> list[dict[str, str]]:
-    """The best few by proxy, no two with nearly the same gradient as long as others beat the baseline [D].
-
-    Near relatives train alike: five of them would be one candidate, re-trained five times; and a whole family can have
-    won by starting fast. The directions in the equivalence keys tell relatives: sqrt(2 (1 - cosine)) per sample; so
-    does a score that is equal to the last digit.
-    """
-
-    def direction(record: dict) -> list[float]:
-        return [float(part.split(":")[1]) for key in record["identity"] for part in key.split(" ") if ":" in part]
-
-    chosen, others, last = [], [], None
-    for score, record in ranking:
-        here = direction(record)
-        related = score == last or (
-            here and any(math.dist(here, direction(other)) < RELATED * len(here) ** 0.5 for other in chosen)
-        )
-        last = score
-        worse = baseline is not None and score < baseline
-        (others if related or worse else chosen).append(record)
-    return [record["losses"] for record in (chosen[:FINALISTS] + others)[:FINALISTS]]
-
-
-def close(args, story: Story, crew: Crew) -> None:
-    """The closing round, the comparison on the test split, and everything that is written at the end."""
-    reporter, search = crew.reporter, crew.reporter.search
-    directory = reporter.directory
-    seconds = reporter.elapsed
-    finalists = select_finalists(search.ranking(), reporter.baseline)
-    parts = search.best_parts()
-    if len(finalists) < FINALISTS and len(parts) > 1 and parts not in finalists:  # a short search of several branches
-        finalists.append(parts)
-    print(f"closing round: the best {len(finalists)} by proxy and {story.baseline}, re-trained", flush=True)
-    seeds = [args.seed + k for k in range(args.seeds)]
-    pictures = {json.dumps(losses): directory / f"finalist_{k}.png" for k, losses in enumerate(finalists, 1)}
-    pictures[json.dumps(story.baseline)] = directory / "baseline.png"
-    jobs = [
-        (losses, seed, pictures[json.dumps(losses)] if seed == seeds[0] else None)
-        for seed in seeds
-        for losses in (story.baseline, *finalists)
-    ]
-    crew.retrain(jobs)
-
-    found = max(finalists, key=reporter.closing_score, default=None)
-    if found is not None and reporter.closing_score(found) == -math.inf:
-        found = None
-    names = {"baseline": story.baseline}
-    if found is not None:
-        names = {"found": found, **names}
-        write_atomically(directory / "best_loss.py", story.export({k: search.read(v) for k, v in found.items()}))
-    reporter.write_hall_of_fame()
-
-    test = {}
-    for name, losses in names.items():
-        runs = [reporter.scores_of(losses, seed) for seed in seeds]
-        test[name] = {m: [run["test"][m] for run in runs if run is not None] for m in story.metrics}
-    result = {
-        "task": story.name,
-        "metric": args.metric,
-        "losses": found or {},
-        "explored": search.explored,
-        "evaluated": search.evaluated,
-        "gates": search.gate_counts(),
-        "seconds": round(seconds, 1),
-        "test": {"found": {}, **test},
-    }
-    write_atomically(directory / "result.json", json.dumps(result, indent=1))
-    reporter.show_end(found, finalists, test, pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1478,7 +1982,7 @@ class Checkpoint:
             unfinished.replace(self.path)
 
 
-def compare(args, story: Story) -> None:
+def compare(args, task: Task) -> None:
     """Train losses as at the end of a search, and print their scores on the test split.
 
     Everything goes into a run directory; `--resume` repeats nothing that is finished there and goes on with the
@@ -1487,12 +1991,12 @@ def compare(args, story: Story) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     rank, world = rank_and_world()
-    task = story.make_task()
-    shared = [open_run(args, story.name) if rank == 0 else None]
+    task.load()
+    shared = [open_run(args, task.name) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(shared)
     (directory,) = shared
-    done = {(line["loss"], line["seed"]): line for line in read_lines(directory / "retrain.jsonl")}
+    done = {(line["loss"], line["seed"]): line for line in finished_lines(directory)}
     seeds = range(args.seed, args.seed + args.seeds)
     try:
         for k, (name, losses) in enumerate(args.wanted.items()):
@@ -1506,7 +2010,7 @@ def compare(args, story: Story) -> None:
                     print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
     except KeyboardInterrupt:
         if rank == 0:
-            print(f"\ninterrupted; go on with: python search_{story.name}.py --resume {directory}")
+            print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}")
         raise
     if world > 1:
         dist.destroy_process_group()
@@ -1515,12 +2019,17 @@ def compare(args, story: Story) -> None:
     test = {}
     for name in args.wanted:
         valid = [line["scores"]["test"] for line in (done[name, seed] for seed in seeds) if line["scores"]]
-        test[name] = {metric: [scores[metric] for scores in valid] for metric in story.metrics}
+        test[name] = {metric: [scores[metric] for scores in valid] for metric in task.metrics}
     if args.compare:
-        show_losses(test, story.metrics, args.seeds)
+        show_losses(test, task.metrics, args.seeds)
     else:
-        show_table({name if len(name) < 17 else "loss": test[name] for name in test}, story.metrics, args.metric)
+        show_table({name if len(name) < 17 else "loss": test[name] for name in test}, task.metrics, args.metric, {}, "")
         print(f"\nthe trained networks are in {directory}")
+
+
+def finished_lines(directory: Path) -> list[dict]:
+    path = directory / "retrain.jsonl"
+    return [line for line in read_records(path)[0] if line] if path.exists() else []
 
 
 def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Checkpoint) -> dict:
@@ -1557,20 +2066,160 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} +- {spread:.{digits}f}"
 
 
-def show_table(test: dict[str, dict[str, list[float]]], metrics: tuple[str, ...], chosen: str | None) -> None:
-    """One column per loss, one row per metric; the metric that was searched for is marked."""
+def show_table(test: dict, metrics: tuple[str, ...], chosen: str | None, ahead: dict, note: str) -> None:
+    """One column per loss, one row per metric, and the paired difference; the metric that was searched for is marked."""
     number = max((len(values) for column in test.values() for values in column.values()), default=0)
-    print(f"\ntest split, mean and spread over {number} re-training seed{'s' * (number != 1)}")
-    print(" " * 16 + "".join(f"{name:>18}" for name in test))
+    print(f"\ntest split, mean and spread over {number} fresh seed{'s' * (number != 1)}{note}")
+    print(" " * 16 + "".join(f"{name:>18}" for name in test) + f"{'difference (standard error)':>30}" * bool(ahead))
     for metric in metrics:
         mark = ">>>>" if metric == chosen else "    "
-        print(f"{mark}  {metric:<10}" + "".join(f"{mean_and_spread(column[metric]):>18}" for column in test.values()))
+        cells = "".join(f"{mean_and_spread(column[metric]):>18}" for column in test.values())
+        if ahead.get(metric):
+            mean, error = ahead[metric]
+            cells += f"{f'{mean:+.3f} ({error:.3f})':>30}"
+        print(f"{mark}  {metric:<10}{cells}")
 
 
-def show_losses(test: dict[str, dict[str, list[float]]], metrics: tuple[str, ...], seeds: int) -> None:
+def show_losses(test: dict, metrics: tuple[str, ...], seeds: int) -> None:
     """One row per loss, one column per metric: the shape of the published tables, in percent."""
-    print(f"\ntest split, percent, mean and spread over {seeds} re-training seed{'s' * (seeds != 1)}\n")
+    print(f"\ntest split, percent, mean and spread over {seeds} seed{'s' * (seeds != 1)}\n")
     print("| loss | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics))
     for name, scores in test.items():
         cells = [mean_and_spread([100 * v for v in scores[metric]], 1) for metric in metrics]
         print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other searches, behind three hooks: gates, fresh, mutate
+
+
+class Method(NamedTuple):
+    """What one kind of search consists of."""
+
+    about: str
+    gates: tuple[str, ...]
+    fresh: Callable[..., Expr] | None = None  # (state, rng, branch name, branch) -> a loss without a parent
+    mutate: Callable[..., Expr] | None = None  # (state, rng, branch name, branch, loss) -> a child; None: no evolution
+
+
+def random_loss(state: State, rng: random.Random, name: str, branch: Branch) -> Expr:
+    return random_tree(rng, branch.symbols)
+
+
+def mutated_loss(state: State, rng: random.Random, name: str, branch: Branch, expr: Expr) -> Expr:
+    others = [member.losses[name] for member in state.population if member.score is not None and name in member.losses]
+    return mutate(rng, expr, branch.symbols, rng.choice(others))
+
+
+# Convergence simulation (CSE-Autoloss, Liu 2021, arXiv 2102.04700): evolution from known losses through two gates.
+
+SIMULATION = 0.75  # [D] share of the baseline's score that a loss must reach in a short training on a few samples
+
+
+def known_loss(state: State, rng: random.Random, name: str, branch: Branch) -> Expr:
+    """A known loss, mutated up to three times."""
+    expr = parse(rng.choice(branch.known))
+    for _ in range(rng.randrange(4)):
+        expr = mutate(rng, expr, branch.symbols)
+    return expr
+
+
+def rising(task: Task, state: State, trees: list[Tree]) -> list[Verdict | None]:
+    """CSE's convergence property (Sec. 3.3): the loss, averaged over the samples, must fall with every step of the way
+    from the prediction to the right one.
+    """
+    verdicts = []
+    for tree in trees:
+        branch = task.branches[tree.branch]
+        way = torch.stack([branch.prediction[0].lerp(branch.ideal, t) for t in (0.0, 0.25, 0.5, 0.75, 1.0)])
+        values = evaluate_batch([tree.expr], branch.leaves(way[None], branch.target))  # (1, 5, B)
+        verdicts.append(None if (values.mean(-1).diff(dim=-1) < 0).all() else Verdict("rising"))
+    return verdicts
+
+
+def simulated(task: Task, state: State, child: Child) -> bool:
+    """Whether a short training on a few samples reaches enough of the baseline's score there (Sec. 3.3)."""
+    if state.simulated is None:
+        state.simulated = task.simulate(task.baseline)
+    score = task.simulate(child.losses)
+    return score > 0 and score >= SIMULATION * state.simulated
+
+
+GATES["rising"] = rising
+
+
+# Programs, as AutoML-Zero evolves them (Real 2020, arXiv 2003.03384): instructions that write one register each, over a
+# memory that holds the symbols first and zeros behind them. The value of a program is its last register.
+
+PROGRAM = 20  # [P] instructions, at most ...
+REGISTERS = 5  # ... and memory beyond the symbols of the task [D]
+TREE = 500  # nodes of a program written as a tree, at most [D]: repeated squaring would write millions
+
+Instruction = tuple[str, int, int, int]  # operator, registers of its operands, register that is written
+
+
+def random_instruction(rng: random.Random, symbols: tuple[str, ...]) -> Instruction:
+    first, size = len(symbols), len(symbols) + REGISTERS
+    return rng.choice(list(OPERATORS)), rng.randrange(size), rng.randrange(size), rng.randrange(first, size)
+
+
+def random_program(rng: random.Random, symbols: tuple[str, ...]) -> list[Instruction]:
+    return [random_instruction(rng, symbols) for _ in range(rng.randint(1, PROGRAM))]
+
+
+def mutate_program(rng: random.Random, program: list[Instruction], symbols: tuple[str, ...]) -> list[Instruction]:
+    """Insert or remove an instruction, redraw all of them, or redraw one part of one [P: AutoML-Zero, Sec. 3.2]."""
+    program = list(program)
+    kind = rng.choice(("length", "all", "part"))
+    if kind == "all":
+        return [random_instruction(rng, symbols) for _ in program]
+    k = rng.randrange(len(program))
+    if kind == "length":
+        longer = len(program) == 1 or (len(program) < PROGRAM and rng.random() < 0.5)
+        program[k : k + (not longer)] = [random_instruction(rng, symbols)] * longer
+    else:
+        part, other = rng.randrange(4), random_instruction(rng, symbols)
+        program[k] = (*program[k][:part], other[part], *program[k][part + 1 :])
+    return program
+
+
+def program_tree(program: Sequence[Instruction], symbols: tuple[str, ...]) -> Expr | None:
+    """What a program computes, as a tree; None if that would have more than TREE nodes."""
+    memory = [(Expr(symbol), 1) for symbol in symbols] + [(ZERO, 4)] * REGISTERS  # trees and how many nodes they have
+    for op, *operands, out in program:
+        used = [memory[k] for k in operands[: OPERATORS[op].arity]]
+        memory[out] = Expr(op, tuple(tree for tree, _ in used)), 1 + sum(size for _, size in used)
+        if memory[out][1] > TREE:
+            return None
+    return memory[-1][0]
+
+
+def compiled(state: State, name: str, branch: Branch, make: Callable[[], list[Instruction]]) -> Expr:
+    """The tree of the first program out of `make` that is not too large; by branch and tree the program is remembered."""
+    tree = None
+    while tree is None:
+        program = make()
+        tree = program_tree(program, branch.symbols)
+    state.programs[f"{name}:{tree}"] = program
+    return tree
+
+
+def random_compiled(state: State, rng: random.Random, name: str, branch: Branch) -> Expr:
+    return compiled(state, name, branch, lambda: random_program(rng, branch.symbols))
+
+
+def mutated_compiled(state: State, rng: random.Random, name: str, branch: Branch, expr: Expr) -> Expr:
+    parent = state.programs[f"{name}:{expr}"]
+    return compiled(state, name, branch, lambda: mutate_program(rng, parent, branch.symbols))
+
+
+PUBLISHED = ("dead", "seen", "gradient", "equivalent", "rejected")
+METHODS = {
+    "evolve": Method("all gates", (*PUBLISHED, "surrogate"), random_loss, mutated_loss),
+    "random": Method("the same gates but the surrogate, no evolution", PUBLISHED, random_loss),
+    "naive": Method("evolution without gates", (), random_loss, mutated_loss),
+    "cse": Method("convergence simulation, from known losses", ("seen", "rising", "simulation"), known_loss, mutated_loss),
+    "cse-rand": Method("the same from random trees", ("seen", "rising", "simulation"), random_loss, mutated_loss),
+    "aml": Method("programs as in AutoML-Zero, without gates", (), random_compiled, mutated_compiled),
+}
+SWITCHABLE = ("dead", "seen", "gradient", "equivalent", "surrogate", "rejected", "invalid")  # by --without

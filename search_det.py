@@ -42,7 +42,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 
 import evolve
 from data import shapes
-from evolve import Branch, InvalidLoss, fail
+from evolve import Branch, DataError, InvalidLoss, fail
 from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_module, softmax_leaves
 
 METRICS = {
@@ -471,10 +471,6 @@ def select(split: Split, index: Tensor) -> Split:
     objects = objects._replace(image=torch.tensor([place[k] for k in objects.image.tolist()], dtype=torch.long))
     truth = truth._replace(objects=objects, sizes=[truth.sizes[k] for k in place])
     return Split(*(tensor[index] for tensor in tensors), bits, truth)
-
-
-class DataError(Exception):
-    """A data set that is missing or broken; the message names the path and the cure."""
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -1028,11 +1024,11 @@ def mask_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {"y": y, "p": torch.stack([(-logits).sigmoid(), logits.sigmoid()], -3)}
 
 
-def export(found: dict[str, Expr]) -> str:
+def export(found: dict[str, Expr], title: str = "Loss functions of a detector, found by search.") -> str:
     """The found losses as one standalone file with a function per branch; it imports nothing of this repository."""
     heads = {branch: HEADS[branch.split("_")[-1]] for branch in found} | {"rpn_cls": RPN_HEAD}
     losses = [(expr, heads[branch].replace("NAME", branch)) for branch, expr in found.items()]
-    return python_module(losses, "Loss functions of a detector, found by search: " + ", ".join(found) + ".")
+    return python_module(losses, f"{title} Branches: {', '.join(found)}.")
 
 
 RPN_HEAD = '''def NAME(objectness, label):
@@ -1300,16 +1296,25 @@ def mask_score(logits: Tensor, target: Tensor) -> Tensor:
     return (both / either.clamp(min=1)).mean(-1)
 
 
-class DetTask:
+class DetTask(evolve.Task):
     """What evolve.py needs to know of detection."""
+
+    name, baseline = "det", BASELINE
+    export = staticmethod(export)
 
     def __init__(self, args):
         self.args, self.device, self.masks = args, args.device, args.metric == "segm"
+        list_data(args)  # what is missing is said at once
+        self.metrics = METRICS[args.metric]
         self.proxy, self.retraining = (self.plan(plans[args.data], steps) for plans, steps in
                                        ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
-        self.data = self.read_data()
-        self.curve: list[tuple[int, float]] = []
-        self.branches = self.make_branches()
+        self.converged = self.retraining.steps >= RETRAIN[args.data].steps
+        self.data: dict[str, Split] = {}
+
+    def load(self) -> None:
+        if not self.data:
+            self.data = self.read_data()
+            self.branches = self.make_branches()
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
@@ -1421,25 +1426,18 @@ class DetTask:
             prediction, target = (alike(column).unsqueeze(2) for column in zip(*seen))
             ideal, leaves, score = 20 * target - 10, mask_gate_leaves, mask_score
         return Branch(
-            BRANCHES[branch][0], prediction, target, leaves, score, ETA[branch], ideal=ideal, known=KNOWN[kind]
+            BRANCHES[branch][0], prediction[None], target, leaves, score, ETA[branch], ideal=ideal, known=KNOWN[kind]
         )
 
-    def simulate(self, losses: dict[str, Expr]) -> float:
-        """A short training on the pictures of the gates: the score on these, as a share of the baseline's."""
-        try:
-            return self.score_of_few(losses) / max(self.baseline_of_few, 1e-6)
-        except InvalidLoss:
-            return 0.0
-
-    @functools.cached_property
-    def baseline_of_few(self) -> float:
-        return self.score_of_few(BASELINE)
-
-    def score_of_few(self, losses: dict[str, Expr] | str) -> float:
+    def simulate(self, losses: dict[str, Expr] | str) -> float:
+        """A short training on the pictures of the gates: the score on these."""
         few = select(self.data["train"], self.few.unique())
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
-        train_network(net, self.losses(losses), Batches(few, plan, self.args.seed, self.device, self.masks), plan)
+        try:
+            train_network(net, self.losses(losses), Batches(few, plan, self.args.seed, self.device, self.masks), plan)
+        except InvalidLoss:
+            return 0.0
         return test_network(net, few, plan.size, self.device)[self.args.metric]
 
 
@@ -1453,16 +1451,7 @@ ETA = {"rpn_cls": 0.3, "rpn_reg": 0.3, "rcnn_cls": 0.6, "rcnn_reg": 0.12, "mask"
 
 
 def main() -> None:
-    args = parse_arguments(sys.argv[1:])
-    torch.set_num_threads(1)  # a second thread of one process gains less than a second process
-    story = evolve.Story("det", BASELINE, METRICS[args.metric], lambda: DetTask(args), export)
-    try:
-        list_data(args)
-        evolve.compare(args, story) if args.wanted else evolve.run(args, story)
-    except DataError as error:
-        fail(f"--data-root {args.data_root}: {error}")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    evolve.main(parse_arguments(sys.argv[1:]), DetTask)
 
 
 if __name__ == "__main__":

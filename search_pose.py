@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import evolve
 from data import shapes
-from evolve import Branch, InvalidLoss, fail
+from evolve import Branch, DataError, InvalidLoss, fail
 from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source
 
 METRICS = ("ap", "ap50", "ap75", "ar", "pck")
@@ -401,10 +401,6 @@ def place(split: Split, device: str) -> Split:
     else:
         images = images.to(device)
     return Split(images, *(t.to(device) for t in rest), Persons(*(t.to(device) for t in persons)))
-
-
-class DataError(Exception):
-    """A data set that is missing or broken; the message names the path and the cure."""
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -880,9 +876,9 @@ HEAD = f'''def loss(prediction, target, weight=None):
 '''
 
 
-def export(losses: dict[str, Expr]) -> str:
+def export(losses: dict[str, Expr], title: str = "A loss function found by search.") -> str:
     """A found loss as a standalone file."""
-    return python_source(losses["loss"], head=HEAD)
+    return python_source(losses["loss"], title, HEAD)
 
 
 # =====================================================================================================================
@@ -1030,17 +1026,25 @@ GATE_SIZE = 16  # height of the rejection samples in pixels of a heatmap [D]
 GATE_SAMPLES = 5  # [P]
 
 
-class PoseTask:
+class PoseTask(evolve.Task):
     """What evolve.py needs to know of pose estimation."""
+
+    name, baseline, metrics = "pose", BASELINE, METRICS
+    export = staticmethod(export)
 
     def __init__(self, args):
         self.args, self.device = args, args.device
+        list_data(args)  # what is missing is said at once
         self.size = (args.crop, round(args.crop * args.aspect))
-        self.data, self.skeleton = read_data(args)
         self.proxy, self.retraining = (self.plan(plans[args.model], steps) for plans, steps in
                                        ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
-        self.curve: list[tuple[int, float]] = []
-        self.branches = {"loss": self.branch()}
+        self.converged = self.retraining.steps >= RETRAIN[args.model].steps
+        self.data: dict[str, Split] = {}
+
+    def load(self) -> None:
+        if not self.data:
+            self.data, self.skeleton = read_data(self.args)
+            self.branches = {"loss": self.branch()}
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
@@ -1061,7 +1065,7 @@ class PoseTask:
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
         return Branch(
             ("y", "p", "1"),
-            noise.unsqueeze(2).to(self.device),
+            noise[None].unsqueeze(3).to(self.device),  # (S = 1, B, J, 1, H, W)
             target.unsqueeze(2),  # (B, J, 1, H, W): each joint is a sample, as in training
             self.gate_leaves,
             self.gate_score,
@@ -1113,27 +1117,20 @@ class PoseTask:
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
         return round(self.test(net, self.data["val"])[self.args.metric], 6)
 
-    def simulate(self, losses: dict[str, Expr]) -> float:
-        """A short training on the persons of the gates: PCK on these, as a share of the baseline's.
+    def simulate(self, losses: dict[str, Expr] | str) -> float:
+        """A short training on the persons of the gates: PCK on these.
 
         Whatever metric is searched for: the AP of so short a training is often exactly zero [D].
         """
-        try:
-            return self.score_of_few(losses) / self.baseline_of_few
-        except InvalidLoss:
-            return 0.0
-
-    @functools.cached_property
-    def baseline_of_few(self) -> float:
-        return max(self.score_of_few(BASELINE), 1e-3)
-
-    def score_of_few(self, losses: dict[str, Expr] | str) -> float:
         train = self.data["train"]
         few = Split(*(tensor[self.few] for tensor in train[:-1]), train.persons)
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(self.args.seed)
         data = Batches(few, self.skeleton.swap, plan, self.size, self.args.seed, self.device)
-        train_network(net, self.loss(losses), data, plan)
+        try:
+            train_network(net, self.loss(losses), data, plan)
+        except InvalidLoss:
+            return 0.0
         return self.test(net, few)["pck"]
 
     def retrain(
@@ -1157,17 +1154,7 @@ ETA = evolve.ETA
 
 
 def main() -> None:
-    args = parse_arguments(sys.argv[1:])
-    torch.set_num_threads(1)  # a second thread of one process gains less than a second process
-    cv2.setNumThreads(1)
-    story = evolve.Story("pose", BASELINE, METRICS, lambda: PoseTask(args), export)
-    try:
-        list_data(args)
-        evolve.compare(args, story) if args.wanted else evolve.run(args, story)
-    except DataError as error:
-        fail(f"--data-root {args.data_root}: {error}")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    evolve.main(parse_arguments(sys.argv[1:]), PoseTask)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p)))).
 """
 
 import argparse
+import copy
 import functools
 import inspect
 import itertools
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 import evolve
 from data import shapes
-from evolve import Branch, InvalidLoss, fail
+from evolve import Branch, Child, DataError, InvalidLoss, fail
 from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source, softmax_leaves
 
 IGNORE = 255
@@ -59,18 +60,19 @@ class Schedule(NamedTuple):
     head_lr: float = 1.0  # the head learns this much faster than the backbone
     weight_decay: float = 5e-4
     model: str = "small"
+    base: int = 0  # steps with the baseline's loss that go before
 
 
 # The proxy on shapes was chosen by its rank correlation with re-training and by its cost (README, "The proxy") [D].
 # AdamW makes it blind to the scale of a loss, so that its ranking is about the shape of the loss alone. On the real
 # data sets: the published settings [A]; the batch of re-training and the crops of Cityscapes are ours [D].
 PROXY = {
-    "shapes": Schedule(80, 16, 48, (0.75, 1.5), "adamw", 0.01),
+    "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, base=100),
     "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, model="r50-dlv3p"),
     "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, model="r50-dlv3p"),
 }
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=130),
+    "shapes": PROXY["shapes"]._replace(steps=600),
     "voc": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }
@@ -347,10 +349,6 @@ def place(split: Split, device: str) -> Split:
         print(f"a split of {size / 2**30:.1f} GiB stays in pinned host memory", flush=True)
         return Split(*(tensor.pin_memory() for tensor in tensors))
     return Split(*(tensor.to(device) for tensor in tensors))
-
-
-class DataError(Exception):
-    """A data set that is missing or broken; the message names the path and the cure."""
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -859,14 +857,14 @@ def read_searched(text: str) -> Expr | Asl:
     return Asl.read(text) if text.startswith("asl(") else parse(text)
 
 
-def export(found: dict[str, Expr | Asl]) -> str:
+def export(found: dict[str, Expr | Asl], title: str = "A loss function found by search.") -> str:
     """A found loss as a standalone file with `loss(logits, label)`; it imports nothing of this repository."""
     loss = found["loss"]
     if isinstance(loss, Expr):
-        return python_source(loss)
+        return python_source(loss, title)
     needed = (softmax_leaves, edges, dilate_bits, bezier, asl_boundary_f1, asl_loss)
     parts = [
-        f'"""Auto Seg-Loss (arXiv 2010.07930) for {loss.metric}, its parameters found by search."""\n\n'
+        f'"""{title} Auto Seg-Loss (arXiv 2010.07930) for {loss.metric}."""\n\n'
         "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor",
         f"IGNORE = {IGNORE}\nASL_CURVES = {ASL_CURVES}\nTHETA = {loss.theta}",
         *(inspect.getsource(function).strip() for function in needed),
@@ -1002,43 +1000,82 @@ def draw_predictions(net: nn.Module, split: Split, path: Path, device: str, numb
 
 GATE_SIZE = 32  # side of the rejection samples in pixels [D]
 GATE_SAMPLES = 5  # [P]
+STATES = (0, 0.15, 1)  # shares of the base training after which the gates look at its predictions [D]
 
 
-class SegTask:
+class SegTask(evolve.Task):
     """What evolve.py needs to know of segmentation."""
+
+    name, baseline, metrics = "seg", BASELINE, METRICS
+    export, read = staticmethod(export), staticmethod(read_searched)
 
     def __init__(self, args):
         self.args, self.device, self.num_classes = args, args.device, CLASSES[args.data]
-        self.data = read_data(args)
-        self.proxy, self.retraining = (self.plan(plans[args.data], steps) for plans, steps in
-                                       ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
-        self.weighted: dict[str | None, Split] = {None: self.data["train"]}
-        self.curve: list[tuple[int, float]] = []
-        self.branches = {"loss": self.branch()}
+        list_data(args)  # what is missing is said at once
+        self.proxy, self.retraining = (
+            self.plan(plans[args.data], steps)
+            for plans, steps in ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps))
+        )
+        self.converged = self.retraining.steps >= RETRAIN[args.data].steps
+        self.samplers = {"asl": lambda: AslSearch(args.metric)}
+        self.data: dict[str, Split] = {}
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it; the small network has its own optimizer on all data sets."""
         args = self.args
         if args.model == "small":
             plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in ("optimizer", "lr", "head_lr")})
-        flags = {"steps": steps, "crop": args.crop, "batch": args.batch, "lr": args.lr, "model": args.model}
+        base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
+        flags = {"steps": steps, "crop": args.crop, "batch": args.batch, "lr": args.lr, "model": args.model, "base": base}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
+    def load(self) -> None:
+        if not self.data:
+            self.data = read_data(self.args)
+            self.weighted: dict[str | None, Split] = {None: self.data["train"]}
+
+    def prepare(self, base: Path) -> None:
+        """The base network: the baseline's loss for the first steps of the converged schedule.
+
+        Proxy trainings go on from its last state; the gates look at losses at all of STATES.
+        """
+        if not base.exists():
+            evolve.save_once(base, self.train_base())
+        self.states = torch.load(base, map_location=self.device, weights_only=True)
+        self.branches = {"loss": self.branch()}
+
+    def train_base(self) -> list[dict[str, Tensor]]:
+        plan = self.proxy._replace(steps=RETRAIN[self.args.data].steps)
+        steps = [round(plan.base * share) for share in STATES]
+        net, states = self.network(plan, self.args.seed), []
+
+        def batches() -> Iterator[tuple[Tensor, ...]]:
+            for step, batch in enumerate(self.batches(BASELINE, plan, 500 + self.args.seed)):
+                states.extend(copy.deepcopy(net.state_dict()) for _ in range(steps.count(step)))
+                if step == steps[-1]:
+                    return
+                yield batch
+
+        train_network(net, LOSSES[BASELINE], batches(), plan)
+        return states
+
     def branch(self) -> Branch:
-        """The training images with most classes, small, and what a random network makes of them."""
+        """The training images with most classes, small, and what the base network makes of them on its way."""
         train = self.data["train"]
         seen = torch.stack([(train.labels == c).flatten(1).any(1) for c in range(self.num_classes)]).sum(0)
         self.few = index = seen.sort(descending=True, stable=True).indices[:GATE_SAMPLES]
         label = F.interpolate(train.labels[index].unsqueeze(1).float(), (GATE_SIZE, GATE_SIZE)).squeeze(1)
         label = torch.where(label == IGNORE, 0, label).long().to(self.device)  # the gates look at losses, not at data
-        net = self.network(self.proxy, self.args.seed)
-        with torch.no_grad():
-            logits = net(normalise(train.images[index].to(self.device).float()))
-            logits = F.interpolate(logits, (GATE_SIZE, GATE_SIZE), mode="bilinear")
+        net, logits = self.network(self.proxy, self.args.seed), []
+        for state in self.states:
+            net.load_state_dict(state)
+            with torch.no_grad():
+                raw = net(normalise(train.images[index].to(self.device).float()))
+            logits.append(F.interpolate(raw, (GATE_SIZE, GATE_SIZE), mode="bilinear"))
         onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float()
         return Branch(
             ("y", "p", "1"),
-            logits.unsqueeze(1),
+            torch.stack(logits).unsqueeze(2),  # (S, B, 1, C, H, W)
             onehot.unsqueeze(1),
             self.gate_leaves,
             self.gate_score,
@@ -1091,29 +1128,27 @@ class SegTask:
         return None
 
     def train(self, losses: dict[str, Expr] | str) -> float:
+        return round(self.proxy_scores(losses)[self.args.metric], 6)
+
+    def proxy_scores(self, losses: dict[str, Expr] | str) -> dict[str, float]:
+        """All metrics on the search-validation split after a proxy training."""
         net = self.network(self.proxy, self.args.seed)
+        net.load_state_dict(self.states[-1])
         shared = None if isinstance(losses, str) and losses in WEIGHTS else self.proxy_batches
         data = shared or self.batches(losses, self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
-        return round(test_network(net, self.data["val"], self.num_classes, self.device)[self.args.metric], 6)
+        return test_network(net, self.data["val"], self.num_classes, self.device)
 
-    def simulate(self, losses: dict[str, Expr]) -> float:
-        """A short training on the pictures of the gates: the score on these, as a share of the baseline's."""
-        try:
-            return self.score_of_few(losses) / self.baseline_of_few
-        except InvalidLoss:
-            return 0.0
-
-    @functools.cached_property
-    def baseline_of_few(self) -> float:
-        return self.score_of_few(BASELINE)
-
-    def score_of_few(self, losses: dict[str, Expr] | str) -> float:
+    def simulate(self, losses: dict[str, Expr] | str) -> float:
+        """A short training on the pictures of the gates: the score on these."""
         few = Split(*(tensor[self.few] for tensor in self.data["train"] if tensor is not None))
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
-        train_network(net, self.loss(losses), Batches(few, plan, self.args.seed, self.device), plan)
+        try:
+            train_network(net, self.loss(losses), Batches(few, plan, self.args.seed, self.device), plan)
+        except InvalidLoss:
+            return 0.0
         return test_network(net, few, self.num_classes, self.device)[self.args.metric]
 
     def retrain(
@@ -1146,14 +1181,16 @@ class AslSearch:
         self.round: list[dict] = []
         self.rounds = self.shown = 0
 
-    def propose(self, rng: random.Random) -> tuple[dict[str, Asl], dict]:
+    def propose(self, rng: random.Random) -> Child:
         mean, normal, sample = self.mu.tolist(), NormalDist(), []
         for mu in mean:
             low, high = normal.cdf(-mu / self.SIGMA), normal.cdf((1 - mu) / self.SIGMA)
             value = mu + self.SIGMA * normal.inv_cdf(low + (high - low) * rng.uniform(1e-9, 1 - 1e-9))
             sample.append(round(min(max(value, 0.0), 1.0), 6))
         theta = [round(value, 6) for value in self.control_points(torch.tensor(sample)).tolist()]
-        return {"loss": Asl(self.metric, tuple(theta))}, {"sample": sample, "mu": mean}
+        tried = {"counts": {}, "verdicts": [], "reused": [], "failed": []}
+        losses = {"loss": Asl(self.metric, tuple(theta))}
+        return Child(losses, identity=(str(losses["loss"]),), tried=tried, more={"sample": sample, "mu": mean})
 
     def control_points(self, relative: Tensor) -> Tensor:
         """Absolute control points, as published: p_k = p_{k-1} + theta_k (1 - p_{k-1})."""
@@ -1214,18 +1251,7 @@ ETA = dict.fromkeys(METRICS, evolve.ETA)
 
 
 def main() -> None:
-    args = parse_arguments(sys.argv[1:])
-    torch.set_num_threads(1)  # a second thread of one process gains less than a second process
-    cv2.setNumThreads(1)
-    samplers = {"asl": lambda: AslSearch(args.metric)}
-    story = evolve.Story("seg", BASELINE, METRICS, lambda: SegTask(args), export, samplers, read_searched)
-    try:
-        list_data(args)
-        evolve.compare(args, story) if args.wanted else evolve.run(args, story)
-    except DataError as error:
-        fail(f"--data-root {args.data_root}: {error}")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    evolve.main(parse_arguments(sys.argv[1:]), SegTask)
 
 
 if __name__ == "__main__":

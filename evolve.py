@@ -8,8 +8,8 @@
         journal <- child, score;    population <- the newest P of population + child
     closing round: the best are trained to convergence, by successive halving; the last one is the found loss
 
-Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected. This
-module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
+Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
+This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
 The journal is all that workers share. Each appends its records to a file of its own in the run directory and tails the
 files of the others; a search is a fold over these records, live as well as on resume.
@@ -60,7 +60,7 @@ ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where ano
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
-POOL = 200  # [D] children from which the surrogate chooses ...
+POOL = 120  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 4000  # [D] ... made by at most so many mutations, most of which are dead or known
 LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((8, 1), (4, 3), (2, 6))  # [D] closing round: so many finalists with so many seeds, then the better ones
@@ -172,11 +172,11 @@ class DataError(Exception):
 class Branch:
     """One searched loss: its symbols, and samples on which a tree can show what it optimises.
 
-    prediction: (S, B, N, C, H, W), raw outputs for B samples of the base network at S states of its training; the first
-    state, an untrained network, is the one that the rejection protocol starts from. target: (B, N, ...) in whatever form
-    the two functions take. leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction,
-    target) -> (..., B), how well each prediction scores. Both take leading dimensions. `ideal` (B, N, C, H, W) is right
-    about the target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone.
+    prediction: (S, B, N, C, H, W), raw outputs for B samples of the base network at S states of its training; the
+    first state, an untrained network, is where the rejection protocol starts. target: (B, N, ...) in whatever form the
+    two functions take. leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target)
+    -> (..., B), how well each prediction scores. Both take leading dimensions. `ideal` (B, N, C, H, W) is right about
+    the target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone.
     """
 
     symbols: tuple[str, ...]
@@ -194,7 +194,7 @@ class Sampler(Protocol):
     """A search over losses that are not trees, which a script may bring along; the state is a fold over the records."""
 
     def propose(self, rng: random.Random) -> "Child":
-        """Losses to train next (`str` writes them, `Task.read` reads them); `more` is what else the record shall hold."""
+        """Losses to train next (`str` writes, `Task.read` reads them); `more` is what else the record shall hold."""
 
     def learn(self, record: dict) -> None:
         """A finished evaluation."""
@@ -494,7 +494,7 @@ def describe(task: Task, trees: list[Tree]) -> list[str]:
 
 
 def gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
-    """dL/d(prediction) at all states, (S, B, D) float64 for each tree; None where nothing can be learned from the first.
+    """dL/d(prediction) at all states, (S, B, D) float64 for each tree; None where the first state teaches nothing.
 
     That is: a gradient that is not finite, that is zero on every sample, or that stays the same (to a thousandth of its
     norm, on every sample) when the targets are exchanged between samples and when they are shifted within each: along N
@@ -521,7 +521,7 @@ def gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
 
 
 def slopes(branch: Branch, exprs: Sequence[Expr], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (K, T, B, D) float64 of K trees at predictions (T, B, ...), and whether values and gradients are finite."""
+    """Gradients (K, T, B, D) float64 of K trees at predictions (T, B, ...), and whether all of a tree is finite."""
     x = x.expand(len(exprs), *x.shape).clone().requires_grad_()  # (K, T, B, N, C, H, W)
     values = evaluate_batch(exprs, branch.leaves(x, y))  # (K, T, B)
     if not values.requires_grad:
@@ -556,8 +556,8 @@ def directions(size: int) -> Tensor:
 def sketch(slope: Tensor) -> Tensor:
     """Directions of the gradients (S, B, D) in few numbers, (S * B * SKETCH,) float32 on the CPU.
 
-    Random projections keep distances (Johnson & Lindenstrauss): the mean squared distance of two sketches over the S * B
-    gradients is that of the unit gradients, 2 - 2 cosine, to a few percent.
+    Random projections keep distances (Johnson & Lindenstrauss): the squared distance of two sketches is the mean over
+    the S * B gradients of that of the unit gradients, 2 - 2 cosine, to a few percent.
     """
     unit = slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
     projected = unit.float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
@@ -624,9 +624,9 @@ class Surrogate:
     """A Gaussian process over the gradients of losses that predicts what a converged training would score.
 
     Covariance of two candidates: exp(-d^2 / 2 length^2), averaged over branches, with d^2 the mean squared distance of
-    their unit gradients over samples and states. It learns from proxy scores and from converged ones: a converged score is
-    the proxy score plus a deviation, a process of the same kind with `drift` times the variance. Length, noise and drift
-    have the greatest marginal likelihood on a grid; so has the variance of the scores, in closed form.
+    their unit gradients over samples and states. It learns from proxy scores and from converged ones: a converged
+    score is the proxy score plus a deviation, a process of the same kind with `drift` times the variance. Length, noise
+    and drift have the greatest marginal likelihood on a grid; so has the variance of the scores, in closed form.
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
@@ -904,7 +904,7 @@ class State:
             self.sampler.learn(record)
 
     def converged(self, text: str) -> float | None:
-        """The mean over its converged trainings, on the search-validation split: None without any, -inf if one failed."""
+        """The mean over its converged trainings, search-validation split: None without any, -inf if one was invalid."""
         runs = list(self.again.get(text, {}).values())
         if not runs:
             return None
@@ -949,7 +949,9 @@ def losses_text(losses: dict[str, object]) -> str:
     return "; ".join(f"{branch}={loss}" for branch, loss in losses.items())
 
 
-def select_parent(state: State, rng: random.Random, branches: Sequence[str], least: int = TOURNAMENT_MIN) -> Member | None:
+def select_parent(
+    state: State, rng: random.Random, branches: Sequence[str], least: int = TOURNAMENT_MIN
+) -> Member | None:
     """The best of a random 5 % of the population; None while no candidate of it has all `branches` and is valid.
 
     Equivalent losses share their score to the last digit; the newest stands for all of them [D]. Otherwise copies of
@@ -1377,7 +1379,9 @@ class Reporter:
         for record in self.journal.hear(self.state):
             if "baseline" in record:
                 score = "invalid" if self.state.baseline is None else f"{self.state.baseline:.3f}"
-                print(f"baseline {self.task.baseline}: {self.args.metric} {score} in the same proxy training", flush=True)
+                print(
+                    f"baseline {self.task.baseline}: {self.args.metric} {score} in the same proxy training", flush=True
+                )
             elif "retrained" in record:
                 self.tell_retrained(record)
             else:
@@ -1458,7 +1462,9 @@ class Reporter:
         self.export(best.losses, f"proxy score {best.score:.4f}")
 
     def export(self, losses: dict[str, object], score: str) -> None:
-        title = f"A loss found by search_{self.task.name}.py for {self.args.metric}: {score}. Run {self.directory.name}."
+        title = (
+            f"A loss found by search_{self.task.name}.py for {self.args.metric}: {score}. Run {self.directory.name}."
+        )
         write_atomically(self.directory / "best_loss.py", self.task.export(losses, title))
 
     def write_hall_of_fame(self) -> None:
@@ -1511,17 +1517,23 @@ class Reporter:
         if losses:
             numbers = test["found"][args.metric]
             mean = sum(numbers) / len(numbers) if numbers else math.nan
-            self.export({name: task.read(text) for name, text in losses.items()}, f"{mean:.4f} on test, {len(numbers)} seeds")
+            self.export(
+                {name: task.read(text) for name, text in losses.items()}, f"{mean:.4f} on test, {len(numbers)} seeds"
+            )
         self.show_end(losses, test, ahead)
 
     def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
         args, task, state = self.args, self.task, self.state
         text = losses_text(losses) if losses else None
-        print(f"\n{'':6}{'proxy':>7} {'converged':>10} {'seeds':>6}  loss ({args.metric} on the search-validation split)")
+        print(
+            f"\n{'':6}{'proxy':>7} {'converged':>10} {'seeds':>6}  loss ({args.metric} on the search-validation split)"
+        )
         for result in hall_of_fame(state)[:8]:
             again = state.converged(result.text)
             number = len(state.again.get(result.text, {}))
-            print(f"{'>>>>' if result.text == text else '':4}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}")
+            print(
+                f"{'>>>>' if result.text == text else '':4}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}"
+            )
         if text and text not in state.results:
             print(f">>>>  {'':7} {shown(state.converged(text)):>10} {len(state.again[text]):>6}  {text}  (in short)")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
@@ -1559,15 +1571,18 @@ def hall_of_fame(state: State) -> list[Result]:
     return sorted(valid, key=key)[:50]
 
 
-def paired_difference(runs: dict[str, list], metric: str) -> list[float]:
-    """Found minus baseline on test: mean over the seeds at which both were valid, and its standard error."""
+def paired_difference(runs: dict[str, list], metric: str) -> list[float | None]:
+    """Found minus baseline on test: mean over the seeds at which both were valid, and its standard error.
+
+    A single seed has no standard error: None.
+    """
     pairs = [(f["test"][metric], b["test"][metric]) for f, b in zip(runs["found"], runs["baseline"]) if f and b]
     gaps = [f - b for f, b in pairs]
     if not gaps:
         return []
     mean = sum(gaps) / len(gaps)
     deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(1, len(gaps) - 1))
-    return [mean, deviation / math.sqrt(len(gaps))]
+    return [mean, deviation / math.sqrt(len(gaps)) if len(gaps) > 1 else None]
 
 
 def verdict_in_words(task: Task, metric: str, ahead: dict) -> str:
@@ -1575,11 +1590,17 @@ def verdict_in_words(task: Task, metric: str, ahead: dict) -> str:
     if not ahead.get(metric):
         return "no valid loss was found; give the search more --minutes or --evals"
     mean, error = ahead[metric]
+    size = f"{metric} {difference_text(mean, error)}"
     if mean <= 0:
-        return f"nothing better than {task.baseline} was found: {metric} {mean:+.3f} +- {error:.3f} (standard error)"
-    if mean < 2 * error:
-        return f"ahead of {task.baseline} by {mean:.3f} +- {error:.3f} (standard error): too little to be sure; more --seeds would tell"
-    return f"ahead of {task.baseline} in {metric} by {mean:.3f} +- {error:.3f} (standard error over paired seeds)"
+        return f"nothing better than {task.baseline} was found: {size}"
+    sure = error is not None and mean > 2 * error
+    return f"found a loss ahead of {task.baseline}: {size}" + "; too little to be sure, more --seeds would tell" * (
+        not sure
+    )
+
+
+def difference_text(mean: float, error: float | None) -> str:
+    return f"{mean:+.3f} " + ("(one seed)" if error is None else f"({error:.3f})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2075,8 +2096,7 @@ def show_table(test: dict, metrics: tuple[str, ...], chosen: str | None, ahead: 
         mark = ">>>>" if metric == chosen else "    "
         cells = "".join(f"{mean_and_spread(column[metric]):>18}" for column in test.values())
         if ahead.get(metric):
-            mean, error = ahead[metric]
-            cells += f"{f'{mean:+.3f} ({error:.3f})':>30}"
+            cells += f"{difference_text(*ahead[metric]):>30}"
         print(f"{mark}  {metric:<10}{cells}")
 
 
@@ -2218,7 +2238,9 @@ METHODS = {
     "evolve": Method("all gates", (*PUBLISHED, "surrogate"), random_loss, mutated_loss),
     "random": Method("the same gates but the surrogate, no evolution", PUBLISHED, random_loss),
     "naive": Method("evolution without gates", (), random_loss, mutated_loss),
-    "cse": Method("convergence simulation, from known losses", ("seen", "rising", "simulation"), known_loss, mutated_loss),
+    "cse": Method(
+        "convergence simulation, from known losses", ("seen", "rising", "simulation"), known_loss, mutated_loss
+    ),
     "cse-rand": Method("the same from random trees", ("seen", "rising", "simulation"), random_loss, mutated_loss),
     "aml": Method("programs as in AutoML-Zero, without gates", (), random_compiled, mutated_compiled),
 }

@@ -412,6 +412,9 @@ class Tried:
                 tree.verdict = Verdict(PASSED, tree.key or "", tree.gain)
                 self.learn(state, tree)
         state.open.clear()
+        names = [f"{branch}:{loss}" for branch, loss in child.losses.items()]
+        if programs := {name: state.programs[name] for name in names if name in state.programs}:
+            child.more = {**child.more, "programs": programs}
         counts = {gate: number for gate, number in self.counts.items() if number}
         child.tried = {"counts": counts, "verdicts": self.verdicts, "reused": self.reused, "failed": self.failed}
         return child

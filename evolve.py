@@ -1250,7 +1250,7 @@ class Worker(Journal):
         self.searching = True
         self.works_on(None)
         self.gone = threading.Event()
-        threading.Thread(target=self.live, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=self.live, daemon=True).start()
 
     def enlist(self) -> tuple[int, io.BufferedRandom]:
         rank = 0
@@ -1270,14 +1270,14 @@ class Worker(Journal):
                 file.truncate(whole)
             return rank, file
 
-    def live(self, parent: int) -> None:
-        """Touch the sign of life; end with whoever started this process."""
+    def live(self) -> None:
+        """Touch the sign of life; end with whoever launched this process."""
         while not self.gone.wait(1.0):
             try:
                 os.utime(self.sign)
             except OSError:  # the run directory has gone; the next record will say so
                 pass
-            if "AUTOLOSS_RUN_DIR" in os.environ and os.getppid() != parent:
+            if os.environ.get("AUTOLOSS_LAUNCHER", str(os.getppid())) != str(os.getppid()):
                 os._exit(1)
 
     def leave(self) -> None:
@@ -1728,7 +1728,7 @@ def launch(number: int, directory: Path) -> list[subprocess.Popen]:
     In sessions of their own: Ctrl-C reaches this process alone, which then ends them.
     """
     print(f"starting {number} workers", flush=True)
-    shared = {**os.environ, "AUTOLOSS_RUN_DIR": str(directory)}
+    shared = {**os.environ, "AUTOLOSS_RUN_DIR": str(directory), "AUTOLOSS_LAUNCHER": str(os.getpid())}
     return [
         subprocess.Popen(
             [sys.executable, *sys.argv], env={**shared, "RANK": str(k), "LOCAL_RANK": str(k)}, start_new_session=True

@@ -139,7 +139,7 @@ def evaluate(task: "Task", worker: "Worker", child: "Child") -> dict:
         "identity": child.identity,
         "predicted": child.predicted,
         "tried": child.tried,
-        "curve": [[step, float(f"{loss:.4g}")] for step, loss in task.curve],
+        "curve": [[step, float(f"{loss:.4g}")] for step, loss in task.curve if math.isfinite(loss)],
         "seconds": round(time.time() - start, 3),
         **child.more,
     }

@@ -1068,8 +1068,8 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
     for number, seeds in RUNGS:
         seeds = min(seeds, 2 * args.seeds)
         worker.serve(task, state, [(losses, args.seed + k) for k in range(seeds) for losses in finalists[:number]])
-        finalists = best_first(finalists[:number])
-    found = finalists[0] if finalists and state.converged(losses_text(finalists[0])) > -math.inf else None
+        finalists = best_first(finalists[:number]) + finalists[number:]
+    found = next((losses for losses in finalists if state.converged(losses_text(losses)) > -math.inf), None)
     short = worker.agree("short", state, lambda: found and shorten(task, found))
     if short != found:
         worker.serve(task, state, [(short, args.seed)])

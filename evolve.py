@@ -405,12 +405,15 @@ class Tried:
         self.verdicts.append((tree.branch, tree.text, *tree.verdict))
         state.learn(*self.verdicts[-1])
 
+    def passed(self, state: "State", tree: Tree) -> None:
+        if tree.verdict is None:
+            tree.verdict = Verdict(PASSED, tree.key or "", tree.gain)
+            self.learn(state, tree)
+
     def close(self, state: "State", child: Child) -> Child:
         """What the record of `child`, which goes on to its training, has to tell of this turn."""
         for tree in child.trees:
-            if tree.verdict is None:
-                tree.verdict = Verdict(PASSED, tree.key or "", tree.gain)
-                self.learn(state, tree)
+            self.passed(state, tree)
         state.open.clear()
         names = [f"{branch}:{loss}" for branch, loss in child.losses.items()]
         if programs := {name: state.programs[name] for name in names if name in state.programs}:
@@ -1034,7 +1037,9 @@ def whole_fresh(task: Task, state: State, rng: random.Random, tried: Tried) -> C
         passing = []
         while not passing:
             expr = state.method.fresh(state, rng, name, branch)
-            passing = judge(task, state, [Child({name: expr}, None, [state.tree(name, expr)])], names, tried)
+            tree = state.tree(name, expr)
+            passing = judge(task, state, [Child({name: expr}, None, [tree])], names, tried)
+        tried.passed(state, tree)
         losses[name] = expr
     return Child(losses)
 

@@ -13,10 +13,20 @@ torch.set_num_threads(1)
 cv2.setNumThreads(1)
 
 
+def records(directory):
+    """All records of a run, worker by worker, without what times say."""
+    lines = [line for path in sorted(directory.glob("journal-*.jsonl")) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "elapsed")} for line in lines]
+
+
 def journal(directory):
-    """The journal of a run without what times say."""
-    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "elapsed")} for line in lines]
+    """The proxy trainings among them."""
+    return [record for record in records(directory) if "losses" in record]
+
+
+def retrained(directory):
+    """The converged trainings among them."""
+    return [record for record in records(directory) if "retrained" in record]
 
 
 def refused(script, monkeypatch, capsys, *argv):

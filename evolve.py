@@ -445,7 +445,7 @@ def judge(task: Task, state: "State", children: list[Child], names: tuple[str, .
             tried.counts[decided[-1]] += 1
             if not state.surrogate:  # hundreds a turn would soon make a population of copies
                 tried.reused.append((texts(child.losses), child.identity))
-        elif "simulation" in names and not simulated(task, state, child):
+        elif "simulation" in {*names} & state.gates and not simulated(task, state, child):
             tried.counts["simulation"] += 1
             tried.failed.append(child.identity)
             state.failed.add(child.identity)

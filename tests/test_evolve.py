@@ -203,9 +203,7 @@ def test_mutations_change_what_they_say():
         assert counted(turned) == counted(expr) and counted(turned, False) == counted(expr, False)
         swapped += turned != expr
         crossed = evolve.cross(rng, expr, other)
-        assert any(
-            evolve.replace_node(expr, k, part) == crossed for k in range(count) for part in evolve.nodes(other)
-        )
+        assert any(evolve.replace_node(expr, k, part) == crossed for k in range(count) for part in evolve.nodes(other))
         for new in (grown, cut, replaced, leaf, turned, crossed):
             assert all(len(n.args) == OPERATORS[n.op].arity for n in evolve.nodes(new) if n.args)
     assert swapped > 50
@@ -579,8 +577,9 @@ def test_surrogate_predicts_the_scores_of_others():
     _, guide = guided(task, known)
     mean, deviation = predicted(task, guide, others)
     assert spearman(mean.tolist(), list(others.values())) > 0.7
-    errors = (torch.tensor(guide.scores(mean)) - torch.tensor(list(others.values()))).abs()
-    assert (errors < 3 * guide.spread * deviation).double().mean() > 0.7, "and knows how sure it is"
+    truth = torch.tensor(list(others.values())).clamp(min=0)  # how bad a bad loss is says nothing of the good ones
+    errors = (torch.tensor(guide.scores(mean)) - truth).abs()
+    assert (errors < 3 * guide.spread * deviation).double().mean() > 0.8, "and knows how sure it is"
     mine, _ = predicted(task, guide, known)
     assert spearman(mine.tolist(), list(known.values())) > 0.9
 
@@ -594,7 +593,8 @@ def test_surrogate_waits_for_the_initial_population():
     assert state.evaluated > evolve.INITIAL and state.surrogate.fit(task, state, []) is not None
 
 
-RELATIVES = ["Neg(Mul(y, p))", "Neg(Mul(y, Tanh(p)))", "Neg(Mul(y, Mul(p, Exp(Neg(p)))))", "Neg(Mul(Sqrt(y), p))"]
+RELATIVES = [f"Neg(Mul(y, {pool}))" for pool in ("MinPool3(p)", "Tanh(MinPool3(p))", "MinPool3(Tanh(p))")]
+RELATIVES += ["Neg(Mul(Sqrt(y), MinPool3(p)))"]
 
 
 def test_surrogate_learns_from_converged_scores():
@@ -632,9 +632,8 @@ def test_expected_improvement_is_the_integral(mean, deviation, best):
 
 def test_what_others_are_training_promises_less():
     task, known, others = spread(60)
-    busy = max(others, key=others.get)
-    relative = f"Add({busy}, Mul(1, Mul(y, 1)))"  # the same gradient
-    strangers = [text for text in others if text != busy]
+    busy, relative, *_ = RELATIVES
+    strangers = list(others)
 
     def promise(guide, names):
         mean, deviation = predicted(task, guide, names)
@@ -664,7 +663,7 @@ def test_the_most_promising_child_is_trained(monkeypatch):
 
 
 def test_without_surrogate_is_the_plain_algorithm(tmp_path):
-    directory = run(tmp_path, "--evals", "25", "--without", "surrogate", planted=PLANTED)
+    directory = run(tmp_path, "--evals", "25", "--without", "surrogate,rejected", planted=PLANTED)
     lines = journal(directory)
     assert all(line["predicted"] is None and "surrogate" not in line["tried"]["counts"] for line in lines)
     assert not any(record.get("leader") for record in retrained(directory))
@@ -675,16 +674,16 @@ def test_without_surrogate_is_the_plain_algorithm(tmp_path):
 def test_with_surrogate_leaders_are_trained_in_mid_search(tmp_path, monkeypatch):
     monkeypatch.setattr(evolve, "INITIAL", 6)
     monkeypatch.setattr(evolve, "LEADER_EVERY", 4)
-    directory = run(tmp_path, "--evals", "16", planted=PLANTED)
+    directory = run(tmp_path, "--evals", "16", "--without", "rejected", planted=PLANTED)
     lines = [record for record in records(directory) if "baseline" not in record]
     first = next(k for k, line in enumerate(lines) if line.get("leader"))
-    assert first == 6 and all(line["predicted"] is None for line in lines[:6])
+    assert first == 10 and all(line["predicted"] is None for line in lines[:6])
     assert all(line["predicted"] for line in journal(directory)[6:])
     at = [sum("losses" in line for line in lines[:k]) for k, line in enumerate(lines) if line.get("leader")]
-    assert at == [6, 10, 14]
+    assert at == [10, 14]
     scores = {evolve.losses_text(line["losses"]): line["score"] for line in journal(directory)}
     leaders = [evolve.losses_text(line["retrained"]) for line in lines if line.get("leader")]
-    assert len(set(leaders)) == 3 and all(scores[text] is not None for text in leaders)
+    assert len(set(leaders)) == 2 and all(scores[text] is not None for text in leaders)
     assert not any(line["tried"]["reused"] for line in lines if "losses" in line)
     assert result_of(directory)["gates"]["surrogate"] > 0
 
@@ -697,13 +696,13 @@ def test_surrogate_finds_the_planted_formula_sooner(monkeypatch):
     def trainings(seed, without):
         task = ToyTask(planted="Neg(Mul(Square(p), Mul(y, MeanNHW(y))))")
         state = begin(task, "--without", without)
-        for number in range(1, 101):
+        for number in range(1, 61):
             (record,) = explore(task, state, 1, state.surrogate, seed)
             if (record["score"] or 0) > 0.995:
                 break
         return number
 
-    with_it, plain = (sum(trainings(seed, w) for seed in range(3)) for w in ("rejected", "rejected,surrogate"))
+    with_it, plain = (sum(trainings(seed, w) for seed in range(2)) for w in ("rejected", "rejected,surrogate"))
     assert with_it < 0.7 * plain
 
 

@@ -1720,7 +1720,7 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
                 score = task.train(task.baseline)
             except InvalidLoss:
                 score = None
-            worker.tell({"baseline": score})
+            worker.tell({"baseline": finite(score)})
         search(task, state, worker, args)
         close(task, state, worker, args)
     finally:

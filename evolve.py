@@ -117,7 +117,7 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
         ranked = guide.rank(task, list(pool.values())) if guide else list(pool.values())
         for k in range(0, len(ranked), state.batch):
             for child in judge(task, state, ranked[k : k + state.batch], DEAR, tried):
-                tried.counts["surrogate"] += len(ranked) - k - 1
+                tried.counts["surrogate"] += len(ranked) - k - 1 if guide else 0
                 return tried.close(state, child)
     return None
 
@@ -138,7 +138,7 @@ def evaluate(task: "Task", worker: "Worker", child: "Child") -> dict:
         "identity": child.identity,
         "predicted": child.predicted,
         "tried": child.tried,
-        "curve": [[step, float(f"{loss:.4g}")] for step, loss in task.curve],
+        "curve": [[step, float(f"{loss:.4g}")] for step, loss in task.curve if math.isfinite(loss)],
         "seconds": round(time.time() - start, 3),
         **child.more,
     }
@@ -411,6 +411,9 @@ class Tried:
                 tree.verdict = Verdict(PASSED, tree.key or "", tree.gain)
                 self.learn(state, tree)
         state.open.clear()
+        keys = [f"{name}:{expr}" for name, expr in child.losses.items()]
+        if programs := {key: state.programs[key] for key in keys if key in state.programs}:
+            child.more = child.more | {"programs": programs}
         counts = {gate: number for gate, number in self.counts.items() if number}
         child.tried = {"counts": counts, "verdicts": self.verdicts, "reused": self.reused, "failed": self.failed}
         return child
@@ -971,9 +974,10 @@ def propose(task: Task, state: State, rng: random.Random, parent: Member | None,
         return propose_several(task, state, rng, parent, tried)
     ((name, branch),) = task.branches.items()
     if parent is None:
-        return Child({name: (expr := state.method.fresh(state, rng, name, branch))}, None, [state.tree(name, expr)])
-    expr = state.method.mutate(state, rng, name, branch, parent.losses[name])
-    return Child({name: expr}, parent.losses, [state.tree(name, expr)])
+        expr = state.method.fresh(state, rng, name, branch)
+    else:
+        expr = state.method.mutate(state, rng, name, branch, parent.losses[name])
+    return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

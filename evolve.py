@@ -60,7 +60,7 @@ ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where ano
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
-POOL = 120  # [D] children from which the surrogate chooses ...
+POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 4000  # [D] ... made by at most so many mutations, most of which are dead or known
 LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((8, 1), (4, 3), (2, 6))  # [D] closing round: so many finalists with so many seeds, then the better ones
@@ -441,7 +441,7 @@ def judge(task: Task, state: "State", children: list[Child], names: tuple[str, .
             tried.counts[decided[-1]] += 1
             if not state.surrogate:  # hundreds a turn would soon make a population of copies
                 tried.reused.append((texts(child.losses), child.identity))
-        elif "simulation" in names and not simulated(task, state, child):
+        elif "simulation" in state.gates.intersection(names) and not simulated(task, state, child):
             tried.counts["simulation"] += 1
             tried.failed.append(child.identity)
             state.failed.add(child.identity)
@@ -2131,8 +2131,7 @@ def random_loss(state: State, rng: random.Random, name: str, branch: Branch) -> 
 
 
 def mutated_loss(state: State, rng: random.Random, name: str, branch: Branch, expr: Expr) -> Expr:
-    others = [member.losses[name] for member in state.population if member.score is not None and name in member.losses]
-    return mutate(rng, expr, branch.symbols, rng.choice(others))
+    return mutate(rng, expr, branch.symbols, select_parent(state, rng, [name]).losses[name])
 
 
 # Convergence simulation (CSE-Autoloss, Liu 2021, arXiv 2102.04700): evolution from known losses through two gates.

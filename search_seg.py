@@ -998,7 +998,7 @@ def draw_predictions(net: nn.Module, split: Split, path: Path, device: str, numb
 # Search
 
 
-GATE_SIZE = 20  # side of the rejection samples in pixels [D]
+GATE_SIZE = 16  # side of the rejection samples in pixels [D]
 GATE_SAMPLES = 5  # [P]
 STATES = (0, 0.15, 1)  # shares of the base training after which the gates look at its predictions [D]
 

@@ -633,7 +633,7 @@ class Surrogate:
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
-    GRID = [(length, noise, drift) for length in (0.3, 0.5, 0.8, 1.2, 2.0) for noise in (0.003, 0.02, 0.1)
+    GRID = [(length, noise, drift) for length in (0.15, 0.25, 0.4, 0.7, 1.2) for noise in (0.003, 0.02, 0.1)
             for drift in (0.1, 0.5)]  # fmt: skip
 
     def __init__(self):

@@ -46,7 +46,8 @@ LOSSES = (
     "Neg(Sqrt(MeanNHW(Mul(y, Log(p)))))",
     "MinPool3(Neg(Mul(Sqrt(Mul(y, p)), Inv(MeanNHW(Add(y, p))))))",
     "Sqrt(MeanNHW(Sqrt(Tanh(Tanh(Neg(Mul(y, p)))))))",
-    "Sqrt(Inv(Mul(Add(Add(Tanh(MinPool3(y)), Sqrt(p)), Mul(Abs(MaxPool3(p)), Add(MinPool3(MinPool3(y)), p))), Abs(y))))",
+    "Sqrt(Inv(Mul(Add(Add(Tanh(MinPool3(y)), Sqrt(p)), Mul(Abs(MaxPool3(p)), "
+    "Add(MinPool3(MinPool3(y)), p))), Abs(y))))",
     "Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p))))",
     "Log(Inv(MeanNHW(Mul(y, Tanh(Mul(p, y))))))",
     "MinPool3(Log(Add(Add(1, p), Inv(Mul(y, p)))))",
@@ -62,11 +63,9 @@ LOSSES = (
 PROXIES = {
     "80 from scratch": (0, 80, 0.01),
     "160 from scratch": (0, 160, 0.01),
-    "50 + 120": (50, 120, 0.01),
     "100 + 80": (100, 80, 0.01),
     "100 + 120": (100, 120, 0.01),
     "100 + 160": (100, 160, 0.01),
-    "150 + 120": (150, 120, 0.01),
     "250 + 80, lr .007": (250, 80, 0.007),
     "250 + 80": (250, 80, 0.01),
 }

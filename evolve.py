@@ -83,7 +83,8 @@ def search(task: "Task", state: "State", worker: "Worker", args) -> None:
         worker.hear(state)
         if state.evaluated >= args.evals or time.time() >= deadline:
             return
-        rng = random.Random(f"{args.seed}/{worker.rank}/{state.turns[worker.rank]}")
+        turn = state.next_turn(worker.rank)
+        rng = random.Random(f"{args.seed}/{worker.rank}/{turn}")
         guide = state.surrogate.fit(task, state, worker.others_at_work(state)) if state.surrogate else None
         if guide and (leader := next_leader(state, guide, worker)):
             worker.tell(retrain(task, worker, leader, args.seed, leader=True))
@@ -91,7 +92,7 @@ def search(task: "Task", state: "State", worker: "Worker", args) -> None:
         child = next_child(task, state, rng, guide, deadline)
         if child is None:  # the deadline came first
             return
-        worker.tell(evaluate(task, worker, child))
+        worker.tell({"turn": turn, **evaluate(task, worker, child)})
 
 
 def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surrogate | None", deadline: float):
@@ -824,7 +825,7 @@ class State:
     scores: dict[tuple[str, ...], float | None] = field(default_factory=dict)  # of proxy trainings, by identity
     results: dict[str, Result] = field(default_factory=dict)  # distinct candidates, by text
     again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # converged trainings by text and seed
-    turns: Counter = field(default_factory=Counter)  # proxy trainings by worker
+    turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
     programs: dict[str, list] = field(default_factory=dict)  # the latest one that computes a tree
     baseline: float | None = None  # its proxy score
     simulated: float | None = None  # its score in the short training of CSE
@@ -834,7 +835,11 @@ class State:
 
     @property
     def evaluated(self) -> int:
-        return self.turns.total()
+        return sum(map(len, self.turns.values()))
+
+    def next_turn(self, worker: int) -> int:
+        """One more than the last: a line that was lost on the way shifts no later turn."""
+        return max(self.turns.get(worker, ()), default=-1) + 1
 
     @property
     def explored(self) -> int:
@@ -869,6 +874,7 @@ class State:
 
     def absorb(self, record: dict) -> None:
         """Take in one record; raises what a broken one leads to before anything has changed."""
+        elapsed = float(record["elapsed"])
         if "baseline" in record:
             self.baseline = finite(record["baseline"])
         elif "retrained" in record:
@@ -879,7 +885,7 @@ class State:
             self.again.setdefault(key, {})[seed] = scores
         else:
             self.absorb_evaluation(record)
-        self.elapsed = max(self.elapsed, float(record["elapsed"]))
+        self.elapsed = max(self.elapsed, elapsed)
 
     def absorb_evaluation(self, record: dict) -> None:
         losses = {branch: self.task.read(text) for branch, text in record["losses"].items()}
@@ -887,15 +893,19 @@ class State:
         gain = min((value for value in record["gain"].values() if value is not None), default=None)
         whole = not record.get("trial")
         reused = [({k: parse(v) for k, v in texts.items()}, tuple(known)) for texts, known in tried["reused"]]
-        worker = int(record["worker"])
+        verdicts = [(branch, text, Verdict(*verdict)) for branch, text, *verdict in tried["verdicts"]]
+        failed = {tuple(known) for known in tried["failed"]}
+        worker, turn = int(record["worker"]), int(record["turn"])
         counts = Counter({gate: int(number) for gate, number in tried["counts"].items()})
 
-        self.turns[worker] += 1
+        if turn in self.turns.setdefault(worker, set()):  # a copy of a line
+            return
+        self.turns[worker].add(turn)
         self.counts += counts
         self.counts["invalid"] += score is None
-        for verdict in tried["verdicts"]:
-            self.learn(*verdict)
-        self.failed.update(map(tuple, tried["failed"]))
+        for branch, tree, verdict in verdicts:
+            self.learn(branch, tree, *verdict)
+        self.failed |= failed
         self.scores.setdefault(identity, score)
         for child, known in reused:
             self.population.append(Member(child, self.scores.get(known), known))
@@ -1059,8 +1069,8 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
     for number, seeds in RUNGS:
         seeds = min(seeds, 2 * args.seeds)
         worker.serve(task, state, [(losses, args.seed + k) for k in range(seeds) for losses in finalists[:number]])
-        finalists = best_first(finalists[:number])
-    found = finalists[0] if finalists and state.converged(losses_text(finalists[0])) > -math.inf else None
+        finalists = best_first(finalists[:number]) + finalists[number:]
+    found = next((losses for losses in finalists if state.converged(losses_text(losses)) > -math.inf), None)
     short = worker.agree("short", state, lambda: found and shorten(task, found))
     if short != found:
         worker.serve(task, state, [(short, args.seed)])
@@ -1214,7 +1224,7 @@ class Journal:
                 try:
                     state.absorb(record)
                     heard.append(record)
-                except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+                except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
                     state.broken += 1
                     warn(f"{path}: a record is broken and was skipped ({state.broken} so far)")
         return heard
@@ -1241,7 +1251,7 @@ class Worker(Journal):
         self.searching = True
         self.works_on(None)
         self.gone = threading.Event()
-        threading.Thread(target=self.live, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=self.live, daemon=True).start()
 
     def enlist(self) -> tuple[int, io.BufferedRandom]:
         rank = 0
@@ -1261,14 +1271,14 @@ class Worker(Journal):
                 file.truncate(whole)
             return rank, file
 
-    def live(self, parent: int) -> None:
-        """Touch the sign of life; end with whoever started this process."""
+    def live(self) -> None:
+        """Touch the sign of life; end with whoever launched this process."""
         while not self.gone.wait(1.0):
             try:
                 os.utime(self.sign)
             except OSError:  # the run directory has gone; the next record will say so
                 pass
-            if "AUTOLOSS_RUN_DIR" in os.environ and os.getppid() != parent:
+            if os.environ.get("AUTOLOSS_LAUNCHER", str(os.getppid())) != str(os.getppid()):
                 os._exit(1)
 
     def leave(self) -> None:
@@ -1719,7 +1729,7 @@ def launch(number: int, directory: Path) -> list[subprocess.Popen]:
     In sessions of their own: Ctrl-C reaches this process alone, which then ends them.
     """
     print(f"starting {number} workers", flush=True)
-    shared = {**os.environ, "AUTOLOSS_RUN_DIR": str(directory)}
+    shared = {**os.environ, "AUTOLOSS_RUN_DIR": str(directory), "AUTOLOSS_LAUNCHER": str(os.getpid())}
     return [
         subprocess.Popen(
             [sys.executable, *sys.argv], env={**shared, "RANK": str(k), "LOCAL_RANK": str(k)}, start_new_session=True

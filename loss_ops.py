@@ -371,7 +371,7 @@ def softmax_leaves(
     """
     shape = logits.shape
     if pools and len(shape) > 4:
-        raise ValueError(f"logits {tuple(shape)}: pools of 3x3 take (N, C, H, W), (N, C, L) and (N, C) alone")
+        raise ValueError(f"logits {tuple(shape)}: a pool of 3x3 takes (N, C, H, W), (N, C, L) or (N, C), no volume")
     if len(shape) < 2 or shape[1] < 2 or label.shape != shape[:1] + shape[2:]:
         raise ValueError(
             f"logits {tuple(shape)} and label {tuple(label.shape)}: expected (N, C, ...) before softmax, with C "

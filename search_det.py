@@ -620,7 +620,7 @@ class Boxes(NamedTuple):
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Both as x1 y1 x2 y2, (P, 4)."""
-        return tuple(self.coder.decode_single(codes, self.start) for codes in (self.deltas, self.targets))
+        return tuple(self.coder.decode_single(wide(codes), self.start) for codes in (self.deltas, self.targets))
 
 
 class Detector(nn.Module):
@@ -1045,8 +1045,8 @@ RPN_HEAD = '''def NAME(objectness, label, ignore_index=-1):
     objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object, or ignore_index.
     Returns a scalar, float32 at least, averaged over anchors.
     """
-    logits = torch.stack([torch.zeros_like(objectness), objectness], 1)  # the softmax of these two is the sigmoid
-    leaves, mask = softmax_leaves(logits, label, ignore_index)
+    x = wide(objectness)
+    leaves, mask = softmax_leaves(torch.stack([torch.zeros_like(x), x], 1), label, ignore_index)  # sigmoid as softmax
     y, p = leaves["y"], leaves["p"]
 '''
 HEADS = {

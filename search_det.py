@@ -43,7 +43,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 import evolve
 from data import shapes
 from evolve import Branch, DataError, InvalidLoss, fail
-from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_module, softmax_leaves
+from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_module, softmax_leaves, sources, wide
 
 METRICS = {
     "bbox": ("bbox", "bbox50", "bbox75"),
@@ -616,7 +616,7 @@ class Boxes(NamedTuple):
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Both as x1 y1 x2 y2, (P, 4)."""
-        return tuple(self.coder.decode_single(codes, self.start) for codes in (self.deltas, self.targets))
+        return tuple(self.coder.decode_single(wide(codes), self.start) for codes in (self.deltas, self.targets))
 
 
 class Detector(nn.Module):
@@ -927,18 +927,19 @@ def coco_eval(
 
 def ce(logits: Tensor, label: Tensor, boxes: Boxes | None) -> Tensor:
     """Cross entropy, the mean over samples."""
-    return F.cross_entropy(logits, label)
+    return F.cross_entropy(wide(logits), label)
 
 
 def l1(boxes: Boxes) -> Tensor:
     """Smooth L1 on encoded boxes over the number of samples, background included, as torchvision has it."""
-    loss = F.smooth_l1_loss(boxes.deltas, boxes.targets, beta=1 / 9, reduction="sum")
+    loss = F.smooth_l1_loss(wide(boxes.deltas), boxes.targets, beta=1 / 9, reduction="sum")
     return loss / boxes.sampled
 
 
 def mask_ce(logits: Tensor, target: Tensor) -> Tensor:
     """Binary cross entropy, the mean over pixels."""
-    return F.binary_cross_entropy_with_logits(logits, target) if len(logits) else logits.sum()
+    logits = wide(logits)
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits)) if len(logits) else logits.sum()
 
 
 def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
@@ -951,7 +952,7 @@ def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
         width, height = (high - low).clamp(min=0).unbind(-1)
         return width * height
 
-    (a, b), (c, d) = found.split(2, -1), wanted.split(2, -1)
+    (a, b), (c, d) = wide(found).split(2, -1), wide(wanted).split(2, -1)
     own = area(c, d)
     i = area(torch.maximum(a, c), torch.minimum(b, d)) / own
     u = area(a, b) / own + 1 - i
@@ -961,6 +962,7 @@ def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
 
 def cse_cls(logits: Tensor, label: Tensor, boxes: Boxes) -> Tensor:
     """Cross entropy times 1 + sin w, w the IoU of the predicted box, 0 for background (CSE-Auto-A, Liu 2021)."""
+    logits = wide(logits)
     weight = torch.ones_like(logits[:, 0])
     leaves = box_leaves(*(x.detach() for x in boxes.decode()))
     weight[label > 0] += (leaves["i"] / leaves["u"]).flatten().sin()
@@ -1006,7 +1008,7 @@ def tree_loss(branch: str, expr: Expr) -> Callable[..., Tensor]:
     """A searched tree as a loss of its branch; the mean over samples, or over positives where boxes are compared."""
 
     def classify(logits: Tensor, label: Tensor, boxes: Boxes | None) -> Tensor:
-        leaves, _ = softmax_leaves(logits[..., None, None], label[..., None, None])
+        leaves, _ = softmax_leaves(logits, label, ignore_index=-1)  # none is ignored, and class 255 is one of many
         return evaluate(expr, leaves)
 
     def regress(boxes: Boxes) -> Tensor:
@@ -1020,6 +1022,8 @@ def tree_loss(branch: str, expr: Expr) -> Callable[..., Tensor]:
 
 def mask_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Outside and inside as two classes (..., N, 2, H, W), for logits and targets (..., N, H, W) [D]."""
+    logits = wide(logits)
+    target = target.to(logits)
     y = torch.stack([1 - target, target], -3)
     return {"y": y, "p": torch.stack([(-logits).sigmoid(), logits.sigmoid()], -3)}
 
@@ -1028,55 +1032,58 @@ def export(found: dict[str, Expr], title: str = "Loss functions of a detector, f
     """The found losses as one standalone file with a function per branch; it imports nothing of this repository."""
     heads = {branch: HEADS[branch.split("_")[-1]] for branch in found} | {"rpn_cls": RPN_HEAD}
     losses = [(expr, heads[branch].replace("NAME", branch)) for branch, expr in found.items()]
-    return python_module(losses, f"{title} Branches: {', '.join(found)}.")
+    return python_module(losses, title, HELPERS)
 
 
-RPN_HEAD = '''def NAME(objectness, label):
+RPN_HEAD = '''def NAME(objectness, label, ignore_index=-1):
     """{expr}
 
-    objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object.
-    Returns a scalar, averaged over anchors.
+    objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object, or ignore_index.
+    Returns a scalar, float32 at least, averaged over anchors.
     """
-    y = torch.stack([1 - label, label], 1)[..., None, None].to(objectness)
-    p = torch.stack([(-objectness).sigmoid(), objectness.sigmoid()], 1)[..., None, None]
-    mask = None
+    x = wide(objectness)
+    leaves, mask = softmax_leaves(torch.stack([torch.zeros_like(x), x], 1), label, ignore_index)  # sigmoid as softmax
+    y, p = leaves["y"], leaves["p"]
 '''
 HEADS = {
-    "cls": '''def NAME(logits, label):
+    "cls": '''def NAME(logits, label, ignore_index=-1):
     """{expr}
 
-    logits: (N, C) of the sampled proposals, before softmax; label: (N,) integers 0..C-1, 0 background.
-    Returns a scalar, averaged over proposals.
+    logits: (N, C) of the sampled proposals, before softmax; label: (N,) integers 0..C-1, 0 background, or ignore_index.
+    Returns a scalar, float32 at least, averaged over proposals.
     """
-    y = torch.zeros_like(logits).scatter_(1, label.unsqueeze(1), 1.0)[..., None, None]
-    p = logits.softmax(1)[..., None, None]
-    mask = None
+    leaves, mask = softmax_leaves(logits, label, ignore_index)
+    y, p = leaves["y"], leaves["p"]
 ''',
     "reg": '''def NAME(boxes, target):
     """{expr}
 
-    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives, at least one.
+    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives.
     i, u, e: intersection, union and enclosing area, in units of the true box's own area.
-    Returns a scalar, averaged over boxes.
+    Returns a scalar, float32 at least, averaged over boxes; 0 where there are none.
     """
-    a, b, c, d = boxes[:, :2], boxes[:, 2:], target[:, :2], target[:, 2:]
-    own, area = (d - c).prod(1), (b - a).clamp(min=0).prod(1)
-    i = (torch.minimum(b, d) - torch.maximum(a, c)).clamp(min=0).prod(1)
-    e = (torch.maximum(b, d) - torch.minimum(a, c)).prod(1)
-    i, u, e = ((x / own)[:, None, None, None] for x in (i, area + own - i, e))
+    if boxes.shape != target.shape or boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes {tuple(boxes.shape)} and target {tuple(target.shape)}: expected (N, 4) twice")
+    if not len(boxes):
+        return wide(boxes).sum()
+    i, u, e = box_leaves(boxes, target).values()
     mask = None
 ''',
     "mask": '''def NAME(logits, target):
     """{expr}
 
-    logits, target: (N, H, W), the mask of the true class of each positive, at least one; target in 0..1.
-    Returns a scalar, averaged over pixels.
+    logits, target: (N, H, W), the mask of the true class of each positive, before sigmoid; target in 0..1 or bool.
+    Returns a scalar, float32 at least, averaged over pixels; 0 where there is no mask.
     """
-    y = torch.stack([1 - target, target], 1)
-    p = torch.stack([(-logits).sigmoid(), logits.sigmoid()], 1)
-    mask = None
+    if logits.shape != target.shape or logits.dim() != 3:
+        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)}: expected (N, H, W) twice")
+    if not len(logits):
+        return wide(logits).sum()
+    leaves = mask_leaves(logits, target)
+    y, p, mask = leaves["y"], leaves["p"], None
 ''',
 }
+HELPERS = sources(box_leaves, mask_leaves)
 
 
 # =====================================================================================================================

@@ -1545,9 +1545,8 @@ class Reporter:
         for result in hall_of_fame(state)[:8]:
             again = state.converged(result.text)
             number = len(state.again.get(result.text, {}))
-            print(
-                f"{'>>>>' if result.text == text else '':4}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}"
-            )
+            mark = ">>>>" if result.text == text else "    "
+            print(f"{mark}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}")
         if text and text not in state.results:
             print(f">>>>  {'':7} {shown(state.converged(text)):>10} {len(state.again[text]):>6}  {text}  (in short)")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
@@ -2102,7 +2101,7 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
 
 
 def show_table(test: dict, metrics: tuple[str, ...], chosen: str | None, ahead: dict, note: str) -> None:
-    """One column per loss, one row per metric, and the paired difference; the metric that was searched for is marked."""
+    """One column per loss, one row per metric, and the paired difference; the metric searched for is marked."""
     number = max((len(values) for column in test.values() for values in column.values()), default=0)
     print(f"\ntest split, mean and spread over {number} fresh seed{'s' * (number != 1)}{note}")
     print(" " * 16 + "".join(f"{name:>18}" for name in test) + f"{'difference (standard error)':>30}" * bool(ahead))
@@ -2228,7 +2227,7 @@ def program_tree(program: Sequence[Instruction], symbols: tuple[str, ...]) -> Ex
 
 
 def compiled(state: State, name: str, branch: Branch, make: Callable[[], list[Instruction]]) -> Expr:
-    """The tree of the first program out of `make` that is not too large; by branch and tree the program is remembered."""
+    """The tree of the first program out of `make` that is not too large; by branch and tree it is remembered."""
     tree = None
     while tree is None:
         program = make()

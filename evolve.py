@@ -60,8 +60,8 @@ ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where ano
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
-POOL = 120  # [D] children from which the surrogate chooses ...
-ATTEMPTS = 4000  # [D] ... made by at most so many mutations, most of which are dead or known
+POOL = 200  # [D] children from which the surrogate chooses ...
+ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known
 LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((8, 1), (4, 3), (2, 6))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] finalists have gradients of less than this mean cosine
@@ -86,7 +86,7 @@ def search(task: "Task", state: "State", worker: "Worker", args) -> None:
         turn = state.next_turn(worker.rank)
         rng = random.Random(f"{args.seed}/{worker.rank}/{turn}")
         guide = state.surrogate.fit(task, state, worker.others_at_work(state)) if state.surrogate else None
-        if guide and (leader := next_leader(state, guide, worker)):
+        if guide and (leader := next_leader(state, guide, worker, args.seed)):
             worker.tell(retrain(task, worker, leader, args.seed, leader=True))
             continue
         child = next_child(task, state, rng, guide, deadline)
@@ -99,26 +99,23 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
     """A child that deserves a training; None if the deadline comes first.
 
     As published, one parent is drawn and mutated until a child passes: a new parent for every attempt would select for
-    fertility. A surrogate chooses among some hundred children of many parents that have passed the cheap gates [D].
+    fertility. With the surrogate some hundred children of many parents pass the cheap gates, and the most promising of
+    them go on [D].
     """
     if state.sampler:
         return state.sampler.propose(rng)
     tried, parent = Tried(), None
     fresh = rng.random() < FRESH or not state.method.mutate or state.evaluated < INITIAL
-    size, attempts = (POOL, ATTEMPTS) if guide else (1, 1)
     while time.time() < deadline:
-        pool: dict[tuple, Child] = {}
-        for _ in range(0, attempts, state.batch):
-            if guide or parent is None:
-                parent = None if fresh else select_parent(state, rng, task.branches)
+        if guide:
+            pool = breed(task, state, rng, guide, fresh, tried, deadline)
+        else:
+            parent = parent if parent or fresh else select_parent(state, rng, task.branches)
             children = [propose(task, state, rng, parent, tried) for _ in range(state.batch)]
-            pool |= {child.identity: child for child in judge(task, state, children, CHEAP, tried)}
-            if len(pool) >= size or time.time() >= deadline:
-                break
-        ranked = guide.rank(task, list(pool.values())) if guide else list(pool.values())
-        for k in range(0, len(ranked), state.batch):
-            for child in judge(task, state, ranked[k : k + state.batch], DEAR, tried):
-                tried.counts["surrogate"] += len(ranked) - k - 1
+            pool = judge(task, state, children, CHEAP, tried)
+        for k in range(0, len(pool), state.batch):
+            for child in judge(task, state, pool[k : k + state.batch], DEAR, tried):
+                tried.counts["surrogate"] += len(pool) - k - 1 if guide else 0
                 return tried.close(state, child)
     return None
 
@@ -415,9 +412,9 @@ class Tried:
         for tree in child.trees:
             self.passed(state, tree)
         state.open.clear()
-        names = [f"{branch}:{loss}" for branch, loss in child.losses.items()]
-        if programs := {name: state.programs[name] for name in names if name in state.programs}:
-            child.more = {**child.more, "programs": programs}
+        keys = [f"{name}:{expr}" for name, expr in child.losses.items()]
+        if programs := {key: state.programs[key] for key in keys if key in state.programs}:
+            child.more = child.more | {"programs": programs}
         counts = {gate: number for gate, number in self.counts.items() if number}
         child.tried = {"counts": counts, "verdicts": self.verdicts, "reused": self.reused, "failed": self.failed}
         return child
@@ -445,7 +442,7 @@ def judge(task: Task, state: "State", children: list[Child], names: tuple[str, .
             tried.counts[decided[-1]] += 1
             if not state.surrogate:  # hundreds a turn would soon make a population of copies
                 tried.reused.append((texts(child.losses), child.identity))
-        elif "simulation" in {*names} & state.gates and not simulated(task, state, child):
+        elif "simulation" in state.gates.intersection(names) and not simulated(task, state, child):
             tried.counts["simulation"] += 1
             tried.failed.append(child.identity)
             state.failed.add(child.identity)
@@ -637,7 +634,7 @@ class Surrogate:
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
-    GRID = [(length, noise, drift) for length in (0.3, 0.5, 0.8, 1.2, 2.0) for noise in (0.003, 0.02, 0.1)
+    GRID = [(length, noise, drift) for length in (0.15, 0.25, 0.4, 0.7, 1.2) for noise in (0.003, 0.02, 0.1)
             for drift in (0.1, 0.5)]  # fmt: skip
 
     def __init__(self):
@@ -743,6 +740,39 @@ class Surrogate:
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
 
+def breed(
+    task: Task, state: "State", rng: random.Random, guide: Surrogate, fresh: bool, tried: Tried, deadline: float
+) -> list[Child]:
+    """Children that pass the cheap gates, the greatest expected improvement first.
+
+    Half of them are children of the most promising ones before them. So several mutations in a row, each chosen by what
+    is expected of it, cross valleys that single ones do not, for the price of a few gradients.
+    """
+    pool: dict[tuple, Child] = {}
+    elite: list[Child] = []
+    ranked = 0  # size of the pool when the elite was chosen
+    whole = len(task.branches) == 1 or state.evaluated >= TRIALS + ASSEMBLED
+    for _ in range(0, ATTEMPTS, state.batch):
+        if len(pool) >= ranked + POOL // 5:
+            elite, ranked = guide.rank(task, list(pool.values()))[: POOL // 10], len(pool)
+        if len(pool) >= POOL or time.time() >= deadline:
+            break
+        parents, children = [], []
+        for _ in range(state.batch):
+            parents.append(rng.choice(elite) if elite and whole and rng.random() < 0.5 else None)
+            known = parents[-1] or (None if fresh else select_parent(state, rng, task.branches))
+            children.append(propose(task, state, rng, known, tried))
+        passing = {id(child) for child in judge(task, state, children, CHEAP, tried)}
+        for parent, child in zip(parents, children):
+            if id(child) in passing:
+                if parent:  # in the journal its parent is the last one that was trained
+                    new = {tree.branch for tree in child.trees}
+                    child.trees = [*child.trees, *(tree for tree in parent.trees if tree.branch not in new)]
+                    child.parent, child.identity = parent.parent, state.identity(child)
+                pool[child.identity] = child
+    return guide.rank(task, list(pool.values()))
+
+
 def squared_distances(one: Tensor, other: Tensor) -> Tensor:
     """(branches, n, m) float64 of points (n, branches, size) and (m, branches, size)."""
     one, other = one.movedim(1, 0), other.movedim(1, 0)
@@ -761,7 +791,7 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def next_leader(state: "State", guide: Surrogate, worker: "Worker") -> dict[str, Expr] | None:
+def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict[str, Expr] | None:
     """What to train to convergence in the middle of a search: the most promising one so far, every LEADER_EVERY turns.
 
     A proxy is one thing, what it stands for another: the surrogate learns from both.
@@ -775,7 +805,8 @@ def next_leader(state: "State", guide: Surrogate, worker: "Worker") -> dict[str,
         for promise, row in zip(guide.promise, guide.rows)
         if row.score is not None and row.whole and state.converged(row.text) is None and row.text not in busy
     ]
-    return max(able, key=lambda pair: pair[0])[1].losses if able else None
+    ranked = sorted(able, key=lambda pair: -pair[0])
+    return next((row.losses for _, row in ranked if worker.claim(f"{row.text} {seed}")), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -987,9 +1018,10 @@ def propose(task: Task, state: State, rng: random.Random, parent: Member | None,
         return propose_several(task, state, rng, parent, tried)
     ((name, branch),) = task.branches.items()
     if parent is None:
-        return Child({name: (expr := state.method.fresh(state, rng, name, branch))}, None, [state.tree(name, expr)])
-    expr = state.method.mutate(state, rng, name, branch, parent.losses[name])
-    return Child({name: expr}, parent.losses, [state.tree(name, expr)])
+        expr = state.method.fresh(state, rng, name, branch)
+    else:
+        expr = state.method.mutate(state, rng, name, branch, parent.losses[name])
+    return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1224,13 +1256,15 @@ class Journal:
         heard = []
         for path in sorted(self.directory.glob("journal-*.jsonl")):
             records, self.read[path] = read_records(path, self.read.get(path, 0))
+            known = state.broken
             for record in records:
                 try:
                     state.absorb(record)
                     heard.append(record)
                 except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
                     state.broken += 1
-                    warn(f"{path}: a record is broken and was skipped ({state.broken} so far)")
+            if state.broken > known:
+                warn(f"{path}: {state.broken - known} broken lines were skipped")
         return heard
 
 
@@ -1549,9 +1583,8 @@ class Reporter:
         for result in hall_of_fame(state)[:8]:
             again = state.converged(result.text)
             number = len(state.again.get(result.text, {}))
-            print(
-                f"{'>>>>' if result.text == text else '':4}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}"
-            )
+            mark = ">>>>" if result.text == text else "    "
+            print(f"{mark}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}")
         if text and text not in state.results:
             print(f">>>>  {'':7} {shown(state.converged(text)):>10} {len(state.again[text]):>6}  {text}  (in short)")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
@@ -2106,7 +2139,7 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
 
 
 def show_table(test: dict, metrics: tuple[str, ...], chosen: str | None, ahead: dict, note: str) -> None:
-    """One column per loss, one row per metric, and the paired difference; the metric that was searched for is marked."""
+    """One column per loss, one row per metric, and the paired difference; the metric searched for is marked."""
     number = max((len(values) for column in test.values() for values in column.values()), default=0)
     print(f"\ntest split, mean and spread over {number} fresh seed{'s' * (number != 1)}{note}")
     print(" " * 16 + "".join(f"{name:>18}" for name in test) + f"{'difference (standard error)':>30}" * bool(ahead))
@@ -2145,8 +2178,7 @@ def random_loss(state: State, rng: random.Random, name: str, branch: Branch) -> 
 
 
 def mutated_loss(state: State, rng: random.Random, name: str, branch: Branch, expr: Expr) -> Expr:
-    others = [member.losses[name] for member in state.population if member.score is not None and name in member.losses]
-    return mutate(rng, expr, branch.symbols, rng.choice(others))
+    return mutate(rng, expr, branch.symbols, select_parent(state, rng, [name]).losses[name])
 
 
 # Convergence simulation (CSE-Autoloss, Liu 2021, arXiv 2102.04700): evolution from known losses through two gates.
@@ -2233,7 +2265,7 @@ def program_tree(program: Sequence[Instruction], symbols: tuple[str, ...]) -> Ex
 
 
 def compiled(state: State, name: str, branch: Branch, make: Callable[[], list[Instruction]]) -> Expr:
-    """The tree of the first program out of `make` that is not too large; by branch and tree the program is remembered."""
+    """The tree of the first program out of `make` that is not too large; by branch and tree it is remembered."""
     tree = None
     while tree is None:
         program = make()

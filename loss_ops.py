@@ -20,6 +20,7 @@ Marks, here and in the other files: [P] published by AutoLoss-Zero, [A] read off
 import difflib
 import inspect
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -135,6 +136,11 @@ KNOWS_TARGET = frozenset("yiue")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Expressions
+#
+# Within these bounds every function here answers, however deep in other code it is called; losses of use are far below.
+
+MAX_DEPTH = 100  # operators above a leaf [D]
+MAX_NODES = 1000  # operators and leaves, repeated ones repeatedly [D]
 
 
 class Expr(NamedTuple):
@@ -144,11 +150,23 @@ class Expr(NamedTuple):
     args: tuple["Expr", ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.op}({', '.join(map(str, self.args))})" if self.args else self.op
+        args = [arg.__str__() for arg in self.args]  # `str` itself would take two more frames a level
+        return f"{self.op}({', '.join(args)})" if args else self.op
 
 
 ONE = Expr("1")
 ZERO = Expr("Add", (ONE, Expr("Neg", (ONE,))))
+
+
+def fits(expr: Expr) -> bool:
+    """Whether `expr` is within MAX_DEPTH and MAX_NODES: whether `parse` would read its text."""
+    level, nodes = [expr], 1
+    for _ in range(MAX_DEPTH):
+        level = [arg for node in level for arg in node.args]
+        nodes += len(level)
+        if not level or nodes > MAX_NODES:
+            break
+    return nodes <= MAX_NODES and not any(node.args for node in level)
 
 
 def subtrees(expr: Expr) -> list[Expr]:
@@ -173,53 +191,64 @@ def leaves_of(expr: Expr) -> set[str]:
 def parse(text: str) -> Expr:
     """Read prefix text such as `Neg(Mul(y, Log(p)))`; `parse(str(expr)) == expr`. Nothing is ever evaluated.
 
-    Raises ValueError naming the position (from 0) of an unknown name (with the nearest known one), of an operator with
-    the wrong number of operands, or of a stray character.
+    Raises ValueError, in less than 300 characters, naming the position (from 0) of an unknown name (with the nearest
+    known one), of an operator with the wrong number of operands, of a stray character, or of what exceeds MAX_DEPTH or
+    MAX_NODES.
     """
-    tokens = [(m.start(), m.group()) for m in re.finditer(r"\w+|[^\w\s]", text)] + [(len(text), "")]
-    at = 0
+    tokens = re.finditer(r"\w+|[^\w\s]|\Z", text)  # the last one is empty
+    token, nodes = next(tokens), 0
 
-    def fail(position: int, what: str):
-        raise ValueError(f"position {position}: {what}")
+    def take() -> re.Match:
+        nonlocal token
+        taken, token = token, next(tokens, token)
+        return taken
 
-    def expect(token: str, after: str) -> None:
-        nonlocal at
-        position, found = tokens[at]
-        if found != token:
-            fail(position, f"expected '{token}' {after}, found {repr(found) if found else 'the end'}")
-        at += 1
+    def fail(at: re.Match, what: str):
+        raise ValueError(f"position {at.start()}: {what}")
 
-    def read() -> Expr:
-        nonlocal at
-        position, name = tokens[at]
-        at += 1
+    def show(at: re.Match) -> str:
+        return reprlib.repr(at.group()) if at.group() else "the end"
+
+    def expect(wanted: str, after: str) -> None:
+        if token.group() != wanted:
+            fail(token, f"expected '{wanted}' {after}, found {show(token)}")
+        take()
+
+    def read(depth: int) -> Expr:
+        nonlocal nodes
+        at = take()
+        name = at.group()
+        nodes += 1
+        if nodes > MAX_NODES:
+            fail(at, f"more than {MAX_NODES} operators and leaves")
         if name in LEAVES:
             return Expr(name)
         if name not in OPERATORS:
-            near = difflib.get_close_matches(name.lower(), [k.lower() for k in (*OPERATORS, *LEAVES)], 1, 0.3)
-            known = [k for k in (*OPERATORS, *LEAVES) if k.lower() in near]
-            hint = f"did you mean '{known[0]}'?" if known else "known are " + " ".join((*OPERATORS, *LEAVES))
-            fail(
-                position, f"unknown name {name!r}; {hint}" if name else "expected an operator or a leaf, found the end"
-            )
+            fail(at, f"unknown name {show(at)}; {hint(name)}" if name else "expected a formula, found the end")
+        if depth == MAX_DEPTH:
+            fail(at, f"nested too deeply, more than {MAX_DEPTH} operators")
         expect("(", f"after '{name}'")
-        args = [read()]
-        while tokens[at][1] == ",":
-            at += 1
-            args.append(read())
+        args = [read(depth + 1)]
+        while token.group() == ",":
+            take()
+            args.append(read(depth + 1))
         arity = OPERATORS[name].arity
         if len(args) != arity:
-            fail(position, f"'{name}' takes {arity} operand{'s' * (arity > 1)}, got {len(args)}")
-        expect(")", f"to close '{name}' at {position}")
+            fail(at, f"'{name}' takes {arity} operand{'s' * (arity > 1)}, got {len(args)}")
+        expect(")", f"to close '{name}' at {at.start()}")
         return Expr(name, tuple(args))
 
-    try:
-        expr = read()
-    except RecursionError:
-        raise ValueError(f"position {tokens[at][0]}: nested too deeply") from None
-    if tokens[at][1]:
-        fail(tokens[at][0], f"unexpected {tokens[at][1]!r} after the formula")
+    expr = read(0)
+    if token.group():
+        fail(token, f"unexpected {show(token)} after the formula")
     return expr
+
+
+def hint(name: str) -> str:
+    """The known name nearest to `name`, or all that are known."""
+    known = {known.lower(): known for known in (*OPERATORS, *LEAVES)}
+    near = difflib.get_close_matches(name[:20].lower(), known, 1, 0.3)
+    return f"did you mean '{known[near[0]]}'?" if near else "known are " + " ".join(known.values())
 
 
 def latex(expr: Expr) -> str:
@@ -243,14 +272,15 @@ def latex(expr: Expr) -> str:
 # Values
 
 
+def apply(op: str, args: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    operator = OPERATORS[op]
+    return operator.function(*args, mask) if operator.masked else operator.function(*args)
+
+
 def reduce(x, channels, mask):
     """Sum over C, mean over N, H, W of the valid positions; `x` may have dimensions of size one."""
     x = mean_nhw(x, mask)
     return x.expand(*x.shape[:-3], channels, 1, 1).sum((-4, -3, -2, -1))
-
-
-# What `python_source` writes, read while the file is still the one that runs.
-SOURCES = {f: inspect.getsource(f).strip() for f in (*(op.function for op in OPERATORS.values()), reduce)}
 
 
 def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
@@ -269,9 +299,7 @@ def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = Non
     values = {ONE: some.new_ones((1, 1, 1, 1))}
     for node in subtrees(expr):
         if node.args:
-            operator = OPERATORS[node.op]
-            args = [values[arg] for arg in node.args]
-            values[node] = operator.function(*args, mask) if operator.masked else operator.function(*args)
+            values[node] = apply(node.op, [values[arg] for arg in node.args], mask)
         elif node != ONE:
             values[node] = leaves[node.op]
     return reduce(values[expr], some.shape[-3], mask).expand(some.shape[:-4])
@@ -307,11 +335,9 @@ def evaluate_batch(exprs: Sequence[Expr], leaves: Mapping[str, Tensor], mask: Te
                 values[k, node] = one if node == ONE else leaves[node.op][k]
     for height in sorted(levels):
         for op, wanted in levels[height].items():
-            operator = OPERATORS[op]
             for group in by_shape(wanted, lambda kn: [values[kn[0], arg].shape for arg in kn[1].args]):
-                args = [torch.stack([values[k, node.args[a]] for k, node in group]) for a in range(operator.arity)]
-                result = operator.function(*args, mask) if operator.masked else operator.function(*args)
-                values.update(zip(group, result.unbind()))
+                operands = zip(*([values[k, arg] for arg in node.args] for k, node in group))
+                values.update(zip(group, apply(op, [torch.stack(column) for column in operands], mask).unbind()))
     losses: list[Tensor | None] = [None] * len(exprs)
     for group in by_shape(list(enumerate(exprs)), lambda kn: [values[kn].shape]):
         result = reduce(torch.stack([values[kn] for kn in group]), some.shape[-3], mask)
@@ -328,47 +354,83 @@ def by_shape(items: list, shapes: Callable) -> list[list]:
     return list(groups.values())
 
 
-def softmax_leaves(logits: Tensor, label: Tensor, ignore_index: int = 255) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Leaves and mask of a classification: logits (N, C, H, W), label (N, H, W) of 0..C-1 or `ignore_index`.
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 at least. In half precision EPS is 0 or lost, and a sum over pixels overflows."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softmax_leaves(
+    logits: Tensor, label: Tensor, ignore_index: int = 255, pools: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Leaves (N, C, H, W) and mask (N, 1, H, W) of a classification, in float32 at least.
+
+    logits: (N, C), (N, C, L), a line, or (N, C, H, W); any (N, C, ...) where nothing `pools`. label: the shape of the
+    logits without C, integers 0..C-1 or `ignore_index`, which may be any. Raises ValueError for other shapes.
 
     An ignored position carries class 0 below its mask: as regular as any other, so that no operator overflows there.
     """
-    mask = (label != ignore_index).unsqueeze(1)  # (N, 1, H, W)
-    y = torch.zeros_like(logits).scatter_(1, label.long().unsqueeze(1) * mask, 1.0)
+    shape = logits.shape
+    if pools and len(shape) > 4:
+        raise ValueError(f"logits {tuple(shape)}: a pool of 3x3 takes (N, C, H, W), (N, C, L) or (N, C), no volume")
+    if len(shape) < 2 or shape[1] < 2 or label.shape != shape[:1] + shape[2:]:
+        raise ValueError(
+            f"logits {tuple(shape)} and label {tuple(label.shape)}: expected (N, C, ...) before softmax, with C "
+            "at least 2 (for a sigmoid's x: 0 and x), and (N, ...) of integers"
+        )
+    if len(shape) > 4:
+        logits, label = logits.flatten(2), label.flatten(1)
+    N, C, H, W = (*logits.shape, 1, 1)[:4]
+    logits, label = wide(logits).reshape(N, C, H, W), label.long().reshape(N, 1, H, W)
+    mask = label != ignore_index
+    y = torch.zeros_like(logits).scatter_(1, label * mask, 1.0)
     return {"y": y, "p": logits.softmax(1)}, mask
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def sources(*functions: Callable) -> dict[str, str]:
+    """The text of functions by name. To be read on import, while the file is still the one that runs."""
+    return {function.__name__: inspect.getsource(function).strip() for function in functions}
+
+
+SOURCES = sources(*(operator.function for operator in OPERATORS.values()), reduce, wide, softmax_leaves)
 
 # How `python_source` begins a function of logits and labels.
 CLASSIFICATION = '''def loss(logits, label, ignore_index=255):
     """{expr}
 
-    logits: (N, C, H, W) or (N, C), before softmax; label: (N, H, W) or (N,), integers 0..C-1 or ignore_index.
-    Returns a scalar: summed over classes, averaged over the positions that are not ignored.
+    logits: (N, C, ...) before softmax, of any floating type; label: (N, ...), integers 0..C-1 or ignore_index.
+    Returns a scalar, float32 at least: summed over classes, averaged over the positions that are not ignored.
     """
-    if logits.dim() == 2:
-        logits, label = logits[..., None, None], label[..., None, None]
-    mask = (label != ignore_index).unsqueeze(1)
-    y = torch.zeros_like(logits).scatter_(1, label.long().unsqueeze(1) * mask, 1.0)
-    p = logits.softmax(1)
+    leaves, mask = softmax_leaves(logits, label, ignore_index, pools={pools})
+    y, p = leaves["y"], leaves["p"]
 '''
 
 
-def python_source(expr: Expr, title: str = "A loss function found by search.", head: str = CLASSIFICATION) -> str:
+def python_source(
+    expr: Expr,
+    title: str = "A loss function found by search.",
+    head: str = CLASSIFICATION,
+    helpers: Mapping[str, str] | None = None,
+) -> str:
     """A standalone Python file with a function `loss`; it computes the same number as `evaluate`.
 
     By default its arguments are (logits, label, ignore_index=255); `head` says otherwise, see `python_module`. The file
     imports torch and nothing of this repository; the operators in it are the very functions of OPERATORS.
     """
-    return python_module([(expr, head)], title)
+    return python_module([(expr, head)], title, helpers)
 
 
-def python_module(losses: Sequence[tuple[Expr, str]], title: str) -> str:
+def python_module(losses: Sequence[tuple[Expr, str]], title: str, helpers: Mapping[str, str] | None = None) -> str:
     """As `python_source` for several losses, each with the head of its function.
 
-    A head is the text of a function up to its formula, with `{expr}` where the documentation shows that. It must define
-    the leaves of its formula, (N, C, H, W), and `mask`, None where every position counts.
+    A head is the text of a function up to its formula, with `{expr}` where the documentation shows that, and `{pools}`
+    for whether it has a pool. It must define the leaves of its formula, (N, C, H, W), and `mask`, None where every
+    position counts. It may call `wide`, `softmax_leaves` and `helpers`: the `sources` of functions, callees first.
     """
-    used, bodies = {mean_nhw}, []
+    bodies = []
     for expr, head in losses:
         order = [node for node in subtrees(expr) if node.args]
         names = {Expr(leaf): leaf for leaf in LEAVES} | {ONE: "one"}
@@ -378,24 +440,29 @@ def python_module(losses: Sequence[tuple[Expr, str]], title: str) -> str:
             operator = OPERATORS[node.op]
             args = [names[arg] for arg in node.args] + ["mask"] * operator.masked
             steps.append(f"    {names[node]} = {operator.function.__name__}({', '.join(args)})")
-            used.add(operator.function)
         some = min(leaves_of(expr) - {"1"}, default="p")
         if "1" in leaves_of(expr):
             steps.insert(0, f"    one = {some}.new_ones((1, 1, 1, 1))")
         steps.append(f"    return reduce({names[expr]}, {some}.shape[1], mask)")
-        bodies.append(head.replace("{expr}", str(expr)) + "\n".join(steps))
-
-    used |= {max_pool3} if min_pool3 in used else set()
-    functions = [op.function for op in OPERATORS.values() if op.function in used] + [reduce]
-    pools = "import torch.nn.functional as F\n" * (max_pool3 in used)
+        pools = any(node.op in OTHER_POOL for node in order)
+        bodies.append(head.replace("{expr}", str(expr)).replace("{pools}", str(pools)) + "\n".join(steps))
     formulas, shown = ("\n    ".join(show(expr) for expr, _ in losses) for show in (str, latex))
-    parts = [
-        f'r"""{title}\n\n    {formulas}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {shown}\n"""',
-        f"import torch\n{pools}\nEPS = {EPS}",
-        *(SOURCES[function] for function in functions),
-        *bodies,
-    ]
-    return "\n\n\n".join(parts).replace('"""\n\n\nimport', '"""\n\nimport') + "\n"
+    about = f"    {formulas}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {shown}"
+    return standalone(title, about, f"EPS = {EPS}", bodies, helpers or {})
+
+
+def standalone(title: str, about: str, constants: str, bodies: Sequence[str], helpers: Mapping[str, str]) -> str:
+    """A Python file: documentation, whatever characters are in `title`, constants, the functions it takes, `bodies`."""
+    text, functions = "\n".join(bodies), []
+    for name, source in reversed((SOURCES | helpers).items()):
+        if re.search(rf"(?<![\w.]){name}\(", text):
+            functions.insert(0, source)
+            text += source
+    title = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in title)
+    title = title.replace('"""', "'''")
+    pools = "import torch.nn.functional as F\n" * ("F." in text)
+    parts = [f"import torch\n{pools}from torch import Tensor\n\n{constants}", *functions, *bodies]
+    return f'r"""{title}\n\n{about}\n"""\n\n' + "\n\n\n".join(parts) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,24 +475,26 @@ OTHER_POOL = {"MaxPool3": "MinPool3", "MinPool3": "MaxPool3"}
 LINEAR = frozenset({"Add", "Neg", "MeanNHW", "MeanC"})
 
 
-@lru_cache(maxsize=1 << 16)
+def uniform(expr: Expr, mean: str | None) -> bool:
+    """Whether `expr` is constant along the dimensions that `mean` averages over (MeanNHW, MeanC; None: along all)."""
+    op, args = expr
+    if op == mean:
+        return True
+    for arg in args:  # a loop, for speed: most end at the first leaf
+        if not uniform(arg, mean):
+            return False
+    return bool(args) or op == "1"
+
+
 def constant(expr: Expr) -> float | None:
     """The value of a tree over `1` alone, in float64; None if it has any other leaf."""
-    if not expr.args:
-        return 1.0 if expr == ONE else None
-    args = [constant(arg) for arg in expr.args]
-    if None in args:
-        return None
-    operator = OPERATORS[expr.op]
-    tensors = [torch.full((1, 1, 1, 1), arg, dtype=torch.float64) for arg in args]
-    return (operator.function(*tensors, None) if operator.masked else operator.function(*tensors)).item()
+    return value_of_constant(expr) if uniform(expr, None) else None
 
 
-def uniform(expr: Expr, mean: str) -> bool:
-    """Whether `expr` is constant along the dimensions that `mean` (MeanNHW or MeanC) averages over."""
-    if expr.op == mean:
-        return True
-    return all(uniform(arg, mean) for arg in expr.args) if expr.args else expr == ONE
+@lru_cache(maxsize=1 << 12)
+def value_of_constant(expr: Expr) -> float:
+    args = [torch.full((1, 1, 1, 1), value_of_constant(arg), dtype=torch.float64) for arg in expr.args]
+    return apply(expr.op, args, None).item() if args else 1.0
 
 
 def canonical(expr: Expr) -> Expr:
@@ -435,60 +504,66 @@ def canonical(expr: Expr) -> Expr:
     constants worth 0, 1 or -1, means and pools of what they leave unchanged, and means right below the final reduction.
     Associativity is left alone: it reorders rounding. The value never changes (up to rounding in the last place).
     """
-    simple = _simplify(expr)
-    while (bare := _simplify(_strip_means(simple))) != simple:
-        simple = bare
-    return simple
-
-
-def _strip_means(expr: Expr) -> Expr:
-    """The loss without means next to its final reduction, which takes the same mean (and C times the mean over C)."""
-    if expr.op in ("MeanNHW", "MeanC"):
-        return _strip_means(expr.args[0])
-    if expr.op in ("Add", "Neg"):
-        return Expr(expr.op, tuple(map(_strip_means, expr.args)))
+    expr = simplify(expr)
+    while (bare := strip_means(expr)) != expr:
+        expr = simplify(bare)
     return expr
 
 
-@lru_cache(maxsize=1 << 18)
-def _simplify(expr: Expr) -> Expr:
-    if not expr.args:
-        return expr
-    expr = Expr(expr.op, tuple(map(_simplify, expr.args)))
-    op, args = expr
-    value = constant(expr)
-    if value is not None and value in (0.0, 1.0, -1.0):
-        return {0.0: ZERO, 1.0: ONE, -1.0: Expr("Neg", (ONE,))}[value]
-    x, z = args[0], args[-1]
-    negative = [arg.op == "Neg" for arg in args]
+def strip_means(expr: Expr) -> Expr:
+    """The loss without means next to its final reduction, which takes the same mean (and C times the mean over C)."""
+    if expr.op in ("MeanNHW", "MeanC"):
+        return strip_means(expr.args[0])
+    if expr.op in ("Add", "Neg"):
+        return Expr(expr.op, tuple(map(strip_means, expr.args)))
+    return expr
 
-    if op == "Neg" and negative[0]:
-        return x.args[0]
-    if op == "Mul" and any(negative):
-        bare = Expr("Mul", tuple(arg.args[0] if minus else arg for arg, minus in zip(args, negative)))
-        return _simplify(bare if all(negative) else Expr("Neg", (bare,)))
-    if op == "Add" and all(negative):
-        return _simplify(Expr("Neg", (Expr("Add", (x.args[0], z.args[0])),)))
-    if op in EVEN and (negative[0] or x.op == "Abs"):
-        return _simplify(Expr(op, x.args))
-    if op == "Abs" and x.op in NEVER_NEGATIVE:
-        return x
-    if op in ODD and negative[0]:
-        return _simplify(Expr("Neg", (Expr(op, x.args),)))
-    if op in OTHER_POOL and negative[0]:
-        return _simplify(Expr("Neg", (Expr(OTHER_POOL[op], x.args),)))
+
+@lru_cache(maxsize=1 << 13)  # a few megabytes; what a search looks at shares most subtrees with what it has just seen
+def simplify(expr: Expr) -> Expr:
+    return combine(expr.op, *map(simplify, expr.args)) if expr.args else expr
+
+
+def combine(op: str, *args: Expr) -> Expr:
+    """The simple form of an operator with simple operands."""
+    x, z = args[0], args[-1]
+    if uniform(x, None) and uniform(z, None):
+        value = value_of_constant(Expr(op, args))
+        if value in (0.0, 1.0, -1.0):
+            return {0.0: ZERO, 1.0: ONE, -1.0: Expr("Neg", (ONE,))}[value]
+
+    minus = x.op == "Neg", z.op == "Neg"
+    if True in minus:
+        bare = [arg.args[0] if arg.op == "Neg" else arg for arg in args]
+        if op == "Neg":
+            return bare[0]
+        if op == "Mul":
+            product = combine("Mul", *bare)
+            return product if all(minus) else combine("Neg", product)
+        if op in EVEN:
+            return combine(op, *bare)
+        if op in ODD or (op == "Add" and all(minus)):
+            return combine("Neg", combine(op, *bare))
+        if op in OTHER_POOL:
+            return combine("Neg", combine(OTHER_POOL[op], *bare))
 
     if op == "Mul" and ONE in args:
         return z if x == ONE else x
     if op == "Add" and ZERO in args:
         return z if x == ZERO else x
+    if op in ("Add", "Mul"):
+        return Expr(op, args if x <= z else (z, x))
+    if op in EVEN and x.op == "Abs":
+        return combine(op, *x.args)
+    if op == "Abs" and x.op in NEVER_NEGATIVE:
+        return x
     if op in ("MeanNHW", "MaxPool3", "MinPool3") and uniform(x, "MeanNHW"):
         return x
     if op == "MeanC" and uniform(x, "MeanC"):
         return x
     if op == "MeanNHW" and x.op == "MeanC":
-        return _simplify(Expr("MeanC", (Expr("MeanNHW", x.args),)))
-    return Expr(op, tuple(sorted(args))) if op in ("Add", "Mul") else expr
+        return combine("MeanC", combine("MeanNHW", *x.args))
+    return Expr(op, args)
 
 
 def is_dead(expr: Expr) -> bool:
@@ -499,13 +574,10 @@ def is_dead(expr: Expr) -> bool:
     """
 
     def terms(node: Expr):
-        factors = [constant(arg) for arg in node.args]
-        if node.op in LINEAR:
-            for arg in node.args:
+        factors = [constant(arg) for arg in node.args] if node.op == "Mul" else []
+        if node.op in LINEAR or any(factor is not None for factor in factors):
+            for arg in node.args if 0.0 not in factors else ():
                 yield from terms(arg)
-        elif node.op == "Mul" and any(f is not None for f in factors):
-            if 0.0 not in factors:
-                yield from terms(node.args[1] if factors[0] is not None else node.args[0])
         else:
             yield leaves_of(node)
 

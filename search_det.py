@@ -17,9 +17,11 @@ import argparse
 import functools
 import itertools
 import json
+import math
+import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image  # comes with torchvision
+from PIL import ExifTags, Image  # comes with torchvision
 from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchvision.models.detection import _utils as detection_utils
@@ -43,7 +45,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 import evolve
 from data import shapes
 from evolve import Branch, DataError, InvalidLoss, fail
-from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_module, softmax_leaves
+from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_module, softmax_leaves, sources, wide
 
 METRICS = {
     "bbox": ("bbox", "bbox50", "bbox75"),
@@ -295,63 +297,287 @@ class Source(NamedTuple):
     keep: Callable[[int], bool] = lambda k: True  # which pictures, by their number in the order of ids
 
 
-def load_coco(path: Path) -> dict:
-    """The content of a COCO instances file; DataError if it is not one."""
+LARGEST = 2**24  # up to here float32 counts pixels exactly; a number beyond it is damaged [D]
+FAR = 10  # and so is a place further out of its picture than this many of its longer sides [D]
+
+
+def load_coco(path: Path | str):
+    """What a COCO json file holds, in UTF-8, -16 or -32, with a byte order mark or without; DataError if it is none."""
     try:
-        coco = json.loads(path.read_text())
-    except OSError:
-        raise DataError(f"{path}: not found; --data-root must hold annotations, train2017 and val2017") from None
-    except ValueError:
-        raise DataError(f"{path}: not a json file") from None
-    if not (isinstance(coco, dict) and {"images", "annotations", "categories"} <= set(coco) and coco["images"]):
-        raise DataError(f"{path}: not a COCO instances file; it must have images, annotations and categories")
-    return coco
+        return json.loads(Path(path).read_bytes())  # of bytes, json tells the encoding, whatever the locale says
+    except OSError as error:
+        raise DataError(f"{path}: {'cannot be read' if Path(path).exists() else 'not found'}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file in that encoding") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a json file; fetch or export it again ({error})") from error
 
 
-def check_coco(coco: dict, path: Path, masks: bool, skip_empty: bool) -> dict:
-    """`coco` without annotations of empty boxes; DataError names the first annotation that cannot be used."""
-    images = {image["id"]: image for image in coco["images"]}
-    categories = {category["id"] for category in coco["categories"]}
-    kept = []
-    for entry in coco["annotations"]:
-        where = f"{path}: annotation {entry.get('id')}"
-        for key in ("id", "image_id", "category_id", "bbox", "area", *["segmentation"] * masks):
-            if key not in entry:
-                raise DataError(f"{where}: has no '{key}'")
-        if entry["image_id"] not in images:
-            raise DataError(f"{where}: its image {entry['image_id']} is not listed")
-        if entry["category_id"] not in categories:
-            raise DataError(f"{where}: its category {entry['category_id']} is not listed")
-        if min(entry["bbox"][2:]) <= 0:
-            if skip_empty:
+def identity(value) -> int | str | None:
+    """An id as one and the same thing, whether it is written 7, 7.0 or "7"; None if it is none."""
+    if type(value) is int:
+        return value
+    value = value.item() if isinstance(value, (Tensor, np.generic)) else value
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII) else value or None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def finite(values, number: int, limit: float = LARGEST) -> list[float] | None:
+    """`values` as so many finite numbers within +-limit; None if they are anything else."""
+    if isinstance(values, (str, bytes, dict)):
+        return None
+    try:
+        values = [*map(float, values)]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    good = len(values) == number and math.isfinite(sum(values)) and max(map(abs, values), default=0) <= limit
+    return values if good else None
+
+
+class EmptyObject(Exception):
+    """An annotation that annotates nothing; the message says in what way."""
+
+
+def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
+    """Name, height and width of a picture; the sides are None where neither the file nor the picture tells them."""
+    name = entry.get("file_name")
+    if not scoring and not (isinstance(name, str) and name.strip() and name.isprintable()):
+        raise DataError(f"its 'file_name' is {name!r:.40}; give the name of a picture")
+    name = None if scoring else name.replace("\\", "/")  # as Windows writes it
+    sides = [entry.get("height") or None, entry.get("width") or None]
+    if None in sides:
+        sides = picture_size(folder / name) if folder and not Path(name).name.startswith("._") else [None, None]
+    elif not (good := finite(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
+        raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
+    else:
+        sides = [int(side) for side in good]
+    return {"file_name": name, "height": sides[0], "width": sides[1]}
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as it is meant to be seen, from its first bytes."""
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return picture.size if turned else picture.size[::-1]
+    except OSError as error:
+        raise unreadable(path) from error
+
+
+def unreadable(path: Path) -> DataError:
+    return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
+
+
+def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
+    """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
+    box, crowd, area = finite(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
+    if box is None:
+        raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
+    if crowd not in (0, 1):
+        raise DataError(f"'iscrowd' is {crowd!r:.40}; it must be 0 or 1")
+    x, y, w, h = box
+    area = (w * h,) if area is None else finite((area,), 1, LARGEST**2)
+    if area is None or area[0] < 0 < min(w, h):
+        raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
+    if not scoring:
+        if min(w, h) <= 0:
+            raise EmptyObject(f"empty box {entry['bbox']!r:.60}")
+        picture = f"in a picture of {size[1]}x{size[0]} pixels" if size else ""
+        if size and (x + w <= 0 or y + h <= 0 or x >= size[1] or y >= size[0]):
+            raise EmptyObject(f"box {entry['bbox']!r:.60} outside, {picture}")
+        if size and not within_reach((x, y, x + w, y + h), size):
+            raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
+    return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
+
+
+def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether no x and y of x y x y ... is FAR out of a picture of this (height, width)."""
+    room = FAR * max(size)
+    return all(
+        -room <= place <= side + room for side, axis in ((size[1], 0), (size[0], 1)) for place in places[axis::2]
+    )
+
+
+def check_coco(
+    coco,
+    path: Path | str,
+    own: Callable[[dict, tuple[int, int] | None], dict],
+    folder: Path | None = None,
+    advice: str | None = None,
+    scoring: bool = False,
+) -> dict:
+    """All that is read of a COCO file; DataError names the first entry that is damaged, and the cure.
+
+    Ids are made alike, pictures and categories sorted by them, what may be missing is filled in. One warning counts
+    what is of no use and left out: entries that are listed twice, annotations of pictures or categories that are not
+    listed, macOS' hidden files, and empty objects where there is no `advice` on what to do about them.
+    own: what the task reads of an annotation, given the (height, width) of its picture, None where that is unknown;
+    folder: where the pictures are, which tell their size where the file does not;
+    scoring: the truth for an evaluator, as pycocotools takes it: with empty objects, without names of files.
+    """
+    left_out: dict[str, list[str]] = {}  # by reason
+    images, files, annotations, known = {}, {}, [], {}
+    categories = by_id(coco, "categories", path, left_out)
+    for number, entry in by_id(coco, "images", path, left_out).items():
+        try:
+            images[number] = {"id": number} | check_image(entry, folder, scoring)
+        except DataError as problem:
+            raise DataError(f"{path}: image {number!r}: {problem}") from None
+        name = images[number]["file_name"]
+        if not scoring and Path(name).name.startswith("._"):
+            left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
+        elif not scoring and files.setdefault(name, number) != number:
+            raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
+    for k, entry in enumerate(listed(coco, "annotations", path)):
+        shown = f"annotation {entry.get('id', f'no. {k}')!r:.40}"
+        number, image, category = (identity(entry.get(key)) for key in ("id", "image_id", "category_id"))
+        if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
+            reason = "annotations listed twice"
+        elif image not in images:
+            reason, shown = "annotations of unlisted images", f"{shown} of image {entry.get('image_id')!r:.40}"
+        elif category not in categories:
+            reason, shown = "annotations of unlisted categories", f"{shown} of {entry.get('category_id')!r:.40}"
+        else:
+            try:
+                size = images[image]["height"], images[image]["width"]
+                size = size if all(size) else None
+                found = check_annotation(entry, size, scoring) | own(entry, size)
+                annotations.append({"id": number, "image_id": image, "category_id": category} | found)
                 continue
-            raise DataError(f"{where}: empty box {entry['bbox']}; repair it, or leave it out with --skip-empty")
-        image, code = images[entry["image_id"]], entry.get("segmentation")
-        if isinstance(code, dict) and list(code["size"]) != [image["height"], image["width"]]:
-            size, own = f"{code['size'][1]}x{code['size'][0]}", f"{image['width']}x{image['height']}"
-            raise DataError(f"{where}: mask of {size} pixels, its image has {own}")
-        kept.append(entry)
-    if not kept:
-        raise DataError(f"{path}: no annotations; there is nothing to learn from")
-    return {**coco, "annotations": kept}
+            except DataError as problem:
+                raise DataError(f"{path}: {shown}: {problem}") from None
+            except EmptyObject as problem:
+                if advice:
+                    raise DataError(f"{path}: {shown}: {problem}; {advice}") from None
+                reason, shown = "empty annotations", f"{shown}: {problem}"
+        left_out.setdefault(reason, []).append(shown)
+    if left_out:
+        reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
+        warn(f"{path}: left out {', '.join(reasons)}")
+    if not annotations and not scoring:
+        raise DataError(f"{path}: no annotations to learn from")
+    return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
 
 
-def run_lengths(entry: dict, height: int, width: int) -> dict:
-    """The run-length code of a polygon, an uncompressed or a compressed mask."""
-    code = entry["segmentation"]
+def listed(coco, kind: str, path: Path | str) -> Sequence[dict]:
+    """The entries of one kind."""
+    entries = coco.get(kind) if isinstance(coco, dict) else None
+    if not isinstance(entries, (list, tuple)):
+        raise DataError(f"{path}: no list of {kind!r}; it must be a COCO file with images, annotations and categories")
+    for k, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}: entry {k} of {kind!r} is {entry!r:.40}; remove it")
+    return entries
+
+
+def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> dict[int | str, dict]:
+    """The entries of one kind by their ids, which rise, numbers before names."""
+    found = {}
+    for k, entry in enumerate(listed(coco, kind, path)):
+        number = identity(entry.get("id"))
+        if number is None:
+            raise DataError(f"{path}: entry {k} of {kind!r} has the id {entry.get('id')!r:.40}; give it a number")
+        if found.setdefault(number, entry) is not entry:
+            if found[number] != entry:
+                raise DataError(f"{path}: {kind!r} has the id {number!r} twice; give each entry its own")
+            left_out.setdefault(f"{kind} listed twice", []).append(f"id {number!r}")
+    if not found:
+        raise DataError(f"{path}: its list of {kind!r} is empty")
+    return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Said once, though a file may hold two splits, and by one of the workers."""
+    if evolve.rank_and_world()[0] == 0:
+        evolve.warn(message)
+
+
+def check_mask(entry: dict, size: tuple[int, int] | None) -> dict:
+    """The mask of an annotation: its polygons of three points and more, or run lengths that add up."""
+    code = entry.get("segmentation")
+    if isinstance(code, dict):
+        return {"segmentation": check_runs(code, size)}
+    if not isinstance(code, (list, tuple, type(None))):
+        raise DataError(f"'segmentation' is {code!r:.40}; it must be polygons or run lengths")
+    if size is None:
+        raise DataError("a polygon; its image must have a height and a width")
+    code = [code] if code and not isinstance(code[0], (list, tuple)) else code or []  # one polygon on its own
+    polygons = []
+    for polygon in code:
+        places = finite(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
+        if places is None or len(places) % 2 or not within_reach(places, size):
+            raise DataError(
+                f"polygon {polygon!r:.60} in a picture of {size[1]}x{size[0]} pixels; it must be x y x y ..."
+            )
+        if len(places) >= 6:  # points and lines are left out
+            polygons.append(places)
+    if not any(overlaps(places, size) for places in polygons):
+        raise EmptyObject(f"empty mask {entry.get('segmentation')!r:.60}")
+    return {"segmentation": polygons}
+
+
+def overlaps(places: list[float], size: tuple[int, int]) -> bool:
+    """Whether a polygon has an extent in a picture of this (height, width)."""
+    x, y = places[::2], places[1::2]
+    return min(size[1], max(x)) > max(0, min(x)) and min(size[0], max(y)) > max(0, min(y))
+
+
+def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
+    """A run-length code, compressed or not, that has been found to fill its picture; pycocotools would not look."""
+    own, counts = finite(code.get("size", ()), 2), code.get("counts")
+    if own is None or min(own) < 1:
+        raise DataError(f"mask of size {code.get('size')!r:.40}; it must be the height and width of its image")
+    if size and own != list(size):
+        raise DataError(f"mask of {own[1]:.0f}x{own[0]:.0f} pixels, its image has {size[1]}x{size[0]}")
+    runs = read_runs(counts) if isinstance(counts, (str, bytes)) else finite(counts or (), len(counts or ()))
+    if not runs or min(runs) < 0 or any(run % 1 for run in runs) or sum(runs) != own[0] * own[1]:
+        raise DataError(f"its run lengths {counts!r:.40} do not fill {own[1]:.0f}x{own[0]:.0f} pixels; export it again")
+    if not sum(runs[1::2]):
+        raise EmptyObject("mask of no pixel")
+    counts = counts if isinstance(counts, (str, bytes)) else [int(run) for run in runs]
+    return {"size": [int(side) for side in own], "counts": counts}
+
+
+def read_runs(text: str | bytes) -> list[int] | None:
+    """The run lengths in COCO's compressed form; None if it is damaged.
+
+    Five bits of a number to a byte, lowest first, a sixth where it goes on; from the fourth number on the difference to
+    the last but one.
+    """
+    runs, value, shift = [], 0, 0
+    for byte in text.encode() if isinstance(text, str) else text:
+        if not 48 <= byte < 112:
+            return None
+        value |= (byte - 48 & 31) << shift
+        shift += 5
+        if not byte - 48 & 32:
+            value -= (byte - 48 & 16 and 1) << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return None if shift else runs
+
+
+def no_mask(entry: dict, size: tuple[int, int] | None) -> dict:
+    """What is read of an annotation where boxes are all that is asked for."""
+    return {}
+
+
+def run_lengths(code: list | dict, size: tuple[int, int]) -> dict:
+    """The compressed run-length code of polygons, of an uncompressed or of a compressed mask."""
     if isinstance(code, list):
-        return rle.merge(rle.frPyObjects(code, height, width))
-    return rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
+        return rle.merge(rle.frPyObjects(code, *size))
+    return rle.frPyObjects(code, *size) if isinstance(code["counts"], list) else code
 
 
-def read_objects(coco: dict, entries: list[dict], masks: bool) -> Truth:
-    """Annotations or results in COCO's form; what belongs to no image or category of `coco` is left out."""
-    images = sorted(coco["images"], key=lambda image: image["id"])
-    row = {image["id"]: k for k, image in enumerate(images)}
-    sizes = [(image["height"], image["width"]) for image in images]
-    categories = sorted({category["id"] for category in coco["categories"]})
-    label = {number: k for k, number in enumerate(categories)}
-    entries = [entry for entry in entries if entry["image_id"] in row and entry["category_id"] in label]
+def read_objects(coco: dict, masks: bool) -> Truth:
+    """The annotations of the listed pictures, as `check_coco` gives them."""
+    row, label = ({entry["id"]: k for k, entry in enumerate(coco[key])} for key in ("images", "categories"))
+    sizes = [(image["height"] or 0, image["width"] or 0) for image in coco["images"]]
+    entries = [entry for entry in coco["annotations"] if entry["image_id"] in row]
 
     def column(values, kind):
         return torch.tensor(list(values), dtype=kind)
@@ -361,12 +587,12 @@ def read_objects(coco: dict, entries: list[dict], masks: bool) -> Truth:
         column((label[entry["category_id"]] for entry in entries), torch.long),
         column((entry["bbox"] for entry in entries), torch.float64).view(-1, 4),
         column((entry["area"] for entry in entries), torch.float64),
-        column((entry.get("score", 0) for entry in entries), torch.float64),
-        column((bool(entry.get("iscrowd")) for entry in entries), torch.bool),
-        column((entry.get("id") != 0 for entry in entries), torch.bool),
-        [run_lengths(entry, *sizes[row[entry["image_id"]]]) for entry in entries] if masks else None,
+        torch.zeros(len(entries), dtype=torch.float64),
+        column((entry["iscrowd"] for entry in entries), torch.bool),
+        column((entry["id"] != 0 for entry in entries), torch.bool),
+        [run_lengths(entry["segmentation"], sizes[row[entry["image_id"]]]) for entry in entries] if masks else None,
     )
-    return Truth(objects, sizes, categories)
+    return Truth(objects, sizes, list(label))
 
 
 def read_split(source: Source, largest: int, masks: bool, skip_empty: bool) -> Split:
@@ -374,10 +600,13 @@ def read_split(source: Source, largest: int, masks: bool, skip_empty: bool) -> S
 
     Raises DataError naming the file, and the annotation in it, that is missing, cannot be read or does not fit.
     """
-    coco = check_coco(load_coco(source.annotations), source.annotations, masks, skip_empty)
-    listed = sorted(coco["images"], key=lambda image: image["id"])
-    listed = [image for k, image in enumerate(listed) if source.keep(k)]
-    truth = read_objects({**coco, "images": listed}, coco["annotations"], masks)
+    advice = None if skip_empty else "repair it, or leave it out with --skip-empty"
+    own, path = check_mask if masks else no_mask, source.annotations
+    coco = check_coco(load_coco(path), path, own, source.folder, advice)
+    listed = [image for k, image in enumerate(coco["images"]) if source.keep(k)]
+    truth = read_objects({**coco, "images": listed}, masks)
+    if truth.objects.crowd.all():
+        raise DataError(f"{path}: no object in the {len(listed)} of its {len(coco['images'])} pictures for this split")
     original = torch.tensor(truth.sizes)  # (M, 2)
     sizes = (original * (largest / original.amax(1, keepdim=True)).clamp(max=1)).round().long()
     images = torch.zeros(len(listed), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
@@ -616,7 +845,7 @@ class Boxes(NamedTuple):
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Both as x1 y1 x2 y2, (P, 4)."""
-        return tuple(self.coder.decode_single(codes, self.start) for codes in (self.deltas, self.targets))
+        return tuple(self.coder.decode_single(wide(codes), self.start) for codes in (self.deltas, self.targets))
 
 
 class Detector(nn.Module):
@@ -736,21 +965,34 @@ def build_model(name: str, num_classes: int, masks: bool, pretrained: bool = Fal
 
 
 # Exactly COCO's numbers: a limit that differs in the last place changes a verdict.
-IOU_LIMITS = torch.from_numpy(np.linspace(0.5, 0.95, 10))
+LIMITS = torch.from_numpy(np.linspace(0.5, 0.95, 10))  # of similarity
 RECALLS = torch.from_numpy(np.linspace(0, 1, 101))
 AREAS = torch.tensor([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]], dtype=torch.float64)
 MOST = (1, 10, 100)  # detections per image and class
-PORTION = 2**20  # comparisons at a time: what fits into a cache
+PORTION = 2**18  # pairs compared at a time: what fits into a cache
 
 
-def box_ious(found: Tensor, truth: Tensor, crowd: Tensor) -> Tensor:
-    """IoU (n, D, G) of boxes x y w h (n, D, 4) and (n, G, 4); with a crowd, intersection over the found area."""
-    a, b = found.unsqueeze(2), truth.unsqueeze(1)
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])
-    both = (high - low).clamp(min=0).prod(-1)
-    area_a, area_b = a[..., 2] * a[..., 3], b[..., 2] * b[..., 3]
-    either = torch.where(crowd.unsqueeze(1), area_a, area_a + area_b - both)
+def box_ious(a: Tensor, b: Tensor, crowd: Tensor) -> Tensor:
+    """IoU (P,) of P pairs of boxes x y w h (P, 4), found and true; with a crowd, intersection over the found area."""
+    low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:])
+    width, height = (high - low).clamp(min=0).unbind(1)
+    both, area = width * height, a[:, 2] * a[:, 3]
+    either = torch.where(crowd, area, area + b[:, 2] * b[:, 3] - both)
     return torch.where(both > 0, both / either, 0.0)
+
+
+def mask_ious(found: Objects, truth: Objects, f: Tensor, t: Tensor) -> Tensor:
+    """As `box_ious`, from run-length codes, by pycocotools: decoding them would cost more than it saves.
+
+    f, t: (P,) rows of the pairs; one after the other, each found mask is paired with the same true ones.
+    """
+    values, crowd = [torch.zeros(0, dtype=torch.float64)], truth.crowd.tolist()
+    _, counts = torch.unique_consecutive(torch.stack([found.image[f], found.label[f]], 1), dim=0, return_counts=True)
+    for rows, columns in zip(*(x.cpu().split(counts.tolist()) for x in (f, t))):
+        rows, columns = rows.unique().tolist(), columns.unique().tolist()
+        codes = [found.masks[row] for row in rows], [truth.masks[column] for column in columns]
+        values.append(torch.from_numpy(rle.iou(*codes, [crowd[column] for column in columns]).flatten()))
+    return torch.cat(values).to(f.device)
 
 
 def ranks_within(group: Tensor) -> Tensor:
@@ -759,31 +1001,92 @@ def ranks_within(group: Tensor) -> Tensor:
     return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
-def match(iou: Tensor, crowd: Tensor, ignored: Tensor, valid: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """COCO's greedy matching in n groups at once; a loop over the rank of the detections alone.
+def best_first(score: Tensor, group: Tensor) -> Tensor:
+    """(M,) the order by group, then by falling score; NaN, which is no score, comes last."""
+    order = (-score).argsort(stable=True)
+    return order[group[order].argsort(stable=True)]
 
-    iou: (n, D, G), detections by falling score; crowd, valid: (n, G); ignored: (n, A, G), by area range;
-    number: (n,) detections of each group, falling. Positions beyond a group's own truth have an IoU of -1.
-    Returns: (n, D, T, A) bool twice: matched, and matched with something that is ignored.
+
+def match(
+    group_f: Tensor, group_t: Tensor, similarity: Callable, ignored: Tensor, crowd: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """COCO's greedy matching in all groups at once; a loop over the rank of the detections alone.
+
+    group_f: (M,) of the detections, best first in each group; group_t: (N,) of the truth; both rising.
+    similarity: of detections f and truths t, given as the row numbers (P,) of pairs in one group, f before t rising;
+    ignored: (N, A) by area range; crowd: (N,), may be matched often; counts: (N,), False: to match it is no match.
+    Returns of all matches, (H,) each, the detection, T's index * A + A's index, and whether it is right, not ignored.
     """
-    n, D, G = iou.shape
-    T, A = len(IOU_LIMITS), ignored.shape[1]
-    limits = IOU_LIMITS.clamp(max=1 - 1e-10).to(iou.device).view(T, 1, 1)
-    order = 1 + iou.argsort(dim=-1, stable=True).argsort(dim=-1).int()  # among equal IoUs the later one wins
-    first = (G * ~ignored).int().unsqueeze(1)  # (n, 1, A, G): what counts goes before what is ignored
-    taken = torch.zeros(n, T, A, G, dtype=torch.bool, device=iou.device)
-    matched = torch.zeros(n, D, T, A, dtype=torch.bool, device=iou.device)
-    set_aside = torch.zeros_like(matched)
-    active = (number.unsqueeze(1) > torch.arange(D, device=iou.device)).sum(0).tolist()  # groups that have a d-th
-    for d, m in enumerate(active):
-        free = ~taken[:m] | crowd[:m, None, None]
-        fits = free & (iou[:m, d, None, None] >= limits)
-        best, index = ((order[:m, d, None, None] + first[:m]) * fits).max(-1)  # (m, T, A)
-        hit = best > 0
-        matched[:m, d] = hit & valid[:m].gather(1, index.flatten(1)).view_as(hit)
-        set_aside[:m, d] = hit & (best <= G)
-        taken[:m].scatter_(-1, index.unsqueeze(-1), taken[:m].gather(-1, index.unsqueeze(-1)) | hit.unsqueeze(-1))
-    return matched, set_aside
+    device, (N, A), T = group_f.device, ignored.shape, len(LIMITS)
+    limits = LIMITS.clamp(max=1 - 1e-10).to(device)
+    start = torch.searchsorted(group_t, group_f)
+    number = torch.searchsorted(group_t, group_f, right=True) - start  # of truths that a detection may choose from
+    near = []
+    _, portions = torch.unique_consecutive(number.cumsum(0) // PORTION, return_counts=True)
+    for rows in torch.arange(len(group_f), device=device).split(portions.tolist() or [0]):
+        f = rows.repeat_interleave(number[rows])
+        t = start[f] + ranks_within(f)
+        value = similarity(f, t)
+        keep = value >= limits[0]
+        near.append((f[keep], t[keep], value[keep]))
+    f, t, value = map(torch.cat, zip(*near))
+
+    fits = value.unsqueeze(1) >= limits  # (P, T)
+    # What counts goes before what is ignored, then the more similar, of equals the later one.
+    wish = (1 + value.argsort(stable=True).argsort().unsqueeze(1) + len(value) * ~ignored[t]).int()  # (P, A)
+    taken = torch.zeros(N, T, A, dtype=torch.bool, device=device)
+    chosen = torch.zeros(len(value), T, A, dtype=torch.bool, device=device)
+    own, line = torch.unique_consecutive(f, return_inverse=True)
+    turn = ranks_within(group_f[own])[line]
+    for rows in turn.argsort(stable=True).split(torch.bincount(turn).tolist() or [0]):
+        # These detections are of different groups: no two of them want the same.
+        wishes = torch.where(fits[rows].unsqueeze(2) & ~taken[t[rows]], wish[rows].unsqueeze(1), 0)
+        _, place = torch.unique_consecutive(f[rows], return_inverse=True)
+        best = torch.zeros_like(wishes).scatter_reduce_(0, place[:, None, None].expand_as(wishes), wishes, "amax")
+        chosen[rows] = (wishes > 0) & (wishes == best[place])
+        taken[t[rows]] |= chosen[rows] & ~crowd[t[rows], None, None]
+    chosen &= (counts.unsqueeze(1) | ignored)[t].unsqueeze(1)
+    pair, limit, area = chosen.nonzero().unbind(1)
+    return f[pair], limit * A + area, ~ignored[t[pair], area]
+
+
+def accumulate(
+    matches: tuple[Tensor, Tensor, Tensor],
+    outside: Tensor,
+    label: Tensor,
+    score: Tensor,
+    rank: Tensor,
+    positives: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """COCO's average precision (T, A, K) and recall (len(MOST), T, A, K) of K categories; NaN where one has no truth.
+
+    matches: as of `match`; outside: (M, A), of no area range, not to be counted where unmatched; label, score: (M,), of
+    detections sorted by group; rank: (M,) in the group; positives: (A, K), how many there are to find.
+    """
+    (f, line, right), (A, K), T, M, R = matches, positives.shape, len(LIMITS), len(label), len(RECALLS)
+    order = best_first(score, label)
+    first = torch.searchsorted(label[order], torch.arange(K, device=label.device))  # of each category
+    column = torch.empty_like(order).scatter_(0, order, torch.arange(M, device=label.device))
+    counted = ~outside[order].T.repeat(T, 1)  # (T*A, M)
+    counted[line, column[f]] = right
+    seen = counted.cumsum(1, dtype=torch.int32)
+
+    f, line = f[right], line[right]
+    part = line * K + label[f]  # limit, area range and category, as one number
+    order = (part * M + column[f]).argsort()
+    f, line, part = f[order], line[order], part[order]
+    last, first = column[f], first[label[f]]
+    hits = (1 + ranks_within(part)).double()  # up to each one; at hits alone recall rises and precision peaks
+    precision = hits / (seen[line, last] - seen[line, first] + counted[line, first] + np.spacing(1))
+
+    wanted = positives.double().repeat(T, 1).flatten()  # (T*A*K,)
+    reached = torch.searchsorted(RECALLS.to(label.device), hits / wanted[part], right=True) - 1
+    best = torch.zeros(len(wanted) * R, dtype=torch.float64, device=label.device)
+    best = best.scatter_reduce_(0, part * R + reached, precision, "amax").view(-1, R)
+    best = best.flip(1).cummax(1).values.flip(1)  # the best precision at this recall or a higher one
+    ap = torch.where(wanted > 0, best.mean(1), torch.nan)
+    recall = torch.stack([torch.bincount(part[rank[f] < most], minlength=len(wanted)) / wanted for most in MOST])
+    return ap.view(T, A, K), recall.view(-1, T, A, K)
 
 
 def outside(objects: Objects) -> Tensor:
@@ -791,50 +1094,6 @@ def outside(objects: Objects) -> Tensor:
     area = objects.area.unsqueeze(1)
     low, high = AREAS.to(area.device).T
     return (area < low) | (area > high)
-
-
-def match_all(truth: Objects, found: Objects, classes: int) -> tuple[Tensor, Tensor]:
-    """`match` for every image and class; both are sorted by group. Returns (M, T, A) bool twice, as `match`."""
-    device = found.box.device
-    T, A = len(IOU_LIMITS), len(AREAS)
-    matched = torch.zeros(len(found.box), T, A, dtype=torch.bool, device=device)
-    set_aside = torch.zeros_like(matched)
-    group_t, group_f = (x.image * classes + x.label for x in (truth, found))
-    groups, count_f = torch.unique_consecutive(group_f, return_counts=True)
-    start_f = count_f.cumsum(0) - count_f
-    start_t = torch.searchsorted(group_t, groups)
-    count_t = torch.searchsorted(group_t, groups, right=True) - start_t
-    ignored = outside(truth) | truth.crowd.unsqueeze(1)
-
-    # Groups of like size are matched together, in portions that fit into a cache.
-    size = torch.where(count_t > 0, 2 ** count_t.clamp(min=1).double().log2().ceil(), 0).long()
-    for G in size[count_t > 0].unique().tolist():
-        chosen = torch.where(size == G)[0]
-        chosen = chosen[count_f[chosen].argsort(descending=True)]
-        for part in chosen.split(max(1, PORTION // (T * A * G))):
-            D = int(count_f[part[0]])
-            across, down = torch.arange(G, device=device), torch.arange(D, device=device)
-            real_t, real_f = across < count_t[part, None], down < count_f[part, None]
-            t = torch.where(real_t, start_t[part, None] + across, 0)
-            f = torch.where(real_f, start_f[part, None] + down, 0)
-            if found.masks is None:
-                iou = box_ious(found.box[f], truth.box[t], truth.crowd[t])
-            else:
-                iou = mask_ious(found, truth, f, t, count_f[part], count_t[part])
-            iou = torch.where(real_t.unsqueeze(1), iou, -1.0)
-            hit = match(iou, truth.crowd[t], ignored[t].transpose(1, 2), truth.counts[t], count_f[part])
-            matched[f[real_f]], set_aside[f[real_f]] = hit[0][real_f], hit[1][real_f]
-    return matched, set_aside
-
-
-def mask_ious(found: Objects, truth: Objects, f: Tensor, t: Tensor, number_f: Tensor, number_t: Tensor) -> Tensor:
-    """As `box_ious`, from run-length codes, by pycocotools: decoding them would cost more than it saves."""
-    iou = np.zeros((*f.shape, t.shape[1]))
-    crowd = truth.crowd.tolist()
-    for k, (rows, columns, a, b) in enumerate(zip(f.tolist(), t.tolist(), number_f.tolist(), number_t.tolist())):
-        codes = [found.masks[row] for row in rows[:a]], [truth.masks[column] for column in columns[:b]]
-        iou[k, :a, :b] = rle.iou(*codes, [crowd[column] for column in columns[:b]])
-    return torch.from_numpy(iou).to(f.device)
 
 
 def take(objects: Objects, index: Tensor) -> Objects:
@@ -847,36 +1106,25 @@ def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
     K = len(truth.categories)
     truth, found = (Objects(*(x.to(device) for x in objects[:-1]), objects.masks) for objects in (truth.objects, found))
     truth = take(truth, (truth.image * K + truth.label).argsort(stable=True))
-    order = found.score.argsort(descending=True, stable=True)
-    order = order[(found.image * K + found.label)[order].argsort(stable=True)]
-    rank = ranks_within((found.image * K + found.label)[order])
+    group = found.image * K + found.label
+    order = best_first(found.score, group)
+    rank = ranks_within(group[order])
     found, rank = take(found, order[rank < MOST[-1]]), rank[rank < MOST[-1]]
 
-    matched, set_aside = match_all(truth, found, K)
-    set_aside |= ~matched & outside(found).unsqueeze(1)
-    order = found.score.argsort(descending=True, stable=True)
-    order = order[found.label[order].argsort(stable=True)]  # by class, then by score, then by image
-    hit, miss = (x[order].movedim(0, -1).double() for x in (matched & ~set_aside, ~matched & ~set_aside))  # (T, A, M)
-    label, rank = found.label[order], rank[order]
-    positives = torch.zeros(K, len(AREAS), dtype=torch.float64, device=device)
-    positives = positives.index_add_(0, truth.label, (~outside(truth) & ~truth.crowd.unsqueeze(1)).double()).T  # (A, K)
+    def similarity(f: Tensor, t: Tensor) -> Tensor:
+        return (
+            box_ious(found.box[f], truth.box[t], truth.crowd[t])
+            if found.masks is None
+            else mask_ious(found, truth, f, t)
+        )
 
-    def recall(most):
-        hits = torch.zeros(*hit.shape[:2], K, dtype=torch.float64, device=device)
-        return hits.index_add_(2, label, hit * (rank < most)) / positives
-
-    precision = torch.zeros(*hit.shape[:2], K, len(RECALLS), dtype=torch.float64, device=device)
-    recalls = RECALLS.to(device).expand(*hit.shape[:2], -1).contiguous()
-    numbers = torch.bincount(label, minlength=K).tolist()
-    for k, (hits, misses) in enumerate(zip(hit.split(numbers, -1), miss.split(numbers, -1))):
-        if numbers[k]:
-            hits, misses = hits.cumsum(-1), misses.cumsum(-1)
-            height = hits / (hits + misses + np.spacing(1))
-            height = height.flip(-1).cummax(-1).values.flip(-1)  # the best precision at this recall or a higher one
-            reached = torch.searchsorted((hits / positives[:, k, None]).contiguous(), recalls)
-            precision[:, :, k] = F.pad(height, (0, 1)).gather(-1, reached)
-    precision = torch.where(positives.unsqueeze(-1) > 0, precision, torch.nan)
-    ar1, ar10, ar100 = map(recall, MOST)
+    ignored = outside(truth) | truth.crowd.unsqueeze(1)
+    groups = (x.image * K + x.label for x in (found, truth))
+    matches = match(*groups, similarity, ignored, truth.crowd, truth.counts)
+    positives = torch.zeros(K, len(AREAS), dtype=torch.long, device=device)
+    positives = positives.index_add_(0, truth.label, (~ignored).long()).T
+    precision, recall = accumulate(matches, outside(found), found.label, found.score, rank, positives)
+    ar1, ar10, ar100 = recall
     rows = {"AP": precision[:, 0], "AP50": precision[0, 0], "AP75": precision[5, 0]}
     rows |= {"APs": precision[:, 1], "APm": precision[:, 2], "APl": precision[:, 3]}
     rows |= {"AR1": ar1[:, 0], "AR10": ar10[:, 0], "AR100": ar100[:, 0]}
@@ -884,39 +1132,138 @@ def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
     return {name: -1.0 if x.isnan().all() else x.nanmean().item() for name, x in rows.items()}
 
 
+def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
+    """COCO results and what to call them in a message."""
+    given = isinstance(detections, (str, Path))
+    path, results = (detections, load_coco(detections)) if given else ("detections", detections)
+    if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
+        raise DataError(f"{path}: it must be a list of COCO results")
+    return path, results
+
+
+def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
+    """(M,) int64, where among the `known` entries the id stands that each result has under `key`; -1 if nowhere."""
+    row = {entry["id"]: k for k, entry in enumerate(known)}
+    try:
+        found = [row.get(result[key], -1) for result in results]
+    except (KeyError, TypeError):
+        found = [-1] * len(results)
+    if -1 in found:  # or the id is written in another way
+        found = [row.get(identity(result.get(key)), -1) if k < 0 else k for k, result in zip(found, results)]
+    return torch.tensor(found, dtype=torch.long)
+
+
+def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
+    """DataError if a result is on no picture of the ground truth, as pycocotools has it."""
+    if (image < 0).any():
+        k = int((image < 0).nonzero()[0])
+        raise DataError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
+
+
+def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
+    """(M, width) float64, the numbers that each result has under `key`; DataError names the first that has not.
+
+    nan: whether they may be infinite or none.
+    """
+
+    def read(some: Sequence[dict]) -> Tensor:
+        values = [result[key] for result in some]
+        if width == 1:
+            values = np.fromiter(values, np.float64, len(values))
+        elif isinstance(values[0], Tensor):
+            values = torch.stack(values).cpu().numpy()
+        values = torch.from_numpy(np.array(values, np.float64).reshape(len(some), width))
+        if not (nan or values.isfinite().all()):
+            raise ValueError("not finite")
+        return values
+
+    wrong = KeyError, TypeError, ValueError, OverflowError, RuntimeError
+    try:
+        return read(results) if results else torch.zeros(0, width, dtype=torch.float64)
+    except wrong:  # find out which, or read each on its own if they are of several kinds
+        rows = []
+    for k, result in enumerate(results):
+        try:
+            rows.append(read([result]))
+        except wrong:
+            what = f"{width} finite numbers" if width > 1 else "a number"
+            raise DataError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
+    return torch.cat(rows)
+
+
+def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, coco: dict, masks: bool) -> Objects:
+    """COCO results on the pictures of `coco`; those of unlisted categories are left out, as in pycocotools."""
+    if isinstance(detections, (Tensor, np.ndarray)):  # image x y w h score category
+        rows = torch.as_tensor(detections).view(-1, 7).tolist()
+        detections = [{"image_id": a, "bbox": box, "score": b, "category_id": c} for a, *box, b, c in rows]
+    path, results = list_results(detections)
+    image, label = (
+        places(results, key, coco[kind]) for key, kind in (("image_id", "images"), ("category_id", "categories"))
+    )
+    check_places(image, results, path)
+    if (label < 0).any():
+        known = label >= 0
+        results = [result for result, good in zip(results, known.tolist()) if good]
+        image, label = image[known], label[known]
+    score = column(results, "score", 1, path, nan=True).squeeze(1)
+    # As in pycocotools the first result decides for all whether boxes and areas are given or those of the masks.
+    boxed = len(results) == 0 or (results[0].get("bbox") is not None and len(results[0]["bbox"]) > 0)
+    box, codes = column(results, "bbox", 4, path) if boxed else None, None
+    if masks or not boxed:
+        codes = []
+        for k, (result, place) in enumerate(zip(results, image.tolist())):
+            size = coco["images"][place]["height"], coco["images"][place]["width"]
+            try:
+                codes.append(result_mask(result, size if all(size) else None, box[k].tolist() if boxed else None))
+            except DataError as problem:
+                raise DataError(f"{path}: result {k}: {problem}") from None
+    if boxed:
+        area = box[:, 2] * box[:, 3]
+    else:
+        area = torch.tensor([rle.area(code) for code in codes], dtype=torch.float64)
+        box = torch.from_numpy(rle.toBbox(codes).astype(np.float64))
+    no = torch.zeros(len(box), dtype=torch.bool)
+    return Objects(image, label, box, area, score, no, no, codes if masks else None)
+
+
+def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | None) -> dict:
+    """The compressed run-length code of a result; where it has no mask, of its box."""
+    code = result.get("segmentation")
+    if code is None and box:
+        x, y, w, h = box
+        code = [[x, y, x, y + h, x + w, y + h, x + w, y]]
+    try:
+        if isinstance(code, dict) and isinstance(code["counts"], (str, bytes)):
+            return rle.area(code) >= 0 and code  # not looked at any further: there are many
+        return run_lengths(check_mask({"segmentation": code}, size)["segmentation"], size or code["size"])
+    except EmptyObject:
+        return rle.encode(np.zeros(size, np.uint8, order="F"))
+    except (KeyError, TypeError, ValueError) as problem:
+        raise DataError(f"its mask {code!r:.60} is damaged ({problem})") from None
+
+
 def coco_eval(
-    ground_truth: Path | str | dict, detections: Path | str | list[dict], iou_type: str, device: str | None = None
+    ground_truth: Path | str | dict,
+    detections: Path | str | Sequence[dict] | Tensor | np.ndarray,
+    iou_type: str,
+    device: str | None = None,
 ) -> dict[str, float]:
     """COCO's average precision and recall of boxes or masks, equal to pycocotools' COCOeval.
 
-    ground_truth: a COCO json file or its content; detections: a list of COCO results or a file with it; iou_type:
-    "bbox" or "segm". Returns AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl in 0..1; -1 where there is no truth.
-    Raises ValueError for another iou_type or a detection on an image that `ground_truth` does not list.
+    ground_truth: a COCO json file or its content; detections: COCO results, a file with them, or, for boxes, an array
+    (M, 7) of image x y w h score category; iou_type: "bbox" or "segm".
+    Returns AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl in 0..1; -1 where there is no truth.
+    Raises ValueError, often as DataError, for another iou_type, what is no COCO file, or a detection that is damaged or
+    on an image that `ground_truth` does not list. A score of NaN counts as the least, as in pycocotools.
     """
     if iou_type not in METRICS:
         raise ValueError(f"iou_type {iou_type!r}: choose one of {' '.join(METRICS)}")
-    coco = ground_truth if isinstance(ground_truth, dict) else json.loads(Path(ground_truth).read_text())
-    results = detections if isinstance(detections, list) else json.loads(Path(detections).read_text())
-    known = {image["id"] for image in coco["images"]}
-    for result in results:
-        if result["image_id"] not in known:
-            raise ValueError(f"detections: image {result['image_id']} is not in the ground truth")
-    boxes = bool(results) and len(results[0].get("bbox", ())) > 0  # as pycocotools: the first result decides for all
-    entries = []
-    for result in results:
-        entry = {key: result[key] for key in ("image_id", "category_id", "score")}
-        if boxes:
-            x, y, w, h = entry["bbox"] = result["bbox"]
-            entry["area"] = w * h
-            if iou_type == "segm":
-                entry["segmentation"] = result.get("segmentation", [[x, y, x, y + h, x + w, y + h, x + w, y]])
-        else:
-            entry["segmentation"] = result["segmentation"]
-            entry["area"] = rle.area(entry["segmentation"])
-            entry["bbox"] = result.get("bbox") or rle.toBbox(entry["segmentation"]).tolist()
-        entries.append(entry)
-    truth = read_objects(coco, coco["annotations"], iou_type == "segm")
-    found = read_objects(coco, entries, iou_type == "segm").objects
+    masks = iou_type == "segm"
+    given = isinstance(ground_truth, (str, Path))
+    path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
+    coco = check_coco(coco, path, check_mask if masks else no_mask, scoring=True)
+    truth = read_objects(coco, masks)
+    found = read_results(detections, coco, masks)
     return coco_metrics(truth, found, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -927,18 +1274,19 @@ def coco_eval(
 
 def ce(logits: Tensor, label: Tensor, boxes: Boxes | None) -> Tensor:
     """Cross entropy, the mean over samples."""
-    return F.cross_entropy(logits, label)
+    return F.cross_entropy(wide(logits), label)
 
 
 def l1(boxes: Boxes) -> Tensor:
     """Smooth L1 on encoded boxes over the number of samples, background included, as torchvision has it."""
-    loss = F.smooth_l1_loss(boxes.deltas, boxes.targets, beta=1 / 9, reduction="sum")
+    loss = F.smooth_l1_loss(wide(boxes.deltas), boxes.targets, beta=1 / 9, reduction="sum")
     return loss / boxes.sampled
 
 
 def mask_ce(logits: Tensor, target: Tensor) -> Tensor:
     """Binary cross entropy, the mean over pixels."""
-    return F.binary_cross_entropy_with_logits(logits, target) if len(logits) else logits.sum()
+    logits = wide(logits)
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits)) if len(logits) else logits.sum()
 
 
 def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
@@ -951,7 +1299,7 @@ def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
         width, height = (high - low).clamp(min=0).unbind(-1)
         return width * height
 
-    (a, b), (c, d) = found.split(2, -1), wanted.split(2, -1)
+    (a, b), (c, d) = wide(found).split(2, -1), wide(wanted).split(2, -1)
     own = area(c, d)
     i = area(torch.maximum(a, c), torch.minimum(b, d)) / own
     u = area(a, b) / own + 1 - i
@@ -961,6 +1309,7 @@ def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
 
 def cse_cls(logits: Tensor, label: Tensor, boxes: Boxes) -> Tensor:
     """Cross entropy times 1 + sin w, w the IoU of the predicted box, 0 for background (CSE-Auto-A, Liu 2021)."""
+    logits = wide(logits)
     weight = torch.ones_like(logits[:, 0])
     leaves = box_leaves(*(x.detach() for x in boxes.decode()))
     weight[label > 0] += (leaves["i"] / leaves["u"]).flatten().sin()
@@ -1006,7 +1355,7 @@ def tree_loss(branch: str, expr: Expr) -> Callable[..., Tensor]:
     """A searched tree as a loss of its branch; the mean over samples, or over positives where boxes are compared."""
 
     def classify(logits: Tensor, label: Tensor, boxes: Boxes | None) -> Tensor:
-        leaves, _ = softmax_leaves(logits[..., None, None], label[..., None, None])
+        leaves, _ = softmax_leaves(logits, label, ignore_index=-1)  # none is ignored, and class 255 is one of many
         return evaluate(expr, leaves)
 
     def regress(boxes: Boxes) -> Tensor:
@@ -1020,6 +1369,8 @@ def tree_loss(branch: str, expr: Expr) -> Callable[..., Tensor]:
 
 def mask_leaves(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Outside and inside as two classes (..., N, 2, H, W), for logits and targets (..., N, H, W) [D]."""
+    logits = wide(logits)
+    target = target.to(logits)
     y = torch.stack([1 - target, target], -3)
     return {"y": y, "p": torch.stack([(-logits).sigmoid(), logits.sigmoid()], -3)}
 
@@ -1028,55 +1379,58 @@ def export(found: dict[str, Expr], title: str = "Loss functions of a detector, f
     """The found losses as one standalone file with a function per branch; it imports nothing of this repository."""
     heads = {branch: HEADS[branch.split("_")[-1]] for branch in found} | {"rpn_cls": RPN_HEAD}
     losses = [(expr, heads[branch].replace("NAME", branch)) for branch, expr in found.items()]
-    return python_module(losses, f"{title} Branches: {', '.join(found)}.")
+    return python_module(losses, title, HELPERS)
 
 
-RPN_HEAD = '''def NAME(objectness, label):
+RPN_HEAD = '''def NAME(objectness, label, ignore_index=-1):
     """{expr}
 
-    objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object.
-    Returns a scalar, averaged over anchors.
+    objectness: (N,) logits of the sampled anchors; label: (N,) integers, 0 background, 1 object, or ignore_index.
+    Returns a scalar, float32 at least, averaged over anchors.
     """
-    y = torch.stack([1 - label, label], 1)[..., None, None].to(objectness)
-    p = torch.stack([(-objectness).sigmoid(), objectness.sigmoid()], 1)[..., None, None]
-    mask = None
+    x = wide(objectness)
+    leaves, mask = softmax_leaves(torch.stack([torch.zeros_like(x), x], 1), label, ignore_index)  # sigmoid as softmax
+    y, p = leaves["y"], leaves["p"]
 '''
 HEADS = {
-    "cls": '''def NAME(logits, label):
+    "cls": '''def NAME(logits, label, ignore_index=-1):
     """{expr}
 
-    logits: (N, C) of the sampled proposals, before softmax; label: (N,) integers 0..C-1, 0 background.
-    Returns a scalar, averaged over proposals.
+    logits: (N, C) of the sampled proposals, before softmax; label: (N,) integers 0..C-1, 0 background, or ignore_index.
+    Returns a scalar, float32 at least, averaged over proposals.
     """
-    y = torch.zeros_like(logits).scatter_(1, label.unsqueeze(1), 1.0)[..., None, None]
-    p = logits.softmax(1)[..., None, None]
-    mask = None
+    leaves, mask = softmax_leaves(logits, label, ignore_index)
+    y, p = leaves["y"], leaves["p"]
 ''',
     "reg": '''def NAME(boxes, target):
     """{expr}
 
-    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives, at least one.
+    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives.
     i, u, e: intersection, union and enclosing area, in units of the true box's own area.
-    Returns a scalar, averaged over boxes.
+    Returns a scalar, float32 at least, averaged over boxes; 0 where there are none.
     """
-    a, b, c, d = boxes[:, :2], boxes[:, 2:], target[:, :2], target[:, 2:]
-    own, area = (d - c).prod(1), (b - a).clamp(min=0).prod(1)
-    i = (torch.minimum(b, d) - torch.maximum(a, c)).clamp(min=0).prod(1)
-    e = (torch.maximum(b, d) - torch.minimum(a, c)).prod(1)
-    i, u, e = ((x / own)[:, None, None, None] for x in (i, area + own - i, e))
+    if boxes.shape != target.shape or boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes {tuple(boxes.shape)} and target {tuple(target.shape)}: expected (N, 4) twice")
+    if not len(boxes):
+        return wide(boxes).sum()
+    i, u, e = box_leaves(boxes, target).values()
     mask = None
 ''',
     "mask": '''def NAME(logits, target):
     """{expr}
 
-    logits, target: (N, H, W), the mask of the true class of each positive, at least one; target in 0..1.
-    Returns a scalar, averaged over pixels.
+    logits, target: (N, H, W), the mask of the true class of each positive, before sigmoid; target in 0..1 or bool.
+    Returns a scalar, float32 at least, averaged over pixels; 0 where there is no mask.
     """
-    y = torch.stack([1 - target, target], 1)
-    p = torch.stack([(-logits).sigmoid(), logits.sigmoid()], 1)
-    mask = None
+    if logits.shape != target.shape or logits.dim() != 3:
+        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)}: expected (N, H, W) twice")
+    if not len(logits):
+        return wide(logits).sum()
+    leaves = mask_leaves(logits, target)
+    y, p, mask = leaves["y"], leaves["p"], None
 ''',
 }
+HELPERS = sources(box_leaves, mask_leaves)
 
 
 # =====================================================================================================================

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import evolve
 from data import shapes
 from evolve import Branch, DataError, InvalidLoss, fail
-from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source
+from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source, sources, wide
 
 METRICS = ("ap", "ap50", "ap75", "ar", "pck")
 DATA = {"shapes": "small", "coco": "r50"}  # and the network that goes with each by default
@@ -792,30 +792,30 @@ def mean_over_joints(value: Tensor, weight: Tensor) -> Tensor:
 
 def mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Squared error, the mean over pixels and joints [S]; the published factor of 1/2 does nothing to AdamW."""
-    return mean_over_joints((prediction - target).square().mean((2, 3)), weight)
+    return mean_over_joints((wide(prediction) - target).square().mean((2, 3)), weight)
 
 
 def l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Absolute error, the mean over pixels and joints."""
-    return mean_over_joints((prediction - target).abs().mean((2, 3)), weight)
+    return mean_over_joints((wide(prediction) - target).abs().mean((2, 3)), weight)
 
 
 def ce(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Cross entropy of the joint's position, with heatmaps as logits: the tree Neg(Mul(y, Log(p)))."""
-    log = (SHARPNESS * prediction).flatten(2).log_softmax(-1).view_as(prediction)
+    log = (SHARPNESS * wide(prediction)).flatten(2).log_softmax(-1).view_as(prediction)
     return mean_over_joints(-(target * log).mean((2, 3)), weight)
 
 
 def ohkm(prediction: Tensor, target: Tensor, weight: Tensor, hardest: int = 8) -> Tensor:
     """Squared error of each person's hardest joints (online hard keypoints mining; Chen 2018, arXiv 1711.07319)."""
-    value = (prediction - target).square().mean((2, 3)) * weight
+    value = (wide(prediction) - target).square().mean((2, 3)) * weight
     return value.topk(min(hardest, value.shape[1]), 1).values.mean()
 
 
 def awing(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Adaptive Wing loss (Wang 2019, arXiv 1904.07399, Eqs. 6 and 7): omega 14, epsilon 1, theta 0.5, alpha 2.1."""
-    omega, theta, power = 14.0, 0.5, 2.1 - target
-    error = (prediction - target).abs()
+    omega, theta, power = 14.0, 0.5, 2.1 - wide(target)
+    error = (wide(prediction) - target).abs()
     slope = omega * power * theta ** (power - 1) / (1 + theta**power)
     offset = theta * slope - omega * torch.log1p(theta**power)
     # The power of an exact zero has no finite gradient in float32 wherever its exponent is near one: kept off it.
@@ -837,7 +837,9 @@ BASELINE = "mse"
 SHARPNESS = 10.0
 
 
-def heatmap_leaves(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def heatmap_leaves(
+    prediction: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Leaves and mask of heatmaps (N, J, H, W) with a weight (N, J): each joint is one sample, (N * J, 1, H, W).
 
     `p` is where the joint is: a softmax over the pixels. With heatmaps as they are, or their sigmoid, hardly a random
@@ -845,8 +847,15 @@ def heatmap_leaves(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[
     into N because each person lacks others: where the mask varies along C, a mean over C would mix in joints without a
     label, and a loss would depend on how many joints a skeleton has [D].
     """
-    y, p = (heatmaps.flatten(0, 1).unsqueeze(1) for heatmaps in (target, prediction))
-    return {"y": y, "p": softmax_2d(SHARPNESS * p)}, (weight > 0).view(-1, 1, 1, 1).expand_as(p)
+    shape, given = prediction.shape, None if weight is None else tuple(weight.shape)
+    if len(shape) != 4 or target.shape != shape or given not in (None, shape[:2], (*shape[:2], 1)):
+        raise ValueError(
+            f"prediction {tuple(shape)}, target {tuple(target.shape)} and weight {given}: expected (N, J, H, W) twice, "
+            "and (N, J) or None"
+        )
+    y, p = (wide(heatmaps).flatten(0, 1).unsqueeze(1) for heatmaps in (target, prediction))
+    mask = None if weight is None else (weight > 0).reshape(-1, 1, 1, 1).expand_as(p)
+    return {"y": y, "p": softmax_2d(SHARPNESS * p)}, mask
 
 
 def softmax_2d(logits: Tensor) -> Tensor:
@@ -863,22 +872,25 @@ def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return loss
 
 
-# The opening of the standalone file: what `heatmap_leaves` does.
-HEAD = f'''def loss(prediction, target, weight=None):
+# The opening of the standalone file.
+HEAD = f'''SHARPNESS = {SHARPNESS}
+
+
+def loss(prediction, target, weight=None):
     """{{expr}}
 
     prediction, target: heatmaps (N, J, H, W), targets with peaks of height 1; weight: (N, J), zero where a joint has no
-    label, None if all have one. Returns a scalar: the mean over pixels and labelled joints.
+    label, None if all have one. Returns a scalar, float32 at least: the mean over pixels and labelled joints.
     """
-    y, p = (heatmaps.flatten(0, 1).unsqueeze(1) for heatmaps in (target, prediction))
-    p = ({SHARPNESS} * p).flatten(-2).softmax(-1).view_as(p)
-    mask = None if weight is None else (weight > 0).view(-1, 1, 1, 1).expand_as(p)
+    leaves, mask = heatmap_leaves(prediction, target, weight)
+    y, p = leaves["y"], leaves["p"]
 '''
+HELPERS = sources(softmax_2d, heatmap_leaves)
 
 
 def export(losses: dict[str, Expr], title: str = "A loss function found by search.") -> str:
     """A found loss as a standalone file."""
-    return python_source(losses["loss"], title, HEAD)
+    return python_source(losses["loss"], title, HEAD, HELPERS)
 
 
 # =====================================================================================================================

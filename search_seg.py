@@ -19,7 +19,6 @@ Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p)))).
 import argparse
 import copy
 import functools
-import inspect
 import itertools
 import random
 import sys
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 import evolve
 from data import shapes
 from evolve import Branch, Child, DataError, InvalidLoss, fail
-from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source, softmax_leaves
+from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source, softmax_leaves, sources, standalone, wide
 
 IGNORE = 255
 METRICS = ("miou", "fwiou", "macc", "gacc", "biou", "bf1")
@@ -611,12 +610,12 @@ def seg_metrics(pred: Tensor, label: Tensor, num_classes: int) -> dict[str, floa
 
 def ce(logits: Tensor, label: Tensor) -> Tensor:
     """Cross entropy, the mean over pixels that count."""
-    return F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum") / count_valid(label)
+    return F.cross_entropy(wide(logits), label.long(), ignore_index=IGNORE, reduction="sum") / count_valid(label)
 
 
 def weighted_ce(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """Cross entropy times a map of weights (N, H, W), the mean over pixels that count."""
-    loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="none")
+    loss = F.cross_entropy(wide(logits), label.long(), ignore_index=IGNORE, reduction="none")
     return (loss * weight).sum() / count_valid(label)
 
 
@@ -631,7 +630,7 @@ def dice(logits: Tensor, label: Tensor) -> Tensor:
 def lovasz(logits: Tensor, label: Tensor) -> Tensor:
     """Lovasz-Softmax over the classes of the batch (Berman 2018, arXiv 1705.08790, Eqs. 8 and 9)."""
     C = logits.shape[1]
-    prob = logits.softmax(1).movedim(1, 0).flatten(1)  # (C, N*H*W)
+    prob = wide(logits).softmax(1).movedim(1, 0).flatten(1)  # (C, N*H*W)
     label = label.flatten()
     valid = label != IGNORE
     target = (label == torch.arange(C, device=label.device).unsqueeze(1)).float()
@@ -657,8 +656,9 @@ def ssim(logits: Tensor, label: Tensor) -> Tensor:
     window = window / window.sum()
     maps = torch.cat([y, p, y * y, p * p, y * p], 1)
     kernel = window.expand(5 * C, 1, -1)
-    maps = F.conv2d(maps, kernel.unsqueeze(-1), padding=(5, 0), groups=5 * C)
-    maps = F.conv2d(maps, kernel.unsqueeze(-2), padding=(0, 5), groups=5 * C)
+    with torch.autocast(maps.device.type, enabled=False):  # differences of squares need all their bits
+        maps = F.conv2d(maps, kernel.unsqueeze(-1), padding=(5, 0), groups=5 * C)
+        maps = F.conv2d(maps, kernel.unsqueeze(-2), padding=(0, 5), groups=5 * C)
     mean_y, mean_p, yy, pp, yp = maps.chunk(5, 1)
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_y * mean_p + c1) / (mean_y**2 + mean_p**2 + c1)
@@ -681,14 +681,15 @@ ASL_THETA |= {"biou": ASL_THETA["fwiou"], "gacc": ASL_THETA["macc"]}
 ASL_CURVES = {"miou": 2, "fwiou": 2, "biou": 2, "macc": 1, "gacc": 1, "bf1": 4}
 
 
-def asl_loss(logits: Tensor, label: Tensor, theta, metric: str) -> Tensor:
+def asl_loss(logits: Tensor, label: Tensor, theta, metric: str, ignore_index: int = IGNORE) -> Tensor:
     """1 - the surrogate of `metric` (ASL, Sec. 3): AND(p, y) = g(p) y and OR(p, y) = h(p) + y - h(p) y.
 
+    logits and label as `softmax_leaves` takes them; biou and bf1 know neighbourhoods, as pools do.
     theta: control points as published, absolute and never falling along a curve, curve after curve: AND and OR for
     miou, fwiou and biou; AND for macc and gacc; for bf1 those of the boundary OR(p, e) - AND(p, e) of p and its 3x3
     erosion e: AND of p, AND of e, OR of p, OR of e.
     """
-    leaves, mask = softmax_leaves(logits, label)
+    leaves, mask = softmax_leaves(logits, label, ignore_index, pools=metric in ("biou", "bf1"))
     y, p = leaves["y"] * mask, leaves["p"]
     points = torch.as_tensor(theta, dtype=p.dtype, device=p.device).view(ASL_CURVES[metric], -1, 2)
     frequency = y.sum((0, 2, 3))
@@ -699,7 +700,8 @@ def asl_loss(logits: Tensor, label: Tensor, theta, metric: str) -> Tensor:
         score = (hit / (frequency + 1e-8)).mean() if metric == "macc" else hit.sum() / (frequency.sum() + 1e-8)
     else:
         if metric == "biou":
-            near = dilate_bits(edges(label).long() << torch.where(label == IGNORE, 0, label).long(), 5) >> 1 != 0
+            label = label.reshape(mask.squeeze(1).shape)
+            near = dilate_bits(edges(label) & (label != 0) & mask.squeeze(1), 5)
             mask = mask & near.unsqueeze(1)  # near the boundary of any class but the background
             y = y * mask
         either = bezier(p, points[1])
@@ -857,22 +859,20 @@ def read_searched(text: str) -> Expr | Asl:
     return Asl.read(text) if text.startswith("asl(") else parse(text)
 
 
+ASL_HELPERS = sources(edges, dilate_bits, bezier, asl_boundary_f1, asl_loss)
+
+
 def export(found: dict[str, Expr | Asl], title: str = "A loss function found by search.") -> str:
     """A found loss as a standalone file with `loss(logits, label)`; it imports nothing of this repository."""
     loss = found["loss"]
     if isinstance(loss, Expr):
         return python_source(loss, title)
-    needed = (softmax_leaves, edges, dilate_bits, bezier, asl_boundary_f1, asl_loss)
-    parts = [
-        f'"""{title} Auto Seg-Loss (arXiv 2010.07930) for {loss.metric}."""\n\n'
-        "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor",
-        f"IGNORE = {IGNORE}\nASL_CURVES = {ASL_CURVES}\nTHETA = {loss.theta}",
-        *(inspect.getsource(function).strip() for function in needed),
-        "def loss(logits: Tensor, label: Tensor) -> Tensor:\n"
-        '    """logits: (N, C, H, W) before softmax; label: (N, H, W), integers 0..C-1 or 255, ignored. A scalar."""\n'
-        f'    return asl_loss(logits, label, THETA, "{loss.metric}")',
-    ]
-    return "\n\n\n".join(parts) + "\n"
+    constants = f"IGNORE = {IGNORE}\nASL_CURVES = {ASL_CURVES}\nTHETA = {loss.theta}"
+    body = f'''def loss(logits, label, ignore_index=IGNORE):
+    """logits: (N, C, H, W) before softmax; label: (N, H, W), integers 0..C-1 or ignore_index. A scalar."""
+    return asl_loss(logits, label, THETA, "{loss.metric}", ignore_index)'''
+    about = f"Auto Seg-Loss (arXiv 2010.07930) for {loss.metric}."
+    return standalone(title, about, constants, [body], ASL_HELPERS)
 
 
 # =====================================================================================================================
@@ -998,7 +998,7 @@ def draw_predictions(net: nn.Module, split: Split, path: Path, device: str, numb
 # Search
 
 
-GATE_SIZE = 20  # side of the rejection samples in pixels [D]
+GATE_SIZE = 16  # side of the rejection samples in pixels [D]
 GATE_SAMPLES = 5  # [P]
 STATES = (0, 0.15, 1)  # shares of the base training after which the gates look at its predictions [D]
 

@@ -136,6 +136,7 @@ def show_loader() -> None:
     print(f"\n{'loader':<36}{'images/s':>10}")
     for metric in ("bbox", "segm"):
         task = search_det.DetTask(search_det.parse_arguments(["--device", "cpu", "--metric", metric]))
+        task.load()
         plan = task.proxy._replace(steps=100)
         taken = seconds(lambda: list(itertools.islice(task.batches(plan, 0), plan.steps)))  # noqa: B023
         print(f"{'boxes' if metric == 'bbox' else 'boxes and masks':<36}{plan.steps * plan.batch / taken:>10.0f}")
@@ -162,6 +163,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_det.DetTask(search_det.parse_arguments(["--device", "cpu"]))
+    task.load()
     show_ranking(task, args.proxy_steps)
     show_seconds(task)
     show_loader()

@@ -1,19 +1,21 @@
 """The gates against the plain protocol: speed, agreement of verdicts, and what a rejection is worth.
 
-    python tests/bench_gates.py [--trees 400] [--quality 30]
+    python tests/bench_gates.py [--trees 400] [--quality 200] [--metric miou]
 
 Half of the trees are random, half are mutations of good losses. The plain protocol is what one would write first: for
 every tree 500 optimisation steps on the five rejection samples, no symbolic test, no cache, no early decision. This
 project's code judges the same trees in the same order. Rejected is rejected, for whatever reason; verdicts are
 compared tree by tree. One thread; both sides are timed in the same run.
 
-Quality: that many rejected and that many accepted trees get the proxy training, whatever the gate said: how many come
-within 10 % of cross entropy? And do the hand-made losses that are trees pass?
+Quality: that many trees get their proxy training whatever they gain in the rejection protocol: what does each limit
+lose? And how much do good losses gain, those with pools included?
 """
 
 import argparse
+import math
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,14 +33,20 @@ GOOD = (
     "Neg(Sqrt(MeanNHW(Mul(p, y))))",
     "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))",
     "Square(Mul(Tanh(y), Log(p)))",
+    "Neg(Mul(MeanNHW(Mul(y, Sqrt(p))), Inv(MeanNHW(Add(y, p)))))",
+    "Neg(Sqrt(MeanNHW(Mul(y, Log(p)))))",
+    "MinPool3(Neg(Mul(Sqrt(Mul(y, p)), Inv(MeanNHW(Add(y, p))))))",
+    "Neg(Mul(MaxPool3(y), Log(p)))",
+    "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))",
 )
+LIMITS = (-math.inf, 0.0, 0.05, 0.1, 0.2, 0.4, 0.6, math.inf)
 
 BATCH = 16
 
 
 def plain_protocol(branch: evolve.Branch, expr, steps: int = 500) -> float:
     """The gain after all steps; -inf if the loss has no gradient or becomes invalid."""
-    x = branch.prediction.clone().requires_grad_()
+    x = branch.prediction[0].clone().requires_grad_()
     before = branch.score(x.detach(), branch.target).mean()
     adam = torch.optim.Adam([x], lr=evolve.REJECTION_LR, eps=1e-16)
     for _ in range(steps):
@@ -64,73 +72,87 @@ def some_trees(number: int, seed: int):
             yield expr
 
 
-def show_quality(task: search_seg.SegTask, trees: list, number: int) -> None:
-    """Train what was rejected, and what was accepted."""
-    baseline = task.train("ce")
-    print(f"\n{'trained anyway':<24}{'trees':>9}{'within 10 % of CE':>20}{'best / CE':>12}")
-    for verdict in ("rejected", "passed"):
-        chosen = [expr for expr, (fate, gate) in trees if fate.gate == verdict and gate in (None, "rejected")][:number]
-        scores = []
-        for expr in chosen:
-            try:
-                scores.append(task.train({"loss": expr}))
-            except search_seg.InvalidLoss:
-                scores.append(0.0)
-        close = sum(score >= 0.9 * baseline for score in scores)
-        print(f"{verdict:<24}{len(scores):>9}{close:>20}{max(scores, default=0) / baseline:>12.2f}", flush=True)
+def show_quality(task: search_seg.SegTask, number: int) -> None:
+    """Train trees of all gains: how many of those below a limit would have been worth it?"""
+    branch, baseline, rows = task.branches["loss"], task.train("ce"), []
+    state = evolve.make_state(task.args, task)
+    for expr in some_trees(100 * number, 1):
+        tree = state.tree("loss", expr)
+        child = evolve.Child({"loss": expr}, None, [tree])
+        if not evolve.judge(task, state, [child], evolve.CHEAP, evolve.Tried()):
+            continue
+        state.learn("loss", tree.text, evolve.PASSED, tree.key, None)
+        (gain,) = evolve.rejection_gains(branch, [expr], early=())
+        try:
+            score = task.train({"loss": expr})
+        except search_seg.InvalidLoss:
+            score = 0.0
+        rows.append((gain, score / baseline, str(expr)))
+        if len(rows) == number:
+            break
+    print(f"\n{len(rows)} trees trained whatever they gain; cross entropy {baseline:.3f} after the same training")
+    print(f"{'gain':<16}{'trees':>7}{'within 5 %':>12}{'ahead':>7}{'best / CE':>11}  the best of them")
+    for low, high in zip(LIMITS, LIMITS[1:]):
+        inside = [row[1:] for row in rows if low <= row[0] < high]
+        best, text = max(inside, default=(0.0, "-"))
+        near, ahead = (sum(score > limit for score, _ in inside) for limit in (0.95, 1.0))
+        print(f"{low:>5.2f} to {high:<7.2f}{len(inside):>7}{near:>12}{ahead:>7}{best:>11.3f}  {text}", flush=True)
+    print(f"\ngains of good losses; the limit for {task.args.metric} is {branch.eta}")
     for text in GOOD:
-        gain = evolve.rejection_gains(task.branches["loss"], [parse(text)], early=())[0]
-        verdict = "passes" if gain >= task.branches["loss"].eta else "is rejected"
-        print(f"gain {gain:.2f}: {verdict}: {text}")
+        gain = evolve.rejection_gains(branch, [parse(text)], early=())[0]
+        print(f"{gain:.2f} {'passes' if gain >= branch.eta else 'is rejected'}  {text}")
 
 
-def judge_together(task: search_seg.SegTask, trees: list, size: int) -> tuple[float, list[str]]:
-    """Seconds and fates of the same trees, `size` at a time."""
-    search, fates = evolve.Search(task), []
-    start = time.perf_counter()
+def verdicts_of(task: search_seg.SegTask, trees: list, size: int) -> tuple[float, list[tuple[str, str]]]:
+    """Seconds, and for each tree its verdict and the gate that gave it, `size` trees at a time."""
+    state, found, start = evolve.make_state(task.args, task), [], time.perf_counter()
     for k in range(0, len(trees), size):
-        fates += [fate.gate for fate, _ in evolve.judge(search, [("loss", expr) for expr in trees[k : k + size]])]
-    return time.perf_counter() - start, fates
+        children = [evolve.Child({"loss": e}, None, [state.tree("loss", e)]) for e in trees[k : k + size]]
+        tried = evolve.Tried()
+        passing = evolve.judge(task, state, children, evolve.CHEAP, tried)
+        passing = evolve.judge(task, state, passing, evolve.DEAR, tried)
+        for child in passing:
+            tried.close(state, child)
+        state.open.clear()
+        found += [(child.trees[0].verdict.gate, child.trees[0].gate) for child in children]
+    return time.perf_counter() - start, found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trees", type=int, default=400)
-    parser.add_argument("--quality", type=int, default=30)
+    parser.add_argument("--quality", type=int, default=200)
     parser.add_argument("--metric", default="miou")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task = search_seg.SegTask(search_seg.parse_arguments(["--metric", args.metric]))
-    branch, search = task.branches["loss"], evolve.Search(task)
-    counts, differ, verdicts = Counter(), [], []
-    seconds = {"plain": 0.0, "ours, one by one": 0.0}
-    for expr in some_trees(args.trees, 0):
+    task = search_seg.SegTask(search_seg.parse_arguments(["--metric", args.metric, "--device", "cpu"]))
+    task.load()
+    with tempfile.TemporaryDirectory() as folder:
+        task.prepare(Path(folder) / "base.pt")
+    branch, trees = task.branches["loss"], list(some_trees(args.trees, 0))
+    seconds = {}
+    if trees:
+        seconds["this project, one by one"], alone = verdicts_of(task, trees, 1)
+        seconds[f"this project, {BATCH} at a time"], together = verdicts_of(task, trees, BATCH)
         start = time.perf_counter()
-        ((fate, gate),) = evolve.judge(search, [("loss", expr)])
-        seconds["ours, one by one"] += time.perf_counter() - start
-        counts[gate or "passed"] += 1
-        verdicts.append((expr, (fate, gate)))
-        start = time.perf_counter()
-        gain = plain_protocol(branch, expr)
-        seconds["plain"] += time.perf_counter() - start
-        if (gain >= branch.eta) != (fate.gate == "passed"):
-            differ.append((gate, fate.gain, gain, str(expr)))
-    for gate, early, gain, text in differ:
-        print(f"differs: {gate or 'passed'}, gain {early} here, {gain:.3f} after all steps: {text}")
-    print(f"\n{args.trees} trees, {args.metric}, torch {torch.__version__}, one thread: " + ", ".join(
-        f"{gate} {number}" for gate, number in counts.most_common()))  # fmt: skip
-    together, fates = judge_together(task, [expr for expr, _ in verdicts], BATCH)
-    seconds[f"ours, {BATCH} at a time"] = together
-    same = sum(fate.gate == other for (_, (fate, _)), other in zip(verdicts, fates))
-    print(f"{'':24}{'seconds':>9}{'trees/s':>9}{'ratio':>8}")
-    for side, number in seconds.items():
-        print(f"{side:<24}{number:>9.1f}{args.trees / number:>9.1f}{seconds['plain'] / number:>8.1f}")
-    print(
-        f"verdicts agree with the plain protocol: {1 - len(differ) / args.trees:.2%}; one by one and together: ", end=""
-    )
-    print(f"{same / args.trees:.2%}")
+        gains = [plain_protocol(branch, expr) for expr in trees]
+        seconds["plain protocol"] = time.perf_counter() - start
+        differ = [k for k, gain in enumerate(gains) if (gain >= branch.eta) != (alone[k][0] == evolve.PASSED)]
+        for k in differ:
+            print(f"differs: {alone[k]} here, gain {gains[k]:.3f} after all steps: {trees[k]}")
+        counts = Counter(gate or evolve.PASSED for _, gate in alone)
+        print(
+            f"\n{len(trees)} trees, {args.metric}, torch {torch.__version__}, one thread: {dict(counts.most_common())}"
+        )
+        print(f"{'':30}{'seconds':>9}{'trees/s':>9}{'ratio':>8}")
+        for side, number in seconds.items():
+            ratio = seconds["plain protocol"] / number
+            print(f"{side:<30}{number:>9.1f}{len(trees) / number:>9.1f}{ratio:>8.1f}")
+        same = sum(a[0] == b[0] for a, b in zip(alone, together)) / len(trees)
+        print(f"verdicts agree with the plain protocol: {1 - len(differ) / len(trees):.2%}", end="; ")
+        print(f"one by one and together: {same:.2%}")
     if args.quality:
-        show_quality(task, verdicts, args.quality)
+        show_quality(task, args.quality)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_pose.PoseTask(search_pose.parse_arguments(["--device", "cpu"]))
+    task.load()
     show_ranking(task, args.proxy_steps)
     show_seconds(task)
     show_metric()

@@ -1,13 +1,16 @@
-"""How much is the proxy's ranking worth? Rank correlation of proxy training with re-training.
+"""How much is the proxy's ranking worth? Rank correlation of short trainings with converged ones.
 
-    python tests/bench_proxy.py [--proxy-steps 60 80 100]
+    python tests/bench_proxy.py [--table FILE]          # about an hour of one core; FILE keeps what is done
 
-Trains losses of all qualities, hand-made and evolved, with the proxy schedule (for each number of steps) and with the
-re-training schedule (other weights, other batches), both scored on the search-validation split of the embedded data.
-Noise: the standard deviation of the proxy score over three seeds, averaged over the hand-made losses.
+Losses of all qualities (fast and slow starters, hand-made and evolved ones) are trained by each proxy and, with two
+seeds, by the converged schedule (600 steps, other weights and batches). All are scored on the search-validation split
+of the embedded data. Shown: Spearman's rank correlation over all losses, and over the better half of them.
 """
 
 import argparse
+import copy
+import itertools
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,10 +19,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search_seg  # noqa: E402
-from loss_ops import parse  # noqa: E402
 
-HAND_MADE = ("ce", "wce", "dice", "lovasz", "dpce", "ssim")
-TREES = (
+LOSSES = (
+    "ce",
+    "dice",
+    "lovasz",
+    "dpce",
+    "asl(miou)",
+    "asl(biou)",
+    "asl(bf1)",
+    "asl(macc)",
     "Square(Add(p, Neg(y)))",
     "Abs(Add(p, Neg(y)))",
     "Neg(Sqrt(MeanNHW(Mul(p, y))))",
@@ -27,14 +36,41 @@ TREES = (
     "Neg(Log(MeanNHW(Mul(y, p))))",
     "Square(Mul(y, Log(p)))",
     "Neg(Mul(y, Sqrt(p)))",
-    "Neg(Mul(Sqrt(MeanNHW(y)), Mul(y, p)))",
     "Mul(y, Exp(Neg(p)))",
     "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))",
     "Neg(Mul(MaxPool3(y), Log(p)))",
     "Neg(Mul(Mul(y, Inv(MeanNHW(y))), Log(p)))",
     "Neg(Tanh(Mul(Add(y, y), p)))",
     "Mul(Square(Log(p)), Sqrt(MeanC(y)))",
+    "Neg(Mul(MeanNHW(Mul(y, Sqrt(p))), Inv(MeanNHW(Add(y, p)))))",
+    "Neg(Sqrt(MeanNHW(Mul(y, Log(p)))))",
+    "MinPool3(Neg(Mul(Sqrt(Mul(y, p)), Inv(MeanNHW(Add(y, p))))))",
+    "Sqrt(MeanNHW(Sqrt(Tanh(Tanh(Neg(Mul(y, p)))))))",
+    "Sqrt(Inv(Mul(Add(Add(Tanh(MinPool3(y)), Sqrt(p)), Mul(Abs(MaxPool3(p)), "
+    "Add(MinPool3(MinPool3(y)), p))), Abs(y))))",
+    "Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p))))",
+    "Log(Inv(MeanNHW(Mul(y, Tanh(Mul(p, y))))))",
+    "MinPool3(Log(Add(Add(1, p), Inv(Mul(y, p)))))",
+    "Add(Inv(MaxPool3(Sqrt(MaxPool3(Mul(1, Mul(p, Tanh(y))))))), MaxPool3(p))",
+    "Neg(Mul(Sqrt(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))",
+    "Neg(Sqrt(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p))))))",
+    "Neg(Mul(Mul(y, Inv(Sqrt(MeanNHW(y)))), Log(p)))",
+    "Neg(Mul(Mul(y, Square(Add(1, Neg(p)))), Log(p)))",
+    "Square(Square(Add(p, Neg(y))))",
+    "Neg(Mul(Tanh(y), Exp(Sqrt(p))))",
 )
+# Steps of cross entropy before (on the converged schedule), steps of the loss itself, its learning rate.
+PROXIES = {
+    "80 from scratch": (0, 80, 0.01),
+    "160 from scratch": (0, 160, 0.01),
+    "100 + 80": (100, 80, 0.01),
+    "100 + 120": (100, 120, 0.01),
+    "100 + 160": (100, 160, 0.01),
+    "250 + 80, lr .007": (250, 80, 0.007),
+    "250 + 80": (250, 80, 0.01),
+}
+MIXTURES = (("80 from scratch", "250 + 80, lr .007"), ("160 from scratch", "250 + 80, lr .007"))  # mean of two scores
+CONVERGED = ("converged, seed 0", "converged, seed 1")
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -47,52 +83,81 @@ def spearman(a: list[float], b: list[float]) -> float:
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
-def score(task: search_seg.SegTask, losses, plan: search_seg.Schedule, seed: int) -> dict[str, float]:
-    net = task.network(plan, seed)
-    try:
-        search_seg.train_network(net, task.loss(losses), task.batches(losses, plan, seed), plan)
-    except search_seg.InvalidLoss:
-        return dict.fromkeys(search_seg.METRICS, 0.0)
-    return search_seg.test_network(net, task.data["val"], task.num_classes, task.device)
+class Bench:
+    def __init__(self, table: Path | None):
+        self.task = search_seg.SegTask(search_seg.parse_arguments([]))
+        self.task.load()
+        self.table, self.done, self.bases = table, {}, {}
+        if table and table.exists():
+            for line in table.read_text().splitlines():
+                entry = json.loads(line)
+                self.done[entry["proxy"], entry["loss"]] = entry
+
+    def base(self, steps: int) -> torch.nn.Module:
+        """The network after so many steps of the baseline's loss, as SegTask.train_base makes it."""
+        if steps not in self.bases:
+            plan = search_seg.RETRAIN["shapes"]
+            net = self.task.network(plan, 0)
+            batches = itertools.islice(self.task.batches("ce", plan, 500), steps)
+            search_seg.train_network(net, search_seg.ce, batches, plan)
+            self.bases[steps] = net
+        return copy.deepcopy(self.bases[steps])
+
+    def score(self, proxy: str, loss: str) -> dict:
+        """All metrics, and seconds; kept in the table."""
+        if (proxy, loss) in self.done:
+            return self.done[proxy, loss]
+        losses, start = search_seg.read_loss(loss, "--loss"), time.time()
+        if proxy in CONVERGED:
+            plan, seed = self.task.retraining, 1000 + CONVERGED.index(proxy)
+            net = self.task.network(plan, seed)
+        else:
+            before, steps, rate = PROXIES[proxy]
+            plan, seed = search_seg.PROXY["shapes"]._replace(steps=steps, lr=rate), 0
+            net = self.base(before)
+        try:
+            search_seg.train_network(net, self.task.loss(losses), self.task.batches(losses, plan, seed), plan)
+            scores = search_seg.test_network(net, self.task.data["val"], 7, "cpu")
+        except search_seg.InvalidLoss:
+            scores = dict.fromkeys(search_seg.METRICS, 0.0)
+        entry = {"proxy": proxy, "loss": loss, "seconds": round(time.time() - start, 1), **scores}
+        self.done[proxy, loss] = entry
+        if self.table:
+            with self.table.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        return entry
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--proxy-steps", type=int, nargs="+", default=[search_seg.PROXY["shapes"].steps])
+    parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task = search_seg.SegTask(search_seg.parse_arguments([]))
-    plans = {f"proxy{steps}": task.proxy._replace(steps=steps) for steps in args.proxy_steps}
-    plans["retrain"] = task.retraining
-    losses = {name: name for name in HAND_MADE} | {text: {"loss": parse(text)} for text in TREES}
-    table, seconds = {}, dict.fromkeys(plans, 0.0)
-    print("miou macc bf1 by " + ", ".join(plans))
-    for name, loss in losses.items():
-        for plan_name, plan in plans.items():
-            start = time.time()
-            table[name, plan_name] = score(task, loss, plan, 1000 if plan_name == "retrain" else 0)
-            seconds[plan_name] += time.time() - start
-        cells = ["{miou:.3f} {macc:.3f} {bf1:.3f}".format(**table[name, plan]) for plan in plans]
-        print(" | ".join(cells), name, flush=True)
+    bench = Bench(args.table)
+    for loss in LOSSES:
+        entries = [bench.score(name, loss) for name in (*CONVERGED, *PROXIES)]
+        print(" ".join(f"{entry['miou']:.3f}" for entry in entries), loss, flush=True)
 
-    noise = {}
-    for plan_name, plan in plans.items():
-        runs = [[score(task, name, plan, seed) for seed in (1, 2)] for name in HAND_MADE]
-        for metric in search_seg.METRICS:
-            groups = [
-                [table[name, plan_name][metric], *(r[metric] for r in more)] for name, more in zip(HAND_MADE, runs)
-            ]
-            noise[plan_name, metric] = torch.tensor(groups).std(1).mean().item()
+    def column(names: tuple[str, ...], metric: str) -> list[float]:
+        return [sum(bench.done[name, loss][metric] for name in names) / len(names) for loss in LOSSES]
 
-    print(f"\n{'':12}{'s/eval':>8}" + "".join(f"{metric:>16}" for metric in search_seg.METRICS))
-    for plan_name in plans:
+    def row(name: str, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
         cells = []
         for metric in search_seg.METRICS:
-            again = [table[name, "retrain"][metric] for name in losses]
-            rho = spearman([table[name, plan_name][metric] for name in losses], again)
-            cells.append(f"{rho:.2f} (sd {noise[plan_name, metric]:.3f})")
-        print(f"{plan_name:<12}{seconds[plan_name] / len(losses):>8.1f}" + "".join(f"{cell:>16}" for cell in cells))
-    print(f"Spearman with re-training over {len(losses)} losses; sd: over three seeds of the hand-made losses")
+            proxy, again = column(names, metric), column(wanted, metric)
+            better = sorted(range(len(LOSSES)), key=lambda k: -again[k])[: (len(LOSSES) + 1) // 2]
+            half = spearman([proxy[k] for k in better], [again[k] for k in better])
+            cells.append(f"{spearman(proxy, again):.2f} {half:.2f}")
+        seconds = sum(bench.done[n, loss]["seconds"] for n in names for loss in LOSSES) / len(LOSSES)
+        print(f"{name:<38}{seconds:>7.1f}" + "".join(f"{cell:>12}" for cell in cells))
+
+    print(f"\n{'Spearman, all and the better half':<38}{'s':>7}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
+    for name in PROXIES:
+        row(name, (name,), CONVERGED)
+    for names in MIXTURES:
+        row(" and ".join(names), names, CONVERGED)
+    row("one converged seed against the other", CONVERGED[:1], CONVERGED[1:])
+    print(f"{len(LOSSES)} losses; the proxy of search_seg.py is 100 + 120")
 
 
 if __name__ == "__main__":

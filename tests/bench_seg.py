@@ -100,6 +100,7 @@ def seconds(work) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     task = search_seg.SegTask(search_seg.parse_arguments(["--device", "cpu"]))
+    task.load()
     plan = task.proxy._replace(steps=200)
     number = plan.steps * plan.batch
 

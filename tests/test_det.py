@@ -664,6 +664,113 @@ def test_exported_losses_are_those_of_the_training():
         torch.testing.assert_close(scope[branch](*outside), want, msg=branch)
 
 
+def exported():
+    """The functions of TREES in one file, and what each is called with: predictions in float64, then targets."""
+    scope: dict = {}
+    source = search_det.export({branch: parse(text) for branch, text in TREES.items()}, title="Five.")
+    exec(compile(source, "best_loss.py", "exec"), scope)
+    assert scope["__doc__"].startswith("Five.\n")
+    g = torch.Generator().manual_seed(3)
+    boxes = torch.rand(8, 4, generator=g, dtype=torch.float64) * 300
+    boxes[:, 2:] += boxes[:, :2] + 100  # areas that overflow in float16
+    moved = (boxes + 20 * torch.rand(8, 4, generator=g)).float()
+    logits, maps = (8 * torch.randn(8, *rest, generator=g, dtype=torch.float64) for rest in ((4,), (28, 28)))
+    return scope, {
+        "rpn_cls": (logits[:, 0], torch.arange(8) % 2),
+        "rcnn_cls": (logits, torch.arange(8) % 4),
+        "rpn_reg": (boxes, moved),
+        "rcnn_reg": (boxes, moved),
+        "mask": (maps, (torch.rand(8, 28, 28, generator=g) > 0.5).float()),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("branch", search_det.BRANCHES)
+def test_exported_losses_in_half_precision(branch, dtype):
+    scope, calls = exported()
+    prediction, target = calls[branch]
+    prediction = prediction.to(dtype).requires_grad_()
+    value, want = scope[branch](prediction, target), scope[branch](prediction.double(), target)
+    assert value.dtype == torch.float32 and want.dtype == torch.float64
+    assert value.item() == pytest.approx(want.item(), rel=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scope[branch](prediction, target) == value
+    (gradient,) = torch.autograd.grad(value, prediction)
+    assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("branch", search_det.BRANCHES)
+def test_exported_losses_without_any_sample(branch):
+    scope, calls = exported()
+    prediction, target = (x[:0] for x in calls[branch])
+    value = scope[branch](prediction.half().requires_grad_(), target)
+    assert value == 0 and value.requires_grad and value.dtype == torch.float32
+
+
+def test_exported_losses_take_any_kind_of_target():
+    scope, calls = exported()
+    for branch, dtypes in (
+        ("rpn_cls", (torch.uint8, torch.int32, torch.bool)),
+        ("rcnn_cls", (torch.uint8, torch.int32)),
+        ("mask", (torch.uint8, torch.bool, torch.float16, torch.float64)),
+    ):
+        prediction, target = calls[branch]
+        for dtype in dtypes:
+            assert scope[branch](prediction, target.to(dtype)) == scope[branch](prediction, target), (branch, dtype)
+    for branch in ("rpn_cls", "rcnn_cls"):
+        prediction, target = calls[branch]
+        for number in (-1, 255):
+            ignored = torch.cat([target, torch.tensor([number, number])])
+            more = torch.cat([prediction, prediction[:2] + 1])
+            value = scope[branch](more, ignored, number) if number > 0 else scope[branch](more, ignored)
+            torch.testing.assert_close(value, scope[branch](prediction, target))
+
+
+@pytest.mark.parametrize(
+    "branch, prediction, target",
+    [("rpn_cls", (8, 1), (8,)), ("rpn_cls", (8,), (8, 1)), ("rcnn_cls", (8, 4), (8, 4)), ("rcnn_cls", (8, 1), (8,)),
+     ("rcnn_cls", (4,), ()), ("rcnn_reg", (8, 4), (7, 4)), ("rpn_reg", (8, 5), (8, 5)), ("rpn_reg", (4,), (4,)),
+     ("mask", (8, 28, 28), (8, 1, 28, 28)), ("mask", (8, 1, 28, 28), (8, 1, 28, 28)), ("mask", (8, 9, 8), (8, 8, 9))],
+)  # fmt: skip
+def test_exported_losses_name_wrong_shapes(branch, prediction, target):
+    with pytest.raises(ValueError, match="expected"):
+        exported()[0][branch](torch.rand(prediction), torch.zeros(target, dtype=torch.long))
+
+
+@pytest.mark.parametrize("number", [254, 255, 256])
+def test_class_255_is_a_class(number):
+    """A detector of 365 categories: no label is ignored."""
+    logits = torch.randn(4, 366, generator=torch.Generator().manual_seed(number), dtype=torch.float64).requires_grad_()
+    label = torch.tensor([number, 0, 255, 365])
+    want = F.cross_entropy(logits, label)
+    ce = parse("Neg(Mul(y, Log(p)))")
+    scope: dict = {}
+    exec(search_det.export({"rcnn_cls": ce}), scope)
+    for value in (search_det.tree_loss("rcnn_cls", ce)(logits, label, None), scope["rcnn_cls"](logits, label)):
+        torch.testing.assert_close(value, want)
+        torch.testing.assert_close(*(torch.autograd.grad(v, logits, retain_graph=True)[0] for v in (value, want)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_in_half_precision(dtype):
+    """Hand-made ones and trees: the number that they give in float64 for the same predictions, in float32."""
+    logits, label, boxes = sample(4, N=40)
+    half = boxes._replace(deltas=boxes.deltas.to(dtype), targets=boxes.targets.float(), start=boxes.start.float())
+    full = boxes._replace(deltas=half.deltas.double())
+    rounded, maps = logits.to(dtype), (9 * torch.randn(3, 90, 90, dtype=torch.float64)).to(dtype)
+    inside = torch.rand(3, 90, 90) > 0.5
+    calls = {
+        "rcnn_cls": ((rounded, label, half), (rounded.double(), label, full)),
+        "rcnn_reg": ((half,), (full,)),
+        "mask": ((maps, inside), (maps.double(), inside)),
+    }
+    for branch, (given, wide) in calls.items():
+        for term in (*search_det.BRANCHES[branch][1].values(), parse(TREES[branch])):
+            loss = search_det.tree_loss(branch, term) if not callable(term) else term
+            value = loss(*given)
+            assert value.dtype == torch.float32 and value.item() == pytest.approx(loss(*wide).item(), rel=1e-4), branch
+
+
 @pytest.mark.parametrize("loss", ["rcnn_reg=giou, rpn_cls=Neg(Mul(y, Log(p)))", "cse-a", "RUN_DIR"])
 def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypatch, loss):
     loss = str(finished[0]) if loss == "RUN_DIR" else loss

@@ -1,9 +1,11 @@
 """The language: values and gradients against float64 definitions, text, algebra, and the exported file."""
 
+import ast
 import math
 import random
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -12,18 +14,24 @@ import torch.nn.functional as F
 from evolve import random_tree
 from loss_ops import (
     LEAVES,
+    MAX_DEPTH,
+    MAX_NODES,
     OPERATORS,
     Expr,
     canonical,
     evaluate,
     evaluate_batch,
+    fits,
     is_dead,
     latex,
+    leaves_of,
     parse,
     python_module,
     python_source,
+    simplify,
     softmax_leaves,
     subtrees,
+    value_of_constant,
 )
 
 EPS = 1e-12
@@ -213,14 +221,83 @@ def test_text_round_trip():
         ("__import__('os')", 0, "unknown name '__import__'"),
         ("2", 0, "unknown name '2'"),
         ("", 0, "found the end"),
-        ("Neg(" * 5000, None, "nested too deeply"),
+        ("Neg(" * 5000, 4 * MAX_DEPTH, "nested too deeply"),
+        ("Mul(" + "p," * 5000, 4 + 2 * MAX_NODES - 2, "more than 1000 operators and leaves"),
+        ("Neg(" + 1000000 * "a", 4, "unknown name 'aaa"),
+        ("p" + 1000000 * " é", 2, "unexpected 'é'"),
+        ("Neg(p\0)", 5, r"found '\x00'"),
+        ("Neg(\ud800)", 4, r"unknown name '\ud800'"),
     ],
 )
 def test_parse_errors_name_position_and_cure(text, position, word):
     with pytest.raises(ValueError) as error:
         parse(text)
     assert word in str(error.value)
-    assert position is None or str(error.value).startswith(f"position {position}:")
+    assert str(error.value).startswith(f"position {position}:") and len(str(error.value)) < 300
+
+
+def test_parse_survives_any_text():
+    rng = random.Random(22)
+    words = [*OPERATORS, *LEAVES, *"(),(),(), \n\0\ud800²_9'\"\\", "x" * 99, "\U000e0001" * 99]
+    for _ in range(5000):
+        text = list(str(random_tree(rng, SEG, rng.randint(0, 3))))
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randint(0, len(text))
+            text[at : at + rng.randint(0, 9)] = rng.choices(words, k=rng.randint(0, 3))
+        try:
+            expr = parse("".join(text))
+        except ValueError as error:
+            assert len(str(error)) < 300
+        else:
+            assert fits(expr) and parse(str(expr)) == expr
+
+
+def nested(*ops, depth=MAX_DEPTH):
+    """A tree of so many operators above its deepest leaf."""
+    expr = parse("Mul(Neg(y), p)")
+    for k in range(depth - 2):
+        op = ops[k % len(ops)]
+        expr = Expr(op, (expr, Expr("y"))[: OPERATORS[op].arity])
+    return expr
+
+
+@pytest.mark.parametrize(
+    "ops", [("Tanh",), ("Add",), ("Exp", "Neg"), ("MeanNHW", "MeanC"), ("Mul", "MaxPool3", "Square")]
+)
+def test_all_functions_answer_up_to_the_bounds(ops):
+    expr = nested(*ops)
+    leaves = {name: torch.rand(2, 1, 2, 3, 3) for name in "yp"}
+    one = {name: x[0] for name, x in leaves.items()}
+
+    def below(frames, function, *args):  # as deep in other code as a test or a compiler is
+        return below(frames - 1, function, *args) if frames else function(*args)
+
+    assert fits(expr) and below(600, parse, below(600, str, expr)) == expr
+    for function in (latex, canonical, is_dead, subtrees, leaves_of):
+        simplify.cache_clear()
+        below(600, function, expr)
+    value = below(600, evaluate, expr, one)
+    batch = below(600, evaluate_batch, [expr, expr], leaves)
+    torch.testing.assert_close(batch[0], value, equal_nan=True)
+    ast.parse(below(600, python_source, expr))
+    below(600, str, canonical(expr))
+
+
+def test_what_fits_is_what_can_be_read():
+    pair = "Add(p, " * (MAX_NODES // 2 // 100)
+    shared = parse("Mul(y, p)")
+    for _ in range(MAX_DEPTH // 2):
+        shared = Expr("Mul", (shared, shared))  # 2^52 leaves, if it were written out
+    assert not fits(shared) and not fits(nested("Exp", depth=MAX_DEPTH + 1)) and not fits(nested("Exp", depth=5000))
+    assert fits(nested("Exp")) and fits(parse("p")) and fits(parse(f"{pair}p{')' * pair.count('(')}"))
+    balanced = parse("Mul(y, p)")
+    while fits(balanced):
+        assert parse(str(balanced)) == balanced
+        balanced = Expr("Add", (balanced, balanced))
+    with pytest.raises(ValueError, match="more than 1000"):
+        parse(str(balanced))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse(str(nested("Exp", depth=MAX_DEPTH + 1)))
 
 
 def test_common_subtrees_are_listed_once():
@@ -267,6 +344,19 @@ def test_canonical_meets(one, other):
 @pytest.mark.parametrize("one, other", [("Neg(p)", "p"), ("Inv(Neg(p))", "Neg(Inv(p))"), ("MeanC(p)", "MaxPool3(p)")])
 def test_canonical_keeps_apart(one, other):
     assert canonical(parse(one)) != canonical(parse(other))
+
+
+def test_long_searches_need_no_memory():
+    simplify.cache_clear(), value_of_constant.cache_clear()
+    exprs = trees(500, seed=23)
+    tracemalloc.start()
+    rng = random.Random(24)
+    for _ in range(10000):
+        expr = Expr("Mul", (rng.choice(exprs), Expr("Tanh", (Expr("Add", (rng.choice(exprs), rng.choice(exprs))),))))
+        is_dead(canonical(expr))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 8e6
 
 
 @pytest.mark.parametrize(
@@ -358,3 +448,139 @@ def test_several_losses_in_one_file():
     for name, text in texts.items():
         assert scope[name].__doc__ == text
         torch.testing.assert_close(scope[name](**leaves), evaluate(parse(text), leaves))
+
+
+def exported(source):
+    scope: dict = {}
+    exec(compile(source, "best_loss.py", "exec"), scope)
+    return scope["loss"]
+
+
+CE = "Neg(Mul(y, Log(p)))"
+DICE = "Neg(Mul(MeanNHW(Mul(y, p)), Inv(MeanNHW(Add(y, p)))))"
+POOLED = "Add(Square(Add(1, Neg(MaxPool3(Mul(y, p))))), Neg(Mul(y, Log(MinPool3(p)))))"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("text", [CE, DICE, POOLED])
+def test_half_precision_is_computed_in_single(text, dtype):
+    logits, label = sample(25, H=384, W=384)
+    logits = (8 * logits).to(dtype).requires_grad_()
+    loss = exported(python_source(parse(text)))
+    value, want = loss(logits, label), loss(logits.double(), label)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.item() == pytest.approx(want.item(), rel=1e-4)
+    assert value == evaluate(parse(text), *softmax_leaves(logits, label))
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    logits, label = sample(26, dtype=torch.float32)
+    for expr in [parse(CE), parse(DICE), parse(POOLED), *trees(100, seed=27)]:
+        loss = exported(python_source(expr))
+        for given in (logits, logits.to(dtype)):
+            with torch.autocast("cpu", dtype):
+                inside = loss(given, label)
+            torch.testing.assert_close(inside, loss(given, label), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("space", [(), (9,), (4,), (5, 6), (4, 6, 6), (1, 5, 6), (2, 3, 4, 5)])
+def test_any_number_of_dimensions(space):
+    g = torch.Generator().manual_seed(28)
+    logits = torch.randn(4, 4, *space, generator=g, dtype=torch.float64)
+    label = torch.randint(0, 4, (4, *space), generator=g)
+    label[0] = 255
+    loss, pooled = (exported(python_source(parse(text))) for text in (CE, POOLED))
+    torch.testing.assert_close(loss(logits, label), F.cross_entropy(logits, label, ignore_index=255))
+    if len(space) > 2:
+        with pytest.raises(ValueError, match=r"logits \(4, 4, .*3x3.*no volume"):
+            pooled(logits, label)
+    elif len(space) == 1:  # a line: neighbours to the left and to the right
+        p, y = logits.softmax(1), F.one_hot(label % 255, 4).movedim(-1, 1)
+        p, y = p[1:], y[1:]
+        near = F.max_pool1d(y * p, 3, 1, 1), -F.max_pool1d(-p, 3, 1, 1)
+        want = ((1 - near[0]).square() - y * (near[1] + EPS).log()).sum(1).mean()
+        torch.testing.assert_close(pooled(logits, label), want)
+    else:
+        assert pooled(logits, label).dim() == 0
+
+
+@pytest.mark.parametrize(
+    "logits, label",
+    [((2, 4, 5, 5), (2, 1, 5, 5)), ((2, 4, 5, 5), (2, 4, 5, 5)), ((2, 4, 5, 6), (2, 6, 5)), ((2, 4, 5, 5), (50,)),
+     ((2, 4, 3, 5, 5), (2, 15, 5)), ((2, 1, 5, 5), (2, 5, 5)), ((2, 4), (2, 1)), ((2, 4), (1,)), ((4,), ()), ((), ())],
+)  # fmt: skip
+def test_wrong_shapes_are_named(logits, label):
+    with pytest.raises(ValueError) as error:
+        exported(python_source(parse(CE)))(torch.zeros(logits), torch.zeros(label, dtype=torch.long))
+    text = str(error.value)
+    assert f"logits {logits} and label {label}" in text and "expected (N, C, ...)" in text and "(N, ...)" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool])
+def test_labels_of_any_integer_type(dtype):
+    logits, label = sample(29, C=2, ignored=False)
+    loss = exported(python_source(parse(CE)))
+    for ignore_index in (255, -100, -1, 2**40):
+        torch.testing.assert_close(loss(logits, label.to(dtype), ignore_index), F.cross_entropy(logits, label))
+
+
+@pytest.mark.parametrize("ignore_index", [255, -100, -1, 0, 7, 10**6])
+def test_any_class_may_be_ignored(ignore_index):
+    logits, label = sample(30, C=300, ignored=False)
+    label[0, 0, :3], label[1, :2] = 255, ignore_index
+    logits.requires_grad_()
+    values = [
+        loss(logits, label, ignore_index=ignore_index) for loss in (exported(python_source(parse(CE))), F.cross_entropy)
+    ]
+    torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in values), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("text", [CE, DICE, POOLED])
+def test_compilers_take_the_exported_file(text):
+    """torch.export with a free batch and torch.compile in one graph; without a C compiler, up to code generation."""
+    logits, label = sample(31, dtype=torch.float32)
+    loss = exported(python_source(parse(text)))
+
+    class Module(torch.nn.Module):
+        def forward(self, logits, label):
+            return loss(logits, label)
+
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(Module(), (logits, label), dynamic_shapes=({0: batch}, {0: batch})).module()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for call in (program, compiled):
+        torch.testing.assert_close(call(logits, label), loss(logits, label))
+    more = torch.cat([logits, -logits]), torch.cat([label, label])
+    torch.testing.assert_close(program(*more), loss(*more))
+
+
+TITLES = [
+    "Two\nlines.",
+    'ends in "',
+    'three """ of them',
+    '"""',
+    "'''",
+    "ends in \\",
+    r"C:\new \N{x} \u12 \"",
+    r'\"""',
+    "\\" * 3 + '"' * 7,
+    "\0 \r \x0c \ud800 é \u2028",
+    "{expr} %s {0}",
+    "",
+]
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_any_title_is_valid(tmp_path, title):
+    expr = parse(CE)
+    (tmp_path / "best_loss.py").write_text(python_source(expr, title=title), encoding="utf-8")
+    scope: dict = {}
+    exec(compile((tmp_path / "best_loss.py").read_bytes(), "best_loss.py", "exec"), scope)
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in title).replace('"""', "'''")
+    assert scope["__doc__"].startswith(f"{shown}\n\n    {expr}\n") and latex(expr) in scope["__doc__"]
+    logits, label = sample(32)
+    assert scope["loss"](logits, label) == evaluate(expr, *softmax_leaves(logits, label))

@@ -310,6 +310,43 @@ def test_exported_loss_is_the_same(tmp_path, text):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*search_pose.LOSSES, "Neg(Mul(MaxPool3(y), Log(p)))"])
+def test_losses_in_half_precision(name, dtype):
+    """The number that they give in float64 for the same heatmaps, in float32; trees also in their own file."""
+    prediction, target, weight = sample(6, H=64, W=48)
+    prediction, target, weight = prediction.to(dtype).requires_grad_(), target.to(dtype), weight.float()
+    losses = [search_pose.LOSSES.get(name) or search_pose.tree_loss(parse(name))]
+    if name not in search_pose.LOSSES:
+        scope: dict = {}
+        exec(search_pose.export({"loss": parse(name)}, title="Found."), scope)
+        assert scope["__doc__"].startswith("Found.\n")
+        losses.append(scope["loss"])
+    for loss in losses:
+        value, want = loss(prediction, target, weight), loss(prediction.double(), target.double(), weight)
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(want.item(), rel=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert loss(prediction, target, weight) == value
+        (gradient,) = torch.autograd.grad(value, prediction)
+        assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize(
+    "prediction, target, weight",
+    [((2, 5, 8, 6), (1, 5, 8, 6), None), ((5, 8, 6), (5, 8, 6), None), ((2, 5, 8, 6), (2, 5, 6, 8), None),
+     ((2, 5, 8, 6), (2, 5, 8, 6), (5, 2)), ((2, 5, 8, 6), (2, 5, 8, 6), (10,)),
+     ((2, 5, 8, 6), (2, 5, 8, 6), (2, 5, 8, 6))],
+)  # fmt: skip
+def test_wrong_shapes_are_named(prediction, target, weight):
+    scope: dict = {}
+    exec(search_pose.export({"loss": parse("Neg(Mul(y, p))")}), scope)
+    given = (torch.rand(prediction), torch.rand(target), None if weight is None else torch.ones(weight))
+    for loss in (scope["loss"], search_pose.tree_loss(parse("Neg(Mul(y, p))"))):
+        with pytest.raises(ValueError) as error:
+            loss(*given)
+        assert f"prediction {prediction}, target {target} and weight {weight}: expected" in str(error.value)
+
+
 # Data
 
 

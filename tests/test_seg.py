@@ -1,5 +1,6 @@
 """Segmentation, piece by piece: metrics and losses against slow, obvious versions; loader; networks; training."""
 
+import functools
 import math
 import random
 from types import SimpleNamespace
@@ -322,6 +323,72 @@ def test_asl_of_a_perfect_prediction(metric):
     assert perfect < 0.1 < wrong, "ignored pixels next to a boundary keep bf1 from an exact 0"
     value = search_seg.asl_loss(logits, torch.full_like(label, 255), search_seg.ASL_THETA[metric], metric)
     assert value == 0 and value.requires_grad
+
+
+def exported_asl(metric):
+    scope: dict = {}
+    exec(search_seg.export({"loss": search_seg.Asl.read(f"asl({metric})")}, title='From "here".'), scope)
+    assert scope["__doc__"].startswith(f'From "here".\n\nAuto Seg-Loss (arXiv 2010.07930) for {metric}.')
+    return scope["loss"]
+
+
+@pytest.mark.parametrize("metric", search_seg.METRICS)
+def test_exported_asl(metric):
+    logits, label = sample(8, H=14, W=15)
+    loss, want = exported_asl(metric), search_seg.asl_loss(logits, label, search_seg.ASL_THETA[metric], metric)
+    assert loss(logits, label) == want
+    other = torch.where(label == 255, -100, label.long())
+    assert loss(logits, other, ignore_index=-100) == want
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        assert loss(logits, label.to(dtype)) == want
+    with pytest.raises(ValueError, match="expected"):
+        loss(logits, label[:1])
+
+
+@pytest.mark.parametrize("metric", search_seg.METRICS)
+def test_asl_of_many_classes(metric):
+    """As many as a label can tell apart, class 255 among them; the boundary of each of them counts."""
+    logits, label = sample(9, H=12, W=13)
+    label = label.long() % 255
+    renamed = torch.tensor([0, 70, 255, 299])
+    spread = torch.full((len(logits), 300, 12, 13), -1e4, dtype=torch.float64).index_copy(1, renamed, logits)
+    loss = exported_asl(metric)
+    few, many = loss(logits, label, ignore_index=-100), loss(spread, renamed[label], ignore_index=-100)
+    if metric in ("miou", "macc", "biou"):  # means over all classes
+        few, many = (1 - few) * 4, (1 - many) * 300
+    torch.testing.assert_close(few, many, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", [(), (9,), (3, 5, 6)])
+@pytest.mark.parametrize("metric", search_seg.METRICS)
+def test_asl_of_any_number_of_dimensions(metric, space):
+    g = torch.Generator().manual_seed(10)
+    logits, label = torch.randn(4, 4, *space, generator=g), torch.randint(0, 4, (4, *space), generator=g)
+    loss = exported_asl(metric)
+    if len(space) > 2 and metric in ("biou", "bf1"):
+        with pytest.raises(ValueError, match="no volume"):
+            loss(logits, label)
+    elif metric in ("biou", "bf1"):
+        assert loss(logits, label).dim() == 0
+    else:  # counts, wherever the pixels are
+        flat = logits.movedim(1, 0).reshape(1, 4, 1, -1), label.reshape(1, 1, -1)
+        torch.testing.assert_close(loss(logits, label), loss(*flat))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*search_seg.LOSSES, *(f"asl({metric})" for metric in search_seg.METRICS)])
+def test_losses_in_half_precision(name, dtype):
+    """The number that they give in float64 for the same logits, in float32, also where autocast is on."""
+    logits, label = sample(11, N=2, H=300, W=300)
+    logits = (8 * logits).to(dtype).requires_grad_()
+    asl = name.startswith("asl(")
+    loss = exported_asl(name[4:-1]) if asl else functools.partial(call, name)
+    value, want = loss(logits, label), loss(logits.double(), label)
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(want.item(), rel=1e-3, abs=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(loss(logits, label), value)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.any()
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3])

@@ -2178,7 +2178,8 @@ def random_loss(state: State, rng: random.Random, name: str, branch: Branch) -> 
 
 
 def mutated_loss(state: State, rng: random.Random, name: str, branch: Branch, expr: Expr) -> Expr:
-    return mutate(rng, expr, branch.symbols, select_parent(state, rng, [name]).losses[name])
+    other = select_parent(state, rng, [name])
+    return mutate(rng, expr, branch.symbols, other and other.losses[name])
 
 
 # Convergence simulation (CSE-Autoloss, Liu 2021, arXiv 2102.04700): evolution from known losses through two gates.

@@ -950,9 +950,9 @@ class State:
         if self.sampler:
             self.sampler.learn(record)
 
-    def converged(self, text: str) -> float | None:
+    def converged(self, text: str, seeds: Sequence[int] | None = None) -> float | None:
         """The mean over its converged trainings, search-validation split: None without any, -inf if one was invalid."""
-        runs = list(self.again.get(text, {}).values())
+        runs = [run for seed, run in self.again.get(text, {}).items() if seeds is None or seed in seeds]
         if not runs:
             return None
         return -math.inf if None in runs else sum(run["val"][self.metric] for run in runs) / len(runs)
@@ -1097,22 +1097,24 @@ def best_parts(state: State) -> dict[str, Expr]:
 def close(task: Task, state: State, worker: "Worker", args) -> None:
     """One worker's part of the closing round. What is decided is decided once, in a file that all of them read."""
 
-    def best_first(several: list[dict]) -> list[dict]:
-        return sorted(several, key=lambda losses: -state.converged(losses_text(losses)))
+    def score(losses: dict, seeds: int) -> float:  # a resumed round may know more seeds already
+        return state.converged(losses_text(losses), range(args.seed, args.seed + seeds))
 
     worker.wait_for_searching(state)
     finalists = worker.agree("finalists", state, lambda: select_finalists(task, state))
     for number, seeds in RUNGS:
         seeds = min(seeds, 2 * args.seeds)
         worker.serve(task, state, [(losses, args.seed + k) for k in range(seeds) for losses in finalists[:number]])
-        finalists = best_first(finalists[:number]) + finalists[number:]
-    found = next((losses for losses in finalists if state.converged(losses_text(losses)) > -math.inf), None)
+        best_first = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
+        finalists = best_first + finalists[number:]
+    found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", state, lambda: found and shorten(task, found))
     if short != found:
         worker.serve(task, state, [(short, args.seed)])
-        runs = state.again[losses_text(found)].values()
-        again = state.converged(losses_text(short))
-        found = short if again >= min(run["val"][state.metric] for run in runs) else found
+        worst = min(
+            run["val"][state.metric] for k, run in state.again[losses_text(found)].items() if k < args.seed + seeds
+        )
+        found = short if score(short, 1) >= worst else found
     found = worker.agree("found", state, lambda: found)
     table = [(task.baseline, "baseline"), *([(found, "found")] if found else [])]
     for k in range(args.seeds):

@@ -755,8 +755,8 @@ def test_class_255_is_a_class(number):
 def test_losses_in_half_precision(dtype):
     """Hand-made ones and trees: the number that they give in float64 for the same predictions, in float32."""
     logits, label, boxes = sample(4, N=40)
-    half = boxes._replace(deltas=boxes.deltas.to(dtype), targets=boxes.targets.float(), start=boxes.start.float())
-    full = boxes._replace(deltas=half.deltas.double())
+    half = boxes._replace(deltas=boxes.deltas.to(dtype), targets=boxes.targets.to(dtype), start=boxes.start.float())
+    full = boxes._replace(deltas=half.deltas.double(), targets=half.targets.double())
     rounded, maps = logits.to(dtype), (9 * torch.randn(3, 90, 90, dtype=torch.float64)).to(dtype)
     inside = torch.rand(3, 90, 90) > 0.5
     calls = {

@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections import OrderedDict
@@ -127,7 +128,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
     )
     task.add_argument(
-        "--skip-empty", action="store_true", help="leave out annotations with an empty box instead of complaining"
+        "--skip-empty",
+        action="store_true",
+        help="leave out annotations with an empty box or mask instead of complaining",
     )
     task.add_argument(
         "--model",
@@ -367,7 +370,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         raise unreadable(path) from error
 
 
-def unreadable(path: Path) -> DataError:
+def unreadable(path: Path) -> "DataError":
     return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
 
 
@@ -491,8 +494,8 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
 
 @functools.cache
 def warn(message: str) -> None:
-    """Said once, though a file may hold two splits, and by one of the workers."""
-    if evolve.rank_and_world()[0] == 0:
+    """Said once, though a file may hold two splits, and by the first worker alone."""
+    if os.environ.get("RANK", "0") == "0":
         evolve.warn(message)
 
 
@@ -1137,7 +1140,7 @@ def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, S
     given = isinstance(detections, (str, Path))
     path, results = (detections, load_coco(detections)) if given else ("detections", detections)
     if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
-        raise DataError(f"{path}: it must be a list of COCO results")
+        raise ValueError(f"{path}: it must be a list of COCO results")
     return path, results
 
 
@@ -1154,14 +1157,14 @@ def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
 
 
 def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """DataError if a result is on no picture of the ground truth, as pycocotools has it."""
+    """ValueError if a result is on no picture of the ground truth, as pycocotools has it."""
     if (image < 0).any():
         k = int((image < 0).nonzero()[0])
-        raise DataError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
+        raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
 
 
 def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
-    """(M, width) float64, the numbers that each result has under `key`; DataError names the first that has not.
+    """(M, width) float64, the numbers that each result has under `key`; ValueError names the first that has not.
 
     nan: whether they may be infinite or none.
     """
@@ -1187,7 +1190,7 @@ def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan:
             rows.append(read([result]))
         except wrong:
             what = f"{width} finite numbers" if width > 1 else "a number"
-            raise DataError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
+            raise ValueError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
     return torch.cat(rows)
 
 
@@ -1215,8 +1218,8 @@ def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, 
             size = coco["images"][place]["height"], coco["images"][place]["width"]
             try:
                 codes.append(result_mask(result, size if all(size) else None, box[k].tolist() if boxed else None))
-            except DataError as problem:
-                raise DataError(f"{path}: result {k}: {problem}") from None
+            except ValueError as problem:
+                raise ValueError(f"{path}: result {k}: {problem}") from None
     if boxed:
         area = box[:, 2] * box[:, 3]
     else:
@@ -1238,8 +1241,8 @@ def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | N
         return run_lengths(check_mask({"segmentation": code}, size)["segmentation"], size or code["size"])
     except EmptyObject:
         return rle.encode(np.zeros(size, np.uint8, order="F"))
-    except (KeyError, TypeError, ValueError) as problem:
-        raise DataError(f"its mask {code!r:.60} is damaged ({problem})") from None
+    except (DataError, KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"its mask {code!r:.60} is damaged ({problem})") from None
 
 
 def coco_eval(
@@ -1253,8 +1256,8 @@ def coco_eval(
     ground_truth: a COCO json file or its content; detections: COCO results, a file with them, or, for boxes, an array
     (M, 7) of image x y w h score category; iou_type: "bbox" or "segm".
     Returns AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl in 0..1; -1 where there is no truth.
-    Raises ValueError, often as DataError, for another iou_type, what is no COCO file, or a detection that is damaged or
-    on an image that `ground_truth` does not list. A score of NaN counts as the least, as in pycocotools.
+    Raises ValueError for another iou_type or a detection that is damaged or on an image that `ground_truth` does not
+    list, DataError for a file that is. A score of NaN counts as the least, as in pycocotools.
     """
     if iou_type not in METRICS:
         raise ValueError(f"iou_type {iou_type!r}: choose one of {' '.join(METRICS)}")

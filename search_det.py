@@ -536,7 +536,10 @@ def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
         raise DataError(f"mask of size {code.get('size')!r:.40}; it must be the height and width of its image")
     if size and own != list(size):
         raise DataError(f"mask of {own[1]:.0f}x{own[0]:.0f} pixels, its image has {size[1]}x{size[0]}")
-    runs = read_runs(counts) if isinstance(counts, (str, bytes)) else finite(counts or (), len(counts or ()))
+    if isinstance(counts, (str, bytes)):
+        runs = read_runs(counts)
+    else:
+        runs = finite(counts, len(counts)) if isinstance(counts, (list, tuple)) else None
     if not runs or min(runs) < 0 or any(run % 1 for run in runs) or sum(runs) != own[0] * own[1]:
         raise DataError(f"its run lengths {counts!r:.40} do not fill {own[1]:.0f}x{own[0]:.0f} pixels; export it again")
     if not sum(runs[1::2]):

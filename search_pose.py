@@ -482,7 +482,7 @@ def mend_joints(given, joints: int) -> list[float]:
     """Joints that are not all finite, with zeros for those without a label."""
     try:
         points = np.array(given, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = np.zeros(0)
     if points.shape != (3 * joints,):
         length = len(given) if isinstance(given, (list, tuple)) else f"{given!r:.40}"
@@ -1112,8 +1112,8 @@ def oks_eval(
     own = functools.partial(check_joints, joints=joints or 0, scoring=True)
     coco = check_coco(coco, path, own, scoring=True)
     persons, poses = read_persons(coco)[0], read_poses(detections, coco, joints)
-    if joints is None:  # nobody is there
-        joints = poses.joints.shape[1]
+    joints = poses.joints.shape[1]
+    if not len(persons.group):
         persons = persons._replace(joints=poses.joints[:0], labelled=poses.joints[:0, :, 0] > 0)
     sigmas = default_sigmas(joints) if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
     if len(sigmas) != joints:

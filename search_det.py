@@ -328,7 +328,7 @@ def identity(value) -> int | str | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def finite(values, number: int, limit: float = LARGEST) -> list[float] | None:
+def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
     """`values` as so many finite numbers within +-limit; None if they are anything else."""
     if isinstance(values, (str, bytes, dict)):
         return None
@@ -353,7 +353,7 @@ def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
     sides = [entry.get("height") or None, entry.get("width") or None]
     if None in sides:
         sides = picture_size(folder / name) if folder and not Path(name).name.startswith("._") else [None, None]
-    elif not (good := finite(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
+    elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
         raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
     else:
         sides = [int(side) for side in good]
@@ -366,7 +366,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as picture:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return picture.size if turned else picture.size[::-1]
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise unreadable(path) from error
 
 
@@ -376,13 +376,13 @@ def unreadable(path: Path) -> "DataError":
 
 def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
-    box, crowd, area = finite(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
+    box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
     if box is None:
         raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
     if crowd not in (0, 1):
         raise DataError(f"'iscrowd' is {crowd!r:.40}; it must be 0 or 1")
     x, y, w, h = box
-    area = (w * h,) if area is None else finite((area,), 1, LARGEST**2)
+    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
     if area is None or area[0] < 0 < min(w, h):
         raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
     if not scoring:
@@ -434,7 +434,7 @@ def check_coco(
             left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
         elif not scoring and files.setdefault(name, number) != number:
             raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
-    for k, entry in enumerate(listed(coco, "annotations", path)):
+    for k, entry in enumerate(entries_of(coco, "annotations", path)):
         shown = f"annotation {entry.get('id', f'no. {k}')!r:.40}"
         number, image, category = (identity(entry.get(key)) for key in ("id", "image_id", "category_id"))
         if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
@@ -465,7 +465,7 @@ def check_coco(
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
 
 
-def listed(coco, kind: str, path: Path | str) -> Sequence[dict]:
+def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
     """The entries of one kind."""
     entries = coco.get(kind) if isinstance(coco, dict) else None
     if not isinstance(entries, (list, tuple)):
@@ -479,7 +479,7 @@ def listed(coco, kind: str, path: Path | str) -> Sequence[dict]:
 def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> dict[int | str, dict]:
     """The entries of one kind by their ids, which rise, numbers before names."""
     found = {}
-    for k, entry in enumerate(listed(coco, kind, path)):
+    for k, entry in enumerate(entries_of(coco, kind, path)):
         number = identity(entry.get("id"))
         if number is None:
             raise DataError(f"{path}: entry {k} of {kind!r} has the id {entry.get('id')!r:.40}; give it a number")
@@ -511,7 +511,7 @@ def check_mask(entry: dict, size: tuple[int, int] | None) -> dict:
     code = [code] if code and not isinstance(code[0], (list, tuple)) else code or []  # one polygon on its own
     polygons = []
     for polygon in code:
-        places = finite(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
+        places = floats(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
         if places is None or len(places) % 2 or not within_reach(places, size):
             raise DataError(
                 f"polygon {polygon!r:.60} in a picture of {size[1]}x{size[0]} pixels; it must be x y x y ..."
@@ -531,7 +531,7 @@ def overlaps(places: list[float], size: tuple[int, int]) -> bool:
 
 def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
     """A run-length code, compressed or not, that has been found to fill its picture; pycocotools would not look."""
-    own, counts = finite(code.get("size", ()), 2), code.get("counts")
+    own, counts = floats(code.get("size", ()), 2), code.get("counts")
     if own is None or min(own) < 1:
         raise DataError(f"mask of size {code.get('size')!r:.40}; it must be the height and width of its image")
     if size and own != list(size):
@@ -539,7 +539,7 @@ def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
     if isinstance(counts, (str, bytes)):
         runs = read_runs(counts)
     else:
-        runs = finite(counts, len(counts)) if isinstance(counts, (list, tuple)) else None
+        runs = floats(counts, len(counts)) if isinstance(counts, (list, tuple)) else None
     if not runs or min(runs) < 0 or any(run % 1 for run in runs) or sum(runs) != own[0] * own[1]:
         raise DataError(f"its run lengths {counts!r:.40} do not fill {own[1]:.0f}x{own[0]:.0f} pixels; export it again")
     if not sum(runs[1::2]):

@@ -294,7 +294,7 @@ def identity(value) -> int | str | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def finite(values, number: int, limit: float = LARGEST) -> list[float] | None:
+def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
     """`values` as so many finite numbers within +-limit; None if they are anything else."""
     if isinstance(values, (str, bytes, dict)):
         return None
@@ -319,7 +319,7 @@ def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
     sides = [entry.get("height") or None, entry.get("width") or None]
     if None in sides:
         sides = picture_size(folder / name) if folder and not Path(name).name.startswith("._") else [None, None]
-    elif not (good := finite(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
+    elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
         raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
     else:
         sides = [int(side) for side in good]
@@ -332,19 +332,19 @@ def picture_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as picture:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return picture.size if turned else picture.size[::-1]
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise unreadable(path) from error
 
 
 def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
-    box, crowd, area = finite(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
+    box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
     if box is None:
         raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
     if crowd not in (0, 1):
         raise DataError(f"'iscrowd' is {crowd!r:.40}; it must be 0 or 1")
     x, y, w, h = box
-    area = (w * h,) if area is None else finite((area,), 1, LARGEST**2)
+    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
     if area is None or area[0] < 0 < min(w, h):
         raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
     if not scoring:
@@ -396,7 +396,7 @@ def check_coco(
             left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
         elif not scoring and files.setdefault(name, number) != number:
             raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
-    for k, entry in enumerate(listed(coco, "annotations", path)):
+    for k, entry in enumerate(entries_of(coco, "annotations", path)):
         shown = f"annotation {entry.get('id', f'no. {k}')!r:.40}"
         number, image, category = (identity(entry.get(key)) for key in ("id", "image_id", "category_id"))
         if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
@@ -427,7 +427,7 @@ def check_coco(
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
 
 
-def listed(coco, kind: str, path: Path | str) -> Sequence[dict]:
+def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
     """The entries of one kind."""
     entries = coco.get(kind) if isinstance(coco, dict) else None
     if not isinstance(entries, (list, tuple)):
@@ -441,7 +441,7 @@ def listed(coco, kind: str, path: Path | str) -> Sequence[dict]:
 def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> dict[int | str, dict]:
     """The entries of one kind by their ids, which rise, numbers before names."""
     found = {}
-    for k, entry in enumerate(listed(coco, kind, path)):
+    for k, entry in enumerate(entries_of(coco, kind, path)):
         number = identity(entry.get("id"))
         if number is None:
             raise DataError(f"{path}: entry {k} of {kind!r} has the id {entry.get('id')!r:.40}; give it a number")
@@ -469,11 +469,11 @@ def check_joints(entry: dict, size: tuple[int, int] | None, joints: int, scoring
     given, number = entry.get("keypoints"), entry.get("num_keypoints") if scoring else None
     if given is None or isinstance(given, (list, tuple)) and not given:
         given = [0.0] * (3 * joints)
-    points = finite(given, 3 * joints) or mend_joints(given, joints)
+    points = floats(given, 3 * joints) or mend_joints(given, joints)
     places = [place for k in range(0, len(points), 3) if points[k + 2] > 0 for place in points[k : k + 2]]
     if size and not scoring and not within_reach(places, size):
         raise DataError(f"a joint far outside of its picture of {size[1]}x{size[0]} pixels; give x and y in pixels")
-    if number is not None and finite((number,), 1) is None:
+    if number is not None and floats((number,), 1) is None:
         raise DataError(f"'num_keypoints' is {number!r:.40}; give the number of labelled joints, or leave it out")
     return {"keypoints": points, "num_keypoints": len(places) // 2 if number is None else number}
 
@@ -517,7 +517,7 @@ def check_skeleton(category: dict, names: tuple[str, ...]) -> list[list[int]]:
 def read_annotations(path: Path, folder: Path | None = None) -> dict:
     """A file of COCO keypoints, checked (see `check_coco`); raises DataError naming what is missing or does not fit."""
     coco = load_coco(path)
-    categories = [category for category in listed(coco, "categories", path) if category.get("keypoints")]
+    categories = [category for category in entries_of(coco, "categories", path) if category.get("keypoints")]
     kinds = []
     for category in categories:
         names = category["keypoints"]
@@ -1105,7 +1105,9 @@ def oks_eval(
     """
     given = isinstance(ground_truth, (str, Path))
     path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
-    lengths = (len(e["keypoints"]) for e in listed(coco, "annotations", path) if isinstance(e.get("keypoints"), list))
+    lengths = (
+        len(e["keypoints"]) for e in entries_of(coco, "annotations", path) if isinstance(e.get("keypoints"), list)
+    )
     joints = next((length // 3 for length in lengths if length), None)
     if joints is None and coco["annotations"]:
         raise DataError(f"{path}: no annotation has 'keypoints'; it must be a file of COCO keypoints")

@@ -62,8 +62,8 @@ REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softm
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known
-LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
-RUNGS = ((8, 1), (4, 3), (2, 6))  # [D] closing round: so many finalists with so many seeds, then the better ones
+LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
+RUNGS = ((8, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] finalists have gradients of less than this mean cosine
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
@@ -1888,7 +1888,7 @@ def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | 
     group.add_argument(
         "--minutes",
         type=at_least(0.01, float),
-        default=9.0,
+        default=10.0,
         metavar="M",
         help="budget: minutes of searching, before the closing round (%(default)s)",
     )

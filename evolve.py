@@ -55,15 +55,15 @@ TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent 
 TOURNAMENT_MIN = 5  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
 FRESH = 0.10  # [D] share of the trainings whose candidate has no parent
 REMEMBERED = 100_000  # verdicts that are kept for reuse [D]
-NODES = 60  # [D] of a mutated tree, at most: longer ones cost more and say no more
+NODES = 30  # [D] of a mutated tree, at most: longer ones cost more and say no more
 ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where another limit was measured
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known
-LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
-RUNGS = ((8, 1), (4, 3), (2, 6))  # [D] closing round: so many finalists with so many seeds, then the better ones
+LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
+RUNGS = ((8, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] finalists have gradients of less than this mean cosine
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
@@ -326,9 +326,18 @@ def swap(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     return replace_node(replace_node(expr, second, everything[first]), first, everything[second])
 
 
+def combine(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+    """Add a small random tree to a random node, or multiply by it [D]: a weight or a penalty in a single step."""
+    index = rng.randrange(len(nodes(expr)))
+    term = random_tree(rng, symbols, rng.randint(1, DEPTH))
+    return replace_node(expr, index, Expr(rng.choice(("Add", "Mul")), (nodes(expr)[index], term)))
+
+
 def cross(rng: random.Random, expr: Expr, other: Expr) -> Expr:
-    """A random subtree of `other` in place of a random node of `expr` [D]."""
-    return replace_node(expr, rng.randrange(len(nodes(expr))), rng.choice(nodes(other)))
+    """A random subtree of `other` in place of a random node of `expr`, or as a term or factor beside it [D]."""
+    index, part = rng.randrange(len(nodes(expr))), rng.choice(nodes(other))
+    beside = Expr(rng.choice(("Add", "Mul")), (nodes(expr)[index], part))
+    return replace_node(expr, index, rng.choice((part, beside)))
 
 
 def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...], other: Expr | None = None) -> Expr:
@@ -340,7 +349,7 @@ def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...], other: Expr
         if other and rng.random() < 0.15:
             expr = cross(rng, expr, other)
         else:
-            kind = rng.choice((insert, delete, replace, exchange_leaf, swap)) if expr.args else insert
+            kind = rng.choice((insert, delete, replace, exchange_leaf, swap, combine)) if expr.args else insert
             expr = kind(rng, expr, symbols)
         while len(nodes(expr)) > NODES:
             expr = delete(rng, expr, symbols)
@@ -508,30 +517,21 @@ def gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
     x, y = branch.prediction, branch.target
     several, flat = y.shape[1] > 1, y.flatten(1)
     shifted = y.roll(y.shape[1] // 3 + 1, 1) if several else flat.roll(flat.shape[1] // 3 + 1, 1).view_as(y)
-    first, finite = slopes(branch, exprs, x[:1].expand(3, *x.shape[1:]), torch.stack([y, y.roll(1, 0), shifted]))
+    targets = torch.stack([y, y.roll(1, 0), shifted, *[y] * (len(x) - 1)])  # (2 + S, B, ...)
+    x = torch.cat([x[:1].expand(3, *x.shape[1:]), x[1:]])
+    x = x.expand(len(exprs), *x.shape).clone().requires_grad_()  # (K, 2 + S, B, N, C, H, W)
+    values = evaluate_batch(exprs, branch.leaves(x, targets))  # (K, 2 + S, B)
+    if not values.requires_grad:
+        return [None] * len(exprs)
+    slopes = torch.autograd.grad(values.sum(), x)[0].flatten(3).double()  # (K, 2 + S, B, D)
+    first, finite = slopes[:, :3], slopes.isfinite().all(-1) & values.isfinite()  # (K, 2 + S, B)
     norms = first[:, 0].norm(dim=-1)
     changes = (first[:, 1:] - first[:, :1]).norm(dim=-1)  # (K, 2, B)
     aware = (changes > 1e-3 * norms[:, None]).flatten(1).any(1)
-    useful = (finite & norms.any(1) & aware).nonzero().flatten().tolist()
-    found: list[Tensor | None] = [None] * len(exprs)
-    for k in useful:
-        found[k] = first[k, :1]
-    if useful and len(x) > 1:
-        later, _ = slopes(branch, [exprs[k] for k in useful], x[1:], y)
-        later = torch.where(later.isfinite().all(-1, keepdim=True), later, 0.0)
-        for k, more in zip(useful, later):
-            found[k] = torch.cat([found[k], more])
-    return found
-
-
-def slopes(branch: Branch, exprs: Sequence[Expr], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (K, T, B, D) float64 of K trees at predictions (T, B, ...), and whether all of a tree is finite."""
-    x = x.expand(len(exprs), *x.shape).clone().requires_grad_()  # (K, T, B, N, C, H, W)
-    values = evaluate_batch(exprs, branch.leaves(x, y))  # (K, T, B)
-    if not values.requires_grad:
-        return torch.zeros_like(x).flatten(3).double(), torch.zeros(len(exprs), dtype=torch.bool, device=x.device)
-    slope = torch.autograd.grad(values.sum(), x)[0].flatten(3).double()
-    return slope, values.isfinite().flatten(1).all(1) & slope.isfinite().flatten(1).all(1)
+    useful = finite[:, :3].flatten(1).all(1) & norms.any(1) & aware
+    slopes = torch.where(finite[..., None], slopes, 0.0)
+    states = [0, *range(3, slopes.shape[1])]
+    return [slopes[k, states] if good else None for k, good in enumerate(useful.tolist())]
 
 
 def equivalence_key(slope: Tensor, scale_free: bool) -> str:
@@ -668,7 +668,7 @@ class Surrogate:
         self.solve(*max(self.GRID, key=self.evidence))
         for losses in at_work:
             self.expect(self.point(task, losses))
-        mean, deviation = self.predict(self.points[: len(rows)])
+        mean, deviation = self.predict(self.points[: len(rows)], late=1.0)
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
         self.promise = expected_improvement(mean, deviation, self.best).tolist()
@@ -711,7 +711,7 @@ class Surrogate:
 
     def expect(self, point: Tensor) -> None:
         """Add a proxy score that is yet to come, at its expectation."""
-        mean, _ = self.predict(point[None])
+        mean, _ = self.predict(point[None], late=0.0)
         self.points = torch.cat([self.points, point[None]])
         self.index = torch.cat([self.index, torch.tensor([len(self.points) - 1])])
         self.late = torch.cat([self.late, torch.zeros(1, dtype=torch.float64)])
@@ -719,24 +719,34 @@ class Surrogate:
         self.squared = squared_distances(self.points, self.points)
         self.solve(self.length, self.noise, self.drift)
 
-    def predict(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the converged score, in the units of `self.values`."""
-        late = torch.ones(len(points), dtype=torch.float64)
-        cross = self.covariance(squared_distances(points, self.points)[:, :, self.index], late, self.late)
-        inner = torch.linalg.solve_triangular(self.factor, cross.T, upper=False)
-        return cross @ self.weights, (self.variance * (1 + self.drift - inner.square().sum(0)).clamp(min=1e-12)).sqrt()
+    def predict(self, points: Tensor, late: float) -> tuple[Tensor, Tensor]:
+        """What converged trainings are expected to score, in the units of `self.values`, and how uncertain that is.
+
+        The deviation is that of a converged score (`late` 1), or (0) of what a proxy training would tell of it: next to
+        a candidate that had its proxy training, another one tells little.
+        """
+        squared = squared_distances(points, self.points)[:, :, self.index]
+        last, kind = torch.ones(len(points), dtype=torch.float64), torch.full((len(points),), late, dtype=torch.float64)
+        mean = self.covariance(squared, last, self.late) @ self.weights
+        inner = torch.linalg.solve_triangular(self.factor, self.covariance(squared, kind, self.late).T, upper=False)
+        variance = self.variance * (1 + self.drift * late - inner.square().sum(0)).clamp(min=1e-12)
+        return mean, variance.sqrt()
 
     def scores(self, values: Tensor) -> list[float]:
         return (values * self.spread + self.centre).tolist()
 
     def rank(self, task: Task, children: Sequence[Child]) -> list[Child]:
-        """The greatest expected improvement first; each child is told what is predicted of it."""
+        """The greatest expected improvement per second first; each child is told what is predicted of it.
+
+        Ten operators cost a third of what the rest of a training step costs (measured on the embedded data) [D].
+        """
         if not children:
             return []
-        mean, deviation = self.predict(torch.stack([self.point(task, c.losses, c.trees) for c in children]))
+        mean, deviation = self.predict(torch.stack([self.point(task, c.losses, c.trees) for c in children]), late=0.0)
         for child, m, d in zip(children, self.scores(mean), deviation.tolist()):
             child.predicted = [round(m, 4), round(d * self.spread, 4)]
-        promise = expected_improvement(mean, deviation, self.best).tolist()
+        cost = torch.tensor([1 + 0.03 * tree_size(child.losses) for child in children], dtype=torch.float64)
+        promise = (expected_improvement(mean, deviation, self.best) / cost).tolist()
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
 
@@ -771,6 +781,10 @@ def breed(
                     child.parent, child.identity = parent.parent, state.identity(child)
                 pool[child.identity] = child
     return guide.rank(task, list(pool.values()))
+
+
+def tree_size(losses: dict[str, Expr]) -> int:
+    return sum(len(nodes(expr)) for expr in losses.values())
 
 
 def squared_distances(one: Tensor, other: Tensor) -> Tensor:
@@ -1893,7 +1907,7 @@ def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | 
     group.add_argument(
         "--minutes",
         type=at_least(0.01, float),
-        default=9.0,
+        default=10.0,
         metavar="M",
         help="budget: minutes of searching, before the closing round (%(default)s)",
     )

@@ -247,7 +247,7 @@ def parse(text: str) -> Expr:
 def hint(name: str) -> str:
     """The known name nearest to `name`, or all that are known."""
     known = {known.lower(): known for known in (*OPERATORS, *LEAVES)}
-    near = difflib.get_close_matches(name[:20].lower(), known, 1, 0.3)
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.3)
     return f"did you mean '{known[near[0]]}'?" if near else "known are " + " ".join(known.values())
 
 

@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections import OrderedDict
@@ -127,7 +128,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
     )
     task.add_argument(
-        "--skip-empty", action="store_true", help="leave out annotations with an empty box instead of complaining"
+        "--skip-empty",
+        action="store_true",
+        help="leave out annotations with an empty box or mask instead of complaining",
     )
     task.add_argument(
         "--model",
@@ -325,7 +328,7 @@ def identity(value) -> int | str | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def finite(values, number: int, limit: float = LARGEST) -> list[float] | None:
+def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
     """`values` as so many finite numbers within +-limit; None if they are anything else."""
     if isinstance(values, (str, bytes, dict)):
         return None
@@ -350,7 +353,7 @@ def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
     sides = [entry.get("height") or None, entry.get("width") or None]
     if None in sides:
         sides = picture_size(folder / name) if folder and not Path(name).name.startswith("._") else [None, None]
-    elif not (good := finite(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
+    elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
         raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
     else:
         sides = [int(side) for side in good]
@@ -363,23 +366,23 @@ def picture_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as picture:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return picture.size if turned else picture.size[::-1]
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise unreadable(path) from error
 
 
-def unreadable(path: Path) -> DataError:
+def unreadable(path: Path) -> "DataError":
     return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
 
 
 def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
-    box, crowd, area = finite(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
+    box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
     if box is None:
         raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
     if crowd not in (0, 1):
         raise DataError(f"'iscrowd' is {crowd!r:.40}; it must be 0 or 1")
     x, y, w, h = box
-    area = (w * h,) if area is None else finite((area,), 1, LARGEST**2)
+    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
     if area is None or area[0] < 0 < min(w, h):
         raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
     if not scoring:
@@ -431,7 +434,7 @@ def check_coco(
             left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
         elif not scoring and files.setdefault(name, number) != number:
             raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
-    for k, entry in enumerate(listed(coco, "annotations", path)):
+    for k, entry in enumerate(entries_of(coco, "annotations", path)):
         shown = f"annotation {entry.get('id', f'no. {k}')!r:.40}"
         number, image, category = (identity(entry.get(key)) for key in ("id", "image_id", "category_id"))
         if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
@@ -462,7 +465,7 @@ def check_coco(
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
 
 
-def listed(coco, kind: str, path: Path | str) -> Sequence[dict]:
+def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
     """The entries of one kind."""
     entries = coco.get(kind) if isinstance(coco, dict) else None
     if not isinstance(entries, (list, tuple)):
@@ -476,7 +479,7 @@ def listed(coco, kind: str, path: Path | str) -> Sequence[dict]:
 def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> dict[int | str, dict]:
     """The entries of one kind by their ids, which rise, numbers before names."""
     found = {}
-    for k, entry in enumerate(listed(coco, kind, path)):
+    for k, entry in enumerate(entries_of(coco, kind, path)):
         number = identity(entry.get("id"))
         if number is None:
             raise DataError(f"{path}: entry {k} of {kind!r} has the id {entry.get('id')!r:.40}; give it a number")
@@ -491,8 +494,8 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
 
 @functools.cache
 def warn(message: str) -> None:
-    """Said once, though a file may hold two splits, and by one of the workers."""
-    if evolve.rank_and_world()[0] == 0:
+    """Said once, though a file may hold two splits, and by the first worker alone."""
+    if os.environ.get("RANK", "0") == "0":
         evolve.warn(message)
 
 
@@ -508,7 +511,7 @@ def check_mask(entry: dict, size: tuple[int, int] | None) -> dict:
     code = [code] if code and not isinstance(code[0], (list, tuple)) else code or []  # one polygon on its own
     polygons = []
     for polygon in code:
-        places = finite(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
+        places = floats(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
         if places is None or len(places) % 2 or not within_reach(places, size):
             raise DataError(
                 f"polygon {polygon!r:.60} in a picture of {size[1]}x{size[0]} pixels; it must be x y x y ..."
@@ -528,12 +531,15 @@ def overlaps(places: list[float], size: tuple[int, int]) -> bool:
 
 def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
     """A run-length code, compressed or not, that has been found to fill its picture; pycocotools would not look."""
-    own, counts = finite(code.get("size", ()), 2), code.get("counts")
+    own, counts = floats(code.get("size", ()), 2), code.get("counts")
     if own is None or min(own) < 1:
         raise DataError(f"mask of size {code.get('size')!r:.40}; it must be the height and width of its image")
     if size and own != list(size):
         raise DataError(f"mask of {own[1]:.0f}x{own[0]:.0f} pixels, its image has {size[1]}x{size[0]}")
-    runs = read_runs(counts) if isinstance(counts, (str, bytes)) else finite(counts or (), len(counts or ()))
+    if isinstance(counts, (str, bytes)):
+        runs = read_runs(counts)
+    else:
+        runs = floats(counts, len(counts)) if isinstance(counts, (list, tuple)) else None
     if not runs or min(runs) < 0 or any(run % 1 for run in runs) or sum(runs) != own[0] * own[1]:
         raise DataError(f"its run lengths {counts!r:.40} do not fill {own[1]:.0f}x{own[0]:.0f} pixels; export it again")
     if not sum(runs[1::2]):
@@ -1137,7 +1143,7 @@ def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, S
     given = isinstance(detections, (str, Path))
     path, results = (detections, load_coco(detections)) if given else ("detections", detections)
     if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
-        raise DataError(f"{path}: it must be a list of COCO results")
+        raise ValueError(f"{path}: it must be a list of COCO results")
     return path, results
 
 
@@ -1154,14 +1160,14 @@ def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
 
 
 def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """DataError if a result is on no picture of the ground truth, as pycocotools has it."""
+    """ValueError if a result is on no picture of the ground truth, as pycocotools has it."""
     if (image < 0).any():
         k = int((image < 0).nonzero()[0])
-        raise DataError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
+        raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
 
 
 def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
-    """(M, width) float64, the numbers that each result has under `key`; DataError names the first that has not.
+    """(M, width) float64, the numbers that each result has under `key`; ValueError names the first that has not.
 
     nan: whether they may be infinite or none.
     """
@@ -1187,7 +1193,7 @@ def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan:
             rows.append(read([result]))
         except wrong:
             what = f"{width} finite numbers" if width > 1 else "a number"
-            raise DataError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
+            raise ValueError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
     return torch.cat(rows)
 
 
@@ -1215,8 +1221,8 @@ def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, 
             size = coco["images"][place]["height"], coco["images"][place]["width"]
             try:
                 codes.append(result_mask(result, size if all(size) else None, box[k].tolist() if boxed else None))
-            except DataError as problem:
-                raise DataError(f"{path}: result {k}: {problem}") from None
+            except ValueError as problem:
+                raise ValueError(f"{path}: result {k}: {problem}") from None
     if boxed:
         area = box[:, 2] * box[:, 3]
     else:
@@ -1238,8 +1244,8 @@ def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | N
         return run_lengths(check_mask({"segmentation": code}, size)["segmentation"], size or code["size"])
     except EmptyObject:
         return rle.encode(np.zeros(size, np.uint8, order="F"))
-    except (KeyError, TypeError, ValueError) as problem:
-        raise DataError(f"its mask {code!r:.60} is damaged ({problem})") from None
+    except (DataError, KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"its mask {code!r:.60} is damaged ({problem})") from None
 
 
 def coco_eval(
@@ -1253,8 +1259,8 @@ def coco_eval(
     ground_truth: a COCO json file or its content; detections: COCO results, a file with them, or, for boxes, an array
     (M, 7) of image x y w h score category; iou_type: "bbox" or "segm".
     Returns AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl in 0..1; -1 where there is no truth.
-    Raises ValueError, often as DataError, for another iou_type, what is no COCO file, or a detection that is damaged or
-    on an image that `ground_truth` does not list. A score of NaN counts as the least, as in pycocotools.
+    Raises ValueError for another iou_type or a detection that is damaged or on an image that `ground_truth` does not
+    list, DataError for a file that is. A score of NaN counts as the least, as in pycocotools.
     """
     if iou_type not in METRICS:
         raise ValueError(f"iou_type {iou_type!r}: choose one of {' '.join(METRICS)}")

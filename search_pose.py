@@ -20,8 +20,10 @@ import functools
 import itertools
 import json
 import math
+import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image  # comes with torchvision
+from PIL import ExifTags, Image  # comes with torchvision
 from torch import Tensor, nn
 
 import evolve
@@ -264,25 +266,273 @@ MARGIN = 1.25  # a crop is this much larger than the box, whose shorter side gro
 ROOM = 1.25  # and the stored cut this much larger than a crop [D]
 
 
-def read_annotations(path: Path) -> dict:
-    """A file of COCO keypoints, checked; raises DataError naming what is missing or does not fit."""
+LARGEST = 2**24  # up to here float32 counts pixels exactly; a number beyond it is damaged [D]
+FAR = 10  # and so is a place further out of its picture than this many of its longer sides [D]
+
+
+def load_coco(path: Path | str):
+    """What a COCO json file holds, in UTF-8, -16 or -32, with a byte order mark or without; DataError if it is none."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        raise DataError(f"{path}: not a JSON file; fetch it again") from None
-    missing = [key for key in ("images", "annotations", "categories") if key not in content]
-    if missing:
-        raise DataError(f"{path}: no {missing[0]!r} in it; it must be a file of COCO keypoints")
-    kinds = {tuple(category.get("keypoints", ())) for category in content["categories"]}
-    if len(kinds) != 1 or kinds == {()}:
-        raise DataError(f"{path}: its categories must name the same joints ('keypoints')")
-    (names,) = kinds
-    for entry in content["annotations"]:
-        for key in ("id", "image_id", "category_id", "bbox", "area", "keypoints", "num_keypoints"):
-            if key not in entry:
-                raise DataError(f"{path}: annotation {entry.get('id')} has no {key!r}")
-        if len(entry["keypoints"]) != 3 * len(names):
-            raise DataError(f"{path}: annotation {entry['id']} has not 3 x {len(names)} numbers of keypoints")
+        return json.loads(Path(path).read_bytes())  # of bytes, json tells the encoding, whatever the locale says
+    except OSError as error:
+        raise DataError(f"{path}: {'cannot be read' if Path(path).exists() else 'not found'}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file in that encoding") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a json file; fetch or export it again ({error})") from error
+
+
+def identity(value) -> int | str | None:
+    """An id as one and the same thing, whether it is written 7, 7.0 or "7"; None if it is none."""
+    if type(value) is int:
+        return value
+    value = value.item() if isinstance(value, (Tensor, np.generic)) else value
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII) else value or None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
+    """`values` as so many finite numbers within +-limit; None if they are anything else."""
+    if isinstance(values, (str, bytes, dict)):
+        return None
+    try:
+        values = [*map(float, values)]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    good = len(values) == number and math.isfinite(sum(values)) and max(map(abs, values), default=0) <= limit
+    return values if good else None
+
+
+class EmptyObject(Exception):
+    """An annotation that annotates nothing; the message says in what way."""
+
+
+def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
+    """Name, height and width of a picture; the sides are None where neither the file nor the picture tells them."""
+    name = entry.get("file_name")
+    if not scoring and not (isinstance(name, str) and name.strip() and name.isprintable()):
+        raise DataError(f"its 'file_name' is {name!r:.40}; give the name of a picture")
+    name = None if scoring else name.replace("\\", "/")  # as Windows writes it
+    sides = [entry.get("height") or None, entry.get("width") or None]
+    if None in sides:
+        sides = picture_size(folder / name) if folder and not Path(name).name.startswith("._") else [None, None]
+    elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
+        raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
+    else:
+        sides = [int(side) for side in good]
+    return {"file_name": name, "height": sides[0], "width": sides[1]}
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as it is meant to be seen, from its first bytes."""
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return picture.size if turned else picture.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise unreadable(path) from error
+
+
+def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
+    """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
+    box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
+    if box is None:
+        raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
+    if crowd not in (0, 1):
+        raise DataError(f"'iscrowd' is {crowd!r:.40}; it must be 0 or 1")
+    x, y, w, h = box
+    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
+    if area is None or area[0] < 0 < min(w, h):
+        raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
+    if not scoring:
+        if min(w, h) <= 0:
+            raise EmptyObject(f"empty box {entry['bbox']!r:.60}")
+        picture = f"in a picture of {size[1]}x{size[0]} pixels" if size else ""
+        if size and (x + w <= 0 or y + h <= 0 or x >= size[1] or y >= size[0]):
+            raise EmptyObject(f"box {entry['bbox']!r:.60} outside, {picture}")
+        if size and not within_reach((x, y, x + w, y + h), size):
+            raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
+    return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
+
+
+def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether no x and y of x y x y ... is FAR out of a picture of this (height, width)."""
+    room = FAR * max(size)
+    return all(
+        -room <= place <= side + room for side, axis in ((size[1], 0), (size[0], 1)) for place in places[axis::2]
+    )
+
+
+def check_coco(
+    coco,
+    path: Path | str,
+    own: Callable[[dict, tuple[int, int] | None], dict],
+    folder: Path | None = None,
+    advice: str | None = None,
+    scoring: bool = False,
+) -> dict:
+    """All that is read of a COCO file; DataError names the first entry that is damaged, and the cure.
+
+    Ids are made alike, pictures and categories sorted by them, what may be missing is filled in. One warning counts
+    what is of no use and left out: entries that are listed twice, annotations of pictures or categories that are not
+    listed, macOS' hidden files, and empty objects where there is no `advice` on what to do about them.
+    own: what the task reads of an annotation, given the (height, width) of its picture, None where that is unknown;
+    folder: where the pictures are, which tell their size where the file does not;
+    scoring: the truth for an evaluator, as pycocotools takes it: with empty objects, without names of files.
+    """
+    left_out: dict[str, list[str]] = {}  # by reason
+    images, files, annotations, known = {}, {}, [], {}
+    categories = by_id(coco, "categories", path, left_out)
+    for number, entry in by_id(coco, "images", path, left_out).items():
+        try:
+            images[number] = {"id": number} | check_image(entry, folder, scoring)
+        except DataError as problem:
+            raise DataError(f"{path}: image {number!r}: {problem}") from None
+        name = images[number]["file_name"]
+        if not scoring and Path(name).name.startswith("._"):
+            left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
+        elif not scoring and files.setdefault(name, number) != number:
+            raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
+    for k, entry in enumerate(entries_of(coco, "annotations", path)):
+        shown = f"annotation {entry.get('id', f'no. {k}')!r:.40}"
+        number, image, category = (identity(entry.get(key)) for key in ("id", "image_id", "category_id"))
+        if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
+            reason = "annotations listed twice"
+        elif image not in images:
+            reason, shown = "annotations of unlisted images", f"{shown} of image {entry.get('image_id')!r:.40}"
+        elif category not in categories:
+            reason, shown = "annotations of unlisted categories", f"{shown} of {entry.get('category_id')!r:.40}"
+        else:
+            try:
+                size = images[image]["height"], images[image]["width"]
+                size = size if all(size) else None
+                found = check_annotation(entry, size, scoring) | own(entry, size)
+                annotations.append({"id": number, "image_id": image, "category_id": category} | found)
+                continue
+            except DataError as problem:
+                raise DataError(f"{path}: {shown}: {problem}") from None
+            except EmptyObject as problem:
+                if advice:
+                    raise DataError(f"{path}: {shown}: {problem}; {advice}") from None
+                reason, shown = "empty annotations", f"{shown}: {problem}"
+        left_out.setdefault(reason, []).append(shown)
+    if left_out:
+        reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
+        warn(f"{path}: left out {', '.join(reasons)}")
+    if not annotations and not scoring:
+        raise DataError(f"{path}: no annotations to learn from")
+    return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
+
+
+def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
+    """The entries of one kind."""
+    entries = coco.get(kind) if isinstance(coco, dict) else None
+    if not isinstance(entries, (list, tuple)):
+        raise DataError(f"{path}: no list of {kind!r}; it must be a COCO file with images, annotations and categories")
+    for k, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}: entry {k} of {kind!r} is {entry!r:.40}; remove it")
+    return entries
+
+
+def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> dict[int | str, dict]:
+    """The entries of one kind by their ids, which rise, numbers before names."""
+    found = {}
+    for k, entry in enumerate(entries_of(coco, kind, path)):
+        number = identity(entry.get("id"))
+        if number is None:
+            raise DataError(f"{path}: entry {k} of {kind!r} has the id {entry.get('id')!r:.40}; give it a number")
+        if found.setdefault(number, entry) is not entry:
+            if found[number] != entry:
+                raise DataError(f"{path}: {kind!r} has the id {number!r} twice; give each entry its own")
+            left_out.setdefault(f"{kind} listed twice", []).append(f"id {number!r}")
+    if not found:
+        raise DataError(f"{path}: its list of {kind!r} is empty")
+    return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Said once, though a file may hold two splits, and by the first worker alone."""
+    if os.environ.get("RANK", "0") == "0":
+        evolve.warn(message)
+
+
+def check_joints(entry: dict, size: tuple[int, int] | None, joints: int, scoring: bool = False) -> dict:
+    """The joints of an annotation and how many are labelled, counted, though pycocotools asks the file.
+
+    Joints without a label may be anywhere, also at NaN.
+    """
+    given, number = entry.get("keypoints"), entry.get("num_keypoints") if scoring else None
+    if given is None or isinstance(given, (list, tuple)) and not given:
+        given = [0.0] * (3 * joints)
+    points = floats(given, 3 * joints) or mend_joints(given, joints)
+    places = [place for k in range(0, len(points), 3) if points[k + 2] > 0 for place in points[k : k + 2]]
+    if size and not scoring and not within_reach(places, size):
+        raise DataError(f"a joint far outside of its picture of {size[1]}x{size[0]} pixels; give x and y in pixels")
+    if number is not None and floats((number,), 1) is None:
+        raise DataError(f"'num_keypoints' is {number!r:.40}; give the number of labelled joints, or leave it out")
+    return {"keypoints": points, "num_keypoints": len(places) // 2 if number is None else number}
+
+
+def mend_joints(given, joints: int) -> list[float]:
+    """Joints that are not all finite, with zeros for those without a label."""
+    try:
+        points = np.array(given, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        points = np.zeros(0)
+    if points.shape != (3 * joints,):
+        length = len(given) if isinstance(given, (list, tuple)) else f"{given!r:.40}"
+        raise DataError(f"'keypoints' is not 3 x {joints} numbers, x y visibility of each joint, but {length}")
+    points = points.reshape(joints, 3)
+    sane = (np.abs(points) <= LARGEST).all(1)
+    for k in np.flatnonzero(~sane):
+        if points[k, 2] != 0:
+            raise DataError(
+                f"joint {k + 1} is {points[k].tolist()}; it must be three finite numbers, the last 0 if unknown"
+            )
+    return np.where(sane[:, None], points, 0.0).flatten().tolist()
+
+
+def check_skeleton(category: dict, names: tuple[str, ...]) -> list[list[int]]:
+    """The limbs of a category as pairs of joints counted from 1, whether it has them so, from 0 or by name."""
+    limbs = category.get("skeleton") or []
+    try:
+        limbs = [[names.index(joint) + 1 if isinstance(joint, str) else joint for joint in limb] for limb in limbs]
+        joints = {joint for limb in limbs for joint in limb}
+        shift = int(0 in joints)
+        good = all(len(limb) == 2 for limb in limbs) and all(joint in range(len(names) + 1 - shift) for joint in joints)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise DataError(
+            f"'skeleton' must be pairs of joints 1..{len(names)}, not {category['skeleton']!r:.60}; or remove it"
+        )
+    return [[int(joint) + shift for joint in limb] for limb in limbs]
+
+
+def read_annotations(path: Path, folder: Path | None = None) -> dict:
+    """A file of COCO keypoints, checked (see `check_coco`); raises DataError naming what is missing or does not fit."""
+    coco = load_coco(path)
+    categories = [category for category in entries_of(coco, "categories", path) if category.get("keypoints")]
+    kinds = []
+    for category in categories:
+        names = category["keypoints"]
+        if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+            raise DataError(f"{path}: category {category.get('id')!r:.40}: 'keypoints' must be the names of its joints")
+        kinds.append(tuple(names))
+    if len(set(kinds)) != 1 or len(set(kinds[0])) < len(kinds[0]):
+        raise DataError(f"{path}: its categories must name the same joints ('keypoints'), each once")
+    own = functools.partial(check_joints, joints=len(kinds[0]))
+    content = check_coco({**coco, "categories": categories}, path, own, folder)
+    for category in content["categories"]:
+        try:
+            category["skeleton"] = check_skeleton(category, kinds[0])
+        except DataError as problem:
+            raise DataError(f"{path}: category {category['id']!r}: {problem}") from None
     return content
 
 
@@ -318,11 +568,13 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
     """The three splits of `list_data`, decoded and on the device, and what their joints are."""
     data, skeletons = {}, []
     for name, (path, folder, choose) in list_data(args).items():
-        content = read_annotations(path)
-        content["images"] = choose(sorted(content["images"], key=lambda picture: picture["id"]))
+        content = read_annotations(path, folder)
+        content["images"] = choose(content["images"])
         skeletons.append(read_skeleton(content, args.sigmas))
         if skeletons[-1].names != skeletons[0].names:
             raise DataError(f"{path}: other joints than in the training split")
+        if len(skeletons) == 1 and len(skeletons[0].names) > 1 and (skeletons[0].swap.diff() == 1).all():
+            warn(f"{path}: no joint is left or right by its name; mirrored pictures keep all joints as they are")
         data[name] = place(read_split(content, folder, args.crop, round(args.crop * args.aspect)), args.device)
     names, limbs, *tensors = skeletons[0]
     return data, Skeleton(names, limbs, *(tensor.to(args.device) for tensor in tensors))
@@ -332,16 +584,37 @@ def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
     """Joints and limbs as the category has them; left and right are told by the names."""
     category = content["categories"][0]
     names = tuple(category["keypoints"])
-    partner = {"left": "right", "right": "left"}
-
-    def mirrored(name: str) -> int:
-        other = "_".join(partner.get(word, word) for word in name.split("_"))
-        return names.index(other if other in names else name)
-
     if sigmas and len(sigmas) not in (1, len(names)):
         fail(f"--sigmas {','.join(map(str, sigmas))}: {len(sigmas)} numbers; give one, or {len(names)}, one per joint")
     sigmas = default_sigmas(len(names)) if not sigmas else doubles(sigmas).expand(len(names))
-    return Skeleton(names, category.get("skeleton", []), torch.tensor([*map(mirrored, names)]), sigmas)
+    return Skeleton(names, category["skeleton"], torch.tensor(mirror(names)), sigmas)
+
+
+SIDES = {"left": "right", "l": "r"}  # in whatever case, as a word or where a word begins or ends
+SIDES |= {right: left for left, right in SIDES.items()}
+
+
+def mirror(names: tuple[str, ...]) -> list[int]:
+    """The joint that each one is in a mirror, told by the names: left_eye, LEye, eye.L, "Left Eye", leftEye, eyeL ...
+
+    The other name must be there and point back; otherwise a joint is its own mirror image.
+    """
+    known = {name.lower(): k for k, name in enumerate(names)}
+
+    def other(name: str) -> int | None:
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+", name)]
+        ways = [[SIDES.get(word, word) for word in words]]
+        for k, word in enumerate(words):
+            for side, opposite in SIDES.items():
+                if word.startswith(side):
+                    ways.append([*words[:k], opposite + word[len(side) :], *words[k + 1 :]])
+                if word.endswith(side):
+                    ways.append([*words[:k], word[: -len(side)] + opposite, *words[k + 1 :]])
+        found = ("".join(way) for way in ways)
+        return next((known[way] for way in found if way in known and way != name.lower()), None)
+
+    others = [other(name) for name in names]
+    return [k if n is None or others[n] != k else n for k, n in enumerate(others)]
 
 
 def read_split(content: dict, folder: Path, height: int, width: int) -> Split:
@@ -526,10 +799,12 @@ def build_model(name: str, joints: int, pretrained: bool = False) -> nn.Module:
 COCO_SIGMAS = (0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072,
                0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089)  # fmt: skip
 OTHER_SIGMA = 0.067  # for every joint of another skeleton: the mean of COCO's [D]
-THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of OKS
-RECALLS = np.linspace(0, 1, 101)
+# Exactly COCO's numbers: a limit that differs in the last place changes a verdict.
+LIMITS = torch.from_numpy(np.linspace(0.5, 0.95, 10))  # of similarity
+RECALLS = torch.from_numpy(np.linspace(0, 1, 101))
 AREAS = ((0, 1e10), (32**2, 96**2), (96**2, 1e10))  # all, medium, large; in square pixels
-MOST = 20  # poses that count in one picture
+MOST = (20,)  # poses that count in one picture
+PORTION = 2**18  # pairs compared at a time: what fits into a cache
 
 
 def doubles(values) -> Tensor:
@@ -564,65 +839,116 @@ class Poses(NamedTuple):
     area: Tensor  # (D,) float64
 
 
-def grouping(content: dict) -> Callable[[dict], tuple[int, int] | None]:
-    """Group and category of an annotation or a detection; None if its picture or category is not in `content`."""
-    pictures, categories = (
-        {number: k for k, number in enumerate(sorted({entry["id"] for entry in content[key]}))}
-        for key in ("images", "categories")
-    )
-
-    def find(entry: dict) -> tuple[int, int] | None:
-        picture, category = pictures.get(entry["image_id"]), categories.get(entry["category_id"])
-        return None if picture is None or category is None else (category * len(pictures) + picture, category)
-
-    return find
-
-
-def keypoints(entries: list[dict]) -> Tensor:
-    """(n, J, 3) float64."""
-    points = doubles([entry["keypoints"] for entry in entries])
-    return points.view(len(entries), -1, 3) if entries else points.view(0, 0, 3)
-
-
 def extent(joints: Tensor) -> Tensor:
     """Area of the box around all joints of a pose."""
     return (joints.amax(1) - joints.amin(1)).prod(1) if len(joints) else joints.new_zeros(0)
 
 
 def read_persons(content: dict) -> tuple[Persons, list[dict]]:
-    """The annotations of the pictures and categories of `content`, as tensors and as they are."""
-    find = grouping(content)
-    entries = [entry for entry in content["annotations"] if find(entry)]
-    group, category = torch.tensor([find(entry) for entry in entries], dtype=torch.long).view(-1, 2).unbind(1)
-    points = keypoints(entries)
+    """The annotations of the listed pictures, as `check_coco` gives them, as tensors and as they are."""
+    pictures, categories = (
+        {entry["id"]: k for k, entry in enumerate(content[key])} for key in ("images", "categories")
+    )
+    entries = [entry for entry in content["annotations"] if entry["image_id"] in pictures]
+    picture = torch.tensor([pictures[entry["image_id"]] for entry in entries], dtype=torch.long)
+    category = torch.tensor([categories[entry["category_id"]] for entry in entries], dtype=torch.long)
+    points = doubles([entry["keypoints"] for entry in entries])
+    points = points.view(len(entries), points.shape[-1] // 3, 3)
     boxes = doubles([entry["bbox"] for entry in entries]).view(-1, 4)
     area = doubles([entry["area"] for entry in entries])
-    crowd = [bool(entry.get("iscrowd", 0)) for entry in entries]
-    ignored = [crowd[k] or entry["num_keypoints"] == 0 for k, entry in enumerate(entries)]
-    flags = [crowd, ignored, [entry["id"] != 0 for entry in entries]]
-    flags = [torch.tensor(values, dtype=torch.bool) for values in flags]
+    crowd = [entry["iscrowd"] for entry in entries]
+    ignored = [entry["iscrowd"] or entry["num_keypoints"] == 0 for entry in entries]
+    flags = (
+        torch.tensor(values, dtype=torch.bool) for values in (crowd, ignored, [entry["id"] != 0 for entry in entries])
+    )
+    group = category * len(pictures) + picture
     return Persons(group, category, points[..., :2], points[..., 2] > 0, boxes, area, *flags), entries
 
 
-def read_poses(detections: list[dict], content: dict) -> Poses:
-    """COCO results as tensors; their area is the box's if the first one has a box, as in COCO's API, or the joints'."""
-    boxed = len(detections) > 0 and len(detections[0].get("bbox", ())) > 0
-    find = grouping(content)
-    entries = [entry for entry in detections if find(entry)]
-    group, category = torch.tensor([find(entry) for entry in entries], dtype=torch.long).view(-1, 2).unbind(1)
-    joints = keypoints(entries)[..., :2]
-    area = doubles([entry["bbox"][2] * entry["bbox"][3] for entry in entries]) if boxed else extent(joints)
-    return Poses(group, category, joints, doubles([entry["score"] for entry in entries]), area)
+def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
+    """COCO results and what to call them in a message."""
+    given = isinstance(detections, (str, Path))
+    path, results = (detections, load_coco(detections)) if given else ("detections", detections)
+    if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
+        raise ValueError(f"{path}: it must be a list of COCO results")
+    return path, results
+
+
+def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
+    """(M,) int64, where among the `known` entries the id stands that each result has under `key`; -1 if nowhere."""
+    row = {entry["id"]: k for k, entry in enumerate(known)}
+    try:
+        found = [row.get(result[key], -1) for result in results]
+    except (KeyError, TypeError):
+        found = [-1] * len(results)
+    if -1 in found:  # or the id is written in another way
+        found = [row.get(identity(result.get(key)), -1) if k < 0 else k for k, result in zip(found, results)]
+    return torch.tensor(found, dtype=torch.long)
+
+
+def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
+    """ValueError if a result is on no picture of the ground truth, as pycocotools has it."""
+    if (image < 0).any():
+        k = int((image < 0).nonzero()[0])
+        raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
+
+
+def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
+    """(M, width) float64, the numbers that each result has under `key`; ValueError names the first that has not.
+
+    nan: whether they may be infinite or none.
+    """
+
+    def read(some: Sequence[dict]) -> Tensor:
+        values = [result[key] for result in some]
+        if width == 1:
+            values = np.fromiter(values, np.float64, len(values))
+        elif isinstance(values[0], Tensor):
+            values = torch.stack(values).cpu().numpy()
+        values = torch.from_numpy(np.array(values, np.float64).reshape(len(some), width))
+        if not (nan or values.isfinite().all()):
+            raise ValueError("not finite")
+        return values
+
+    wrong = KeyError, TypeError, ValueError, OverflowError, RuntimeError
+    try:
+        return read(results) if results else torch.zeros(0, width, dtype=torch.float64)
+    except wrong:  # find out which, or read each on its own if they are of several kinds
+        rows = []
+    for k, result in enumerate(results):
+        try:
+            rows.append(read([result]))
+        except wrong:
+            what = f"{width} finite numbers" if width > 1 else "a number"
+            raise ValueError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
+    return torch.cat(rows)
+
+
+def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: int | None = None) -> Poses:
+    """COCO results as tensors; their area is the box's if the first one has a box, as in COCO's API, or the joints'.
+
+    joints: how many they must have, None if that is unknown.
+    """
+    path, results = list_results(detections)
+    picture = places(results, "image_id", content["images"])
+    check_places(picture, results, path)
+    category = places(results, "category_id", content["categories"])
+    known = category >= 0
+    results = [result for result, good in zip(results, known.tolist()) if good]
+    group = (category * len(content["images"]) + picture)[known]
+    first = results[0] if results else {"keypoints": [0] * (3 * (joints or 0))}
+    length = len(first["keypoints"]) if hasattr(first.get("keypoints"), "__len__") else 0
+    if joints is not None and length != 3 * joints:
+        raise ValueError(f"{path}: results of {length / 3:g} joints, the ground truth has {joints}")
+    xy = column(results, "keypoints", length, path).view(len(results), length // 3, 3)[..., :2]
+    boxed = first.get("bbox") is not None and len(first["bbox"]) > 0
+    area = column(results, "bbox", 4, path)[:, 2:].prod(1) if boxed else extent(xy)
+    return Poses(group, category[known], xy, column(results, "score", 1, path, nan=True).squeeze(1), area)
 
 
 def pick(rows: NamedTuple, index: Tensor):
     """The same rows of all tensors."""
     return type(rows)(*(tensor[index] for tensor in rows))
-
-
-def place_in_run(values: Tensor) -> Tensor:
-    """How many equal values stand before each one; `values` is sorted."""
-    return torch.arange(len(values), device=values.device) - torch.searchsorted(values, values)
 
 
 def oks(persons: Persons, poses: Poses, sigmas: Tensor) -> Tensor:
@@ -641,106 +967,157 @@ def oks(persons: Persons, poses: Poses, sigmas: Tensor) -> Tensor:
     return (e.neg().exp() * counts).sum(1) / counts.sum(1)
 
 
-def match(persons: Persons, poses: Poses, ignored: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """Which poses find somebody, and which of these somebody who is ignored; both (A, T, D) bool.
+def ranks_within(group: Tensor) -> Tensor:
+    """0, 1, 2, ... within each run of equal values of `group` (M,)."""
+    _, counts = torch.unique_consecutive(group, return_counts=True)
+    return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
-    A ranges, T thresholds. In each group the poses choose in the order of their score: the most similar free person;
-    somebody ignored only if nobody else will do; the later one of equals. Crowds are always free.
-    persons and poses: sorted by group, poses then by falling score. ignored: (A, P) bool.
+
+def best_first(score: Tensor, group: Tensor) -> Tensor:
+    """(M,) the order by group, then by falling score; NaN, which is no score, comes last."""
+    order = (-score).argsort(stable=True)
+    return order[group[order].argsort(stable=True)]
+
+
+def match(
+    group_f: Tensor, group_t: Tensor, similarity: Callable, ignored: Tensor, crowd: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """COCO's greedy matching in all groups at once; a loop over the rank of the detections alone.
+
+    group_f: (M,) of the detections, best first in each group; group_t: (N,) of the truth; both rising.
+    similarity: of detections f and truths t, given as the row numbers (P,) of pairs in one group, f before t rising;
+    ignored: (N, A) by area range; crowd: (N,), may be matched often; counts: (N,), False: to match it is no match.
+    Returns of all matches, (H,) each, the detection, T's index * A + A's index, and whether it is right, not ignored.
     """
-    A, T, device = len(AREAS), len(THRESHOLDS), poses.group.device
-    if not len(persons.group) or not len(poses.group):
-        return (torch.zeros(A, T, len(poses.group), dtype=torch.bool, device=device),) * 2
-    # All groups at once, one row each: the numbers of its persons and poses, -1 where a row is shorter than others.
-    sizes = [len(persons.group), len(poses.group)]
-    groups, row = torch.cat([persons.group, poses.group]).unique(return_inverse=True)
-    tables = []
-    for where, column in zip(row.split(sizes), (place_in_run(persons.group), place_in_run(poses.group))):
-        table = torch.full((len(groups), int(column.max()) + 1), -1, device=device)
-        table[where, column] = torch.arange(len(where), device=device)
-        tables.append(table)
-    person, pose = tables  # (R, G), (R, D)
-    pairs = (pose.unsqueeze(2) >= 0) & (person.unsqueeze(1) >= 0)  # (R, D, G)
-    similarity = torch.full(pairs.shape, -1.0, dtype=torch.float64, device=device)
-    at, d, g = pairs.nonzero(as_tuple=True)
-    similarity[pairs] = oks(pick(persons, person[at, g]), pick(poses, pose[at, d]), sigmas)
+    device, (N, A), T = group_f.device, ignored.shape, len(LIMITS)
+    limits = LIMITS.clamp(max=1 - 1e-10).to(device)
+    start = torch.searchsorted(group_t, group_f)
+    number = torch.searchsorted(group_t, group_f, right=True) - start  # of truths that a detection may choose from
+    near = []
+    _, portions = torch.unique_consecutive(number.cumsum(0) // PORTION, return_counts=True)
+    for rows in torch.arange(len(group_f), device=device).split(portions.tolist() or [0]):
+        f = rows.repeat_interleave(number[rows])
+        t = start[f] + ranks_within(f)
+        value = similarity(f, t)
+        keep = value >= limits[0]
+        near.append((f[keep], t[keep], value[keep]))
+    f, t, value = map(torch.cat, zip(*near))
 
-    limits = torch.from_numpy(THRESHOLDS).to(device).clamp(max=1 - 1e-10).view(T, 1, 1)
-    regular = ~ignored[:, None, person].expand(A, T, -1, -1)
-    crowd, countable = persons.crowd[person], persons.countable[person].expand_as(regular)
-    taken = torch.zeros_like(regular)
-    found, spared = [], []
-    for s in similarity.unbind(1):  # the next best pose of every group, (R, G)
-        free = (s >= limits) & (~taken | crowd)
-        better = free & regular
-        free = torch.where(better.any(-1, keepdim=True), better, free)
-        best = torch.where(free, s, -1.0).flip(-1).argmax(-1, keepdim=True)  # the first of equals: the last, unflipped
-        best = s.shape[-1] - 1 - best
-        hit = free.gather(-1, best)
-        taken.scatter_(-1, best, taken.gather(-1, best) | hit)
-        found.append(hit & countable.gather(-1, best))
-        spared.append(hit & ~regular.gather(-1, best))
-    row, column = row.split(sizes)[1], place_in_run(poses.group)
-    return torch.cat(found, -1)[..., row, column], torch.cat(spared, -1)[..., row, column]
+    fits = value.unsqueeze(1) >= limits  # (P, T)
+    # What counts goes before what is ignored, then the more similar, of equals the later one.
+    wish = (1 + value.argsort(stable=True).argsort().unsqueeze(1) + len(value) * ~ignored[t]).int()  # (P, A)
+    taken = torch.zeros(N, T, A, dtype=torch.bool, device=device)
+    chosen = torch.zeros(len(value), T, A, dtype=torch.bool, device=device)
+    own, line = torch.unique_consecutive(f, return_inverse=True)
+    turn = ranks_within(group_f[own])[line]
+    for rows in turn.argsort(stable=True).split(torch.bincount(turn).tolist() or [0]):
+        # These detections are of different groups: no two of them want the same.
+        wishes = torch.where(fits[rows].unsqueeze(2) & ~taken[t[rows]], wish[rows].unsqueeze(1), 0)
+        _, place = torch.unique_consecutive(f[rows], return_inverse=True)
+        best = torch.zeros_like(wishes).scatter_reduce_(0, place[:, None, None].expand_as(wishes), wishes, "amax")
+        chosen[rows] = (wishes > 0) & (wishes == best[place])
+        taken[t[rows]] |= chosen[rows] & ~crowd[t[rows], None, None]
+    chosen &= (counts.unsqueeze(1) | ignored)[t].unsqueeze(1)
+    pair, limit, area = chosen.nonzero().unbind(1)
+    return f[pair], limit * A + area, ~ignored[t[pair], area]
+
+
+def accumulate(
+    matches: tuple[Tensor, Tensor, Tensor],
+    outside: Tensor,
+    label: Tensor,
+    score: Tensor,
+    rank: Tensor,
+    positives: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """COCO's average precision (T, A, K) and recall (len(MOST), T, A, K) of K categories; NaN where one has no truth.
+
+    matches: as of `match`; outside: (M, A), of no area range, not to be counted where unmatched; label, score: (M,), of
+    detections sorted by group; rank: (M,) in the group; positives: (A, K), how many there are to find.
+    """
+    (f, line, right), (A, K), T, M, R = matches, positives.shape, len(LIMITS), len(label), len(RECALLS)
+    order = best_first(score, label)
+    first = torch.searchsorted(label[order], torch.arange(K, device=label.device))  # of each category
+    column = torch.empty_like(order).scatter_(0, order, torch.arange(M, device=label.device))
+    counted = ~outside[order].T.repeat(T, 1)  # (T*A, M)
+    counted[line, column[f]] = right
+    seen = counted.cumsum(1, dtype=torch.int32)
+
+    f, line = f[right], line[right]
+    part = line * K + label[f]  # limit, area range and category, as one number
+    order = (part * M + column[f]).argsort()
+    f, line, part = f[order], line[order], part[order]
+    last, first = column[f], first[label[f]]
+    hits = (1 + ranks_within(part)).double()  # up to each one; at hits alone recall rises and precision peaks
+    precision = hits / (seen[line, last] - seen[line, first] + counted[line, first] + np.spacing(1))
+
+    wanted = positives.double().repeat(T, 1).flatten()  # (T*A*K,)
+    reached = torch.searchsorted(RECALLS.to(label.device), hits / wanted[part], right=True) - 1
+    best = torch.zeros(len(wanted) * R, dtype=torch.float64, device=label.device)
+    best = best.scatter_reduce_(0, part * R + reached, precision, "amax").view(-1, R)
+    best = best.flip(1).cummax(1).values.flip(1)  # the best precision at this recall or a higher one
+    ap = torch.where(wanted > 0, best.mean(1), torch.nan)
+    recall = torch.stack([torch.bincount(part[rank[f] < most], minlength=len(wanted)) / wanted for most in MOST])
+    return ap.view(T, A, K), recall.view(-1, T, A, K)
 
 
 def oks_numbers(persons: Persons, poses: Poses, sigmas: Tensor) -> dict[str, float]:
     """The ten numbers of `oks_eval`, from tensors on one device."""
     persons = pick(persons, persons.group.argsort(stable=True))
-    order = poses.score.argsort(descending=True, stable=True)
-    order = order[poses.group[order].argsort(stable=True)]
-    poses = pick(poses, order[place_in_run(poses.group[order]) < MOST])
-    low, high = doubles(AREAS).to(order.device).T.unsqueeze(-1)
-    ignored = persons.ignored | (persons.area < low) | (persons.area > high)  # (A, P)
-    found, spared = match(persons, poses, ignored, sigmas)
-    outside = (poses.area < low) | (poses.area > high)
-    spared = spared | (~found & outside.unsqueeze(1))
+    poses = pick(poses, best_first(poses.score, poses.group))
+    rank = ranks_within(poses.group)
+    poses, rank = pick(poses, rank < MOST[-1]), rank[rank < MOST[-1]]
 
-    ap, ar = [], []  # for each category (A, T); NaN where it has nobody in a range
-    recalls = torch.from_numpy(RECALLS).to(order.device).repeat(*found.shape[:2], 1)
-    for category in persons.category.unique():
-        total = (~ignored & (persons.category == category)).sum(1).view(-1, 1, 1)
-        mine = (poses.category == category).nonzero().squeeze(1)
-        mine = mine[poses.score[mine].argsort(descending=True, stable=True)]
-        counts = ~spared[..., mine]
-        right = (found[..., mine] & counts).cumsum(-1).double()
-        recall = F.pad(right / total, (1, 0))
-        precision = right / (counts.cumsum(-1).double() + np.spacing(1))
-        precision = F.pad(precision.flip(-1).cummax(-1).values.flip(-1), (0, 1))
-        reached = torch.searchsorted(recall[..., 1:].contiguous(), recalls)
-        ap.append(torch.where(total > 0, precision.gather(-1, reached), torch.nan).mean(-1))
-        ar.append(torch.where(total[..., 0] > 0, recall[..., -1], torch.nan))
+    def outside(area: Tensor) -> Tensor:
+        """(M, A) bool: too small or too large for each area range."""
+        low, high = doubles(AREAS).to(area.device).T
+        return (area.unsqueeze(1) < low) | (area.unsqueeze(1) > high)
+
+    def similarity(f: Tensor, t: Tensor) -> Tensor:
+        return oks(pick(persons, t), pick(poses, f), sigmas)
+
+    ignored = outside(persons.area) | persons.ignored.unsqueeze(1)
+    matches = match(poses.group, persons.group, similarity, ignored, persons.crowd, persons.countable)
+    K = 1 + max((int(x.category.max()) for x in (persons, poses) if len(x.category)), default=0)
+    positives = torch.zeros(K, len(AREAS), dtype=torch.long, device=ignored.device)
+    positives = positives.index_add_(0, persons.category, (~ignored).long()).T
+    precision, recall = accumulate(matches, outside(poses.area), poses.category, poses.score, rank, positives)
     numbers = {}
-    for kind, values in (("AP", ap), ("AR", ar)):
-        values = torch.stack(values) if values else torch.full((1, *found.shape[:2]), torch.nan)
-        for name, part in (
-            ("", values[:, 0]),
-            ("50", values[:, 0, 0]),
-            ("75", values[:, 0, 5]),
-            ("m", values[:, 1]),
-            ("l", values[:, 2]),
-        ):
-            mean = part.nanmean().item()
-            numbers[kind + name] = -1.0 if math.isnan(mean) else mean
+    for kind, values in (("AP", precision), ("AR", recall[0])):
+        rows = {"": values[:, 0], "50": values[0, 0], "75": values[5, 0], "m": values[:, 1], "l": values[:, 2]}
+        numbers |= {kind + name: -1.0 if x.isnan().all() else x.nanmean().item() for name, x in rows.items()}
     return numbers
 
 
-def oks_eval(ground_truth, detections, sigmas=None, device="cpu") -> dict[str, float]:
+def oks_eval(
+    ground_truth: Path | str | dict,
+    detections: Path | str | Sequence[dict],
+    sigmas: Sequence[float] | Tensor | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
     """COCO's ten keypoint numbers, equal to pycocotools' `COCOeval(..., "keypoints")`.
 
     ground_truth: a COCO file of keypoints or its content; detections: a file of COCO results or the list in it;
     sigmas: (J,) tolerances, by default COCO's for 17 joints and .067 for other skeletons. Keys: AP AP50 AP75 APm APl AR
-    AR50 AR75 ARm ARl; -1 where nobody is in the ground truth. Raises ValueError if the numbers of joints differ.
+    AR50 AR75 ARm ARl; -1 where nobody is in the ground truth. A score of NaN counts as the least, as in pycocotools.
+    Raises ValueError for a detection that is damaged or on an image that `ground_truth` does not list, or if the
+    numbers of joints differ, DataError for a damaged file.
     """
-    ground_truth, detections = (
-        json.loads(Path(given).read_text()) if isinstance(given, (str, Path)) else given
-        for given in (ground_truth, detections)
+    given = isinstance(ground_truth, (str, Path))
+    path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
+    lengths = (
+        len(e["keypoints"]) for e in entries_of(coco, "annotations", path) if isinstance(e.get("keypoints"), list)
     )
-    persons, poses = read_persons(ground_truth)[0], read_poses(detections, ground_truth)
-    joints = (persons if len(persons.group) else poses).joints.shape[1]
+    joints = next((length // 3 for length in lengths if length), None)
+    if joints is None and coco["annotations"]:
+        raise DataError(f"{path}: no annotation has 'keypoints'; it must be a file of COCO keypoints")
+    own = functools.partial(check_joints, joints=joints or 0, scoring=True)
+    coco = check_coco(coco, path, own, scoring=True)
+    persons, poses = read_persons(coco)[0], read_poses(detections, coco, joints)
+    joints = poses.joints.shape[1]
+    if not len(persons.group):
+        persons = persons._replace(joints=poses.joints[:0], labelled=poses.joints[:0, :, 0] > 0)
     sigmas = default_sigmas(joints) if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
-    if len(poses.group) and poses.joints.shape[1] != joints:
-        raise ValueError(f"detections of {poses.joints.shape[1]} joints; the ground truth has {joints}")
     if len(sigmas) != joints:
         raise ValueError(f"{len(sigmas)} sigmas for {joints} joints")
     persons, poses = (type(rows)(*(tensor.to(device) for tensor in rows)) for rows in (persons, poses))

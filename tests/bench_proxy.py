@@ -5,6 +5,22 @@
 Losses of all qualities (fast and slow starters, hand-made and evolved ones) are trained by each proxy and, with two
 seeds, by the converged schedule (600 steps, other weights and batches). All are scored on the search-validation split
 of the embedded data. Shown: Spearman's rank correlation over all losses, and over the better half of them.
+
+Measured (two cores of an AMD EPYC that other work shared, torch 2.14.1; seconds in such company, their ratios count):
+
+    Spearman, all and the better half         s        miou       fwiou        macc        gacc        biou         bf1
+    80 from scratch                         3.6   0.69 0.52   0.71 0.63   0.93 0.86   0.78 0.62   0.65 0.41   0.63 0.45
+    160 from scratch                        7.1   0.83 0.72   0.79 0.51   0.94 0.89   0.86 0.68   0.84 0.68   0.74 0.51
+    100 + 80                                3.6   0.85 0.44   0.92 0.79   0.97 0.90   0.91 0.84   0.79 0.21   0.84 0.49
+    100 + 120                               5.1   0.90 0.62   0.91 0.76   0.97 0.88   0.90 0.79   0.89 0.48   0.92 0.67
+    250 + 80, lr .007                       3.6   0.79 0.48   0.78 0.27   0.93 0.98   0.78 0.43   0.79 0.20   0.76 0.57
+    250 + 80                                3.6   0.83 0.47   0.82 0.31   0.94 0.96   0.82 0.52   0.83 0.32   0.78 0.55
+    80 from scratch and 250 + 80, lr .007   7.1   0.89 0.63   0.87 0.63   0.97 0.91   0.89 0.77   0.82 0.41   0.77 0.49
+    160 from scratch and 250 + 80, lr .007 10.7   0.91 0.76   0.90 0.56   0.97 0.93   0.91 0.72   0.88 0.63   0.84 0.57
+    one converged seed against the other   23.2   0.95 0.82   0.89 0.48   0.99 0.94   0.92 0.65   0.95 0.80   0.93 0.79
+
+A base of 100 steps is early enough to tell losses that cannot teach (two witnesses in one training), and late enough to
+take the advantage from those that only start fast. Among the better half two converged seeds agree at .5 to .9.
 """
 
 import argparse
@@ -65,7 +81,6 @@ PROXIES = {
     "160 from scratch": (0, 160, 0.01),
     "100 + 80": (100, 80, 0.01),
     "100 + 120": (100, 120, 0.01),
-    "100 + 160": (100, 160, 0.01),
     "250 + 80, lr .007": (250, 80, 0.007),
     "250 + 80": (250, 80, 0.01),
 }

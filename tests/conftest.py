@@ -1,6 +1,10 @@
 """What all tests share. One thread per process, here and in every command: more of them cost more than they gain."""
 
+import copy
+import functools
 import json
+import math
+import operator
 import os
 import sys
 
@@ -37,3 +41,43 @@ def refused(script, monkeypatch, capsys, *argv):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     return error
+
+
+WRONG = {
+    "null": None, "a word": "x", "a list": [], "an object": {"x": 1}, "NaN": math.nan, "infinite": math.inf,
+    "negative": -7, "a fraction": 0.5, "huge": 1e300, "a huge integer": 10**400, "true": True,
+}  # fmt: skip
+
+
+def damaged(content):
+    """(what, bytes) of a json file with one damage after another.
+
+    Everything in it is in turn removed and replaced by each of WRONG: the lists, their entries, what these hold, and
+    the first two and the last of longer lists of numbers. Then the file itself is torn, or none.
+    """
+
+    def spots(node, place=()):
+        if isinstance(node, dict):
+            keys = list(node)
+        else:
+            keys = sorted({*range(len(node))[:2], len(node) - 1}) if isinstance(node, list) and node else []
+        for key in keys:
+            yield (*place, key)
+            yield from spots(node[key], (*place, key))
+
+    for *place, key in spots(content):
+        for name, value in {"removed": None, **WRONG}.items():
+            wrong = copy.deepcopy(content)
+            holder = functools.reduce(operator.getitem, place, wrong)
+            if name == "removed":
+                del holder[key]
+            else:
+                holder[key] = value
+            yield f"{'.'.join(map(str, [*place, key]))} {name}", json.dumps(wrong).encode()
+    whole = json.dumps(content).encode()
+    yield from ((f"torn at {size}", whole[:size]) for size in (0, 1, len(whole) // 2, len(whole) - 1))
+    yield from (
+        (repr(text), text) for text in (b"\xff\xd8\xff\xe0 a picture", b"\x00\x05\x16\x07", b"[]", b"7", b"null")
+    )
+    yield "Latin-1", json.dumps(content | {"info": "Fußgänger"}, ensure_ascii=False).encode("latin-1")
+    yield "too deep", b"[" * 100_000

@@ -20,7 +20,11 @@ EVERYWHERE = (
     "Schedule parse_arguments check_arguments read_loss Split list_data place DataError normalise build_model "
     "tree_loss export train_network test_network draw_predictions main"
 ).split()
-COPIES = {"conv", "normalise", "unreadable"}  # the same to the letter wherever they occur
+COPIES = set(  # the same to the letter wherever they occur
+    "conv normalise unreadable load_coco identity floats EmptyObject check_image picture_size check_annotation "
+    "within_reach check_coco entries_of by_id warn list_results places check_places column ranks_within best_first "
+    "match accumulate".split()
+)
 # Flags whose help goes on with what the task has to offer; up to there it is the same.
 OWN_ENDING = {"metric", "loss", "compare", "data", "model", "proxy_steps", "retrain_steps", "batch", "lr", "search"}
 OWN_MEANING = {"crop"}  # a window of a picture, or a person

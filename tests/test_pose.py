@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import journal, refused
+from conftest import damaged, journal, refused
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -491,6 +491,143 @@ def test_other_skeletons_by_their_names(tmp_path):
     assert 0 <= task.train("mse") <= 1
 
 
+SIDES = [
+    "left_eye right_eye", "l_eye r_eye", "LEye REye", "eye_left eye_right", "eye.L eye.R", "Left Eye|Right Eye",
+    "leftEye rightEye", "L eye|R eye", "eyeL eyeR", "lefteye righteye", "leye reye", "EyeLeft EyeRight", "eye_l eye_r",
+    "LEFT_EYE RIGHT_EYE", "Leye Reye", "eye (L)|eye (R)", "eye-left-1 eye-right-1", "Left eye|right eye", "l1 r1",
+    "L_Eye R_Eye", "lEye rEye", "left.eye right.eye", "eyeLOuter eyeROuter", "LT_eye RT_eye",
+    "left_eye_left_corner right_eye_right_corner",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", SIDES)
+def test_left_and_right_in_all_spellings(pair):
+    left, right = pair.split("|" if "|" in pair else " ")
+    others = ["nose", "tail", "lower_lip", "upper_lip", "reel", "ear_left_of_nose"]
+    assert search_pose.mirror((left, *others, right)) == [7, 1, 2, 3, 4, 5, 6, 0]
+
+
+def test_mirror_of_whole_skeletons():
+    corners = [f"{a}_eye_{b}_corner" for a in ("left", "right") for b in ("left", "right")]
+    assert search_pose.mirror(tuple(corners)) == [3, 2, 1, 0], "both sides change"
+    assert search_pose.mirror(tuple(shapes.JOINTS)) == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
+    assert search_pose.mirror(("Eye", "eye_left")) == [0, 1], "the other side is not there"
+
+
+def test_skeletons_without_sides_are_told(tmp_path, capsys):
+    root = write_coco(tmp_path / "coco", animals=True)
+    args = arguments(root, "--data", "coco", "--model", "small", "--aspect", "1")
+    search_pose.read_data(args)
+    assert not capsys.readouterr().err
+    for split in ("train", "val"):
+        path = root / f"annotations/person_keypoints_{split}2017.json"
+        truth = json.loads(path.read_text())
+        truth["categories"][0]["keypoints"] = list("abcde")
+        path.write_text(json.dumps(truth))
+    search_pose.read_data(args)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "person_keypoints_train2017.json: no joint is left or right" in said
+
+
+@pytest.mark.parametrize(
+    "given, limbs",
+    [
+        ([[1, 2], [2, 4]], [[1, 2], [2, 4]]),
+        ([[0, 1], [1, 3]], [[1, 2], [2, 4]]),  # from 0, as labelling tools count
+        ([["a", "b"], ["b", "d"]], [[1, 2], [2, 4]]),
+        ([[1.0, 2.0]], [[1, 2]]),
+        (None, []),
+        ([], []),
+        ([[1, 5]], None),
+        ([[0, 4]], None),
+        ([[-1, 2]], None),
+        ([[1, 2, 3]], None),
+        ([1, 2], None),
+        ([["a", "z"]], None),
+        ([[1, None]], None),
+        ([[1.5, 2]], None),
+        ("1-2", None),
+        (7, None),
+    ],
+)
+def test_limbs(tmp_path, given, limbs):
+    truth = content([person(1, np.full((4, 3), 2.0) + np.eye(4, 3))], joints=4)
+    truth["categories"][0] |= {"keypoints": list("abcd"), "skeleton": given}
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    if limbs is None:
+        with pytest.raises(DataError, match="a.json: category 1: 'skeleton' must be pairs of joints 1..4"):
+            search_pose.read_annotations(tmp_path / "a.json")
+    else:
+        assert search_pose.read_annotations(tmp_path / "a.json")["categories"][0]["skeleton"] == limbs
+
+
+def one_picture(folder, joints=((5, 6, 2), (30, 25, 1), (0, 0, 0)), number=2):
+    """Pictures of 40 x 60 pixels with somebody of three joints in each."""
+    for k in range(number):
+        Image.fromarray(np.full((40, 60, 3), 9 * k, np.uint8)).save(folder / f"{k}.jpg")
+    truth = content([person(k + 1, joints, k, bbox=[2, 3, 40, 30]) for k in range(number)], range(number), joints=3)
+    for image in truth["images"]:
+        image |= {"height": 40, "width": 60}
+    return truth
+
+
+def test_coco_files_of_all_tools_load(tmp_path, capsys):
+    """What may be missing or written otherwise is no reason to refuse; what is left out is counted in one line."""
+    truth, path, nan = one_picture(tmp_path, number=4), tmp_path / "a.json", math.nan
+    for entry in truth["annotations"]:
+        for key in ("area", "iscrowd", "num_keypoints", "id"):
+            del entry[key]
+    truth["images"][0] = {"id": "0", "file_name": "0.jpg"}
+    truth["annotations"][1]["keypoints"] = [5.0, 6, 2, nan, None, 0, 1e300, 0, 0]
+    truth["annotations"][2] |= {"keypoints": None, "num_keypoints": 3}
+    truth["annotations"][3] |= {"bbox": [4, 4, 0, 5], "id": "a"}
+    truth["annotations"].append(person(7, np.ones((3, 3)), 99))
+    truth["categories"].insert(0, {"id": 0, "name": "group"})  # as exporters add, without joints
+    path.write_text(json.dumps(truth), "utf-16")
+    read = search_pose.read_annotations(path, tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"warning: {path}: left out 1 empty annotations (first: annotation 'a': " in said
+    assert "1 annotations of unlisted images (first: annotation 7 of image 99)" in said
+    split = search_pose.read_split(read, tmp_path, 64, 48)
+    assert split.labelled.tolist() == [[True, True, False], [True, False, False]] and split.joints.isfinite().all()
+    assert split.persons.area.tolist() == [1200] * 3 and split.persons.ignored.tolist() == [False, False, True]
+    assert [image["height"] for image in read["images"]] == [40] * 4, "the picture tells where the file does not"
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path, capsys, scoring):
+    """One line that names the file, or a split of sane numbers; and never fewer people without a word."""
+    truth, path = one_picture(tmp_path), tmp_path / "a.json"
+    truth["categories"][0] |= {"keypoints": ["nose", "left_ear", "right_ear"], "skeleton": [[1, 2], [1, 3]]}
+    refused = loaded = 0
+    for what, text in damaged(truth):
+        path.write_bytes(text)
+        search_pose.warn.cache_clear()
+        try:
+            if scoring:
+                assert all(-1 <= number <= 1 for number in oks_eval(path, [], [0.1] * 3).values()), what
+            else:
+                content = search_pose.read_annotations(path, tmp_path)
+                skeleton = search_pose.read_skeleton(content, None)
+                assert all(1 <= joint <= 3 for limb in skeleton.limbs for joint in limb), what
+                split = search_pose.read_split(content, tmp_path, 16, 16)
+                said = capsys.readouterr().err
+                whole = len(split.images) == len(split.persons.group) == 2
+                own = ("removed", ".keypoints", ".iscrowd true")  # what changes what a person is
+                assert whole or said.startswith("warning: ") or any(word in what for word in own), what
+                assert all(t.isfinite().all() for t in (split.joints, split.frames, *split.persons[2:6])), what
+                assert (split.joints[split.labelled].abs() < 1000).all() and (split.persons.area >= 0).all(), what
+                assert (split.persons.boxes.abs() < 1000).all() and (split.labelled.any(1)).all(), what
+            loaded += 1
+        except DataError as error:
+            assert str(path) in str(error) or f"{tmp_path}/x: not found" in str(error), (what, error)
+            assert "\n" not in str(error) and len(str(error)) < 300, (what, error)
+            refused += 1
+        except ValueError as error:
+            assert scoring and "sigmas for" in str(error), (what, error)
+    assert refused > 100 and loaded > 100
+
+
 BROKEN = ("no file", "no json", "no joints", "no key", "short", "no picture", "torn picture", "nobody", "other joints")
 
 
@@ -502,7 +639,7 @@ def test_broken_data_is_named(tmp_path, broken):
     if broken == "no joints":
         del truth["categories"][0]["keypoints"]
     elif broken == "no key":
-        del truth["annotations"][3]["area"]
+        del truth["annotations"][3]["bbox"]
     elif broken == "short":
         truth["annotations"][3]["keypoints"].pop()
     elif broken == "nobody":
@@ -521,7 +658,7 @@ def test_broken_data_is_named(tmp_path, broken):
     search_pose.decode.cache_clear()
     with pytest.raises(DataError) as error:
         search_pose.read_data(arguments(root, "--data", "coco", "--model", "small"))
-    culprit = {"no picture": picture, "torn picture": picture, "nobody": picture.parent}.get(broken, path)
+    culprit = {"no picture": picture, "torn picture": picture}.get(broken, path)
     culprit = root / "annotations/person_keypoints_val2017.json" if broken == "other joints" else culprit
     assert str(culprit) in str(error.value) and "\n" not in str(error.value)
 

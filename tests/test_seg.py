@@ -325,6 +325,15 @@ def test_asl_of_a_perfect_prediction(metric):
     assert value == 0 and value.requires_grad
 
 
+def test_asl_looks_for_no_boundary_of_ignored_pixels():
+    logits = torch.randn(1, 4, 30, 30, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    label = torch.zeros(1, 30, 30, dtype=torch.long)
+    label[:, :, 25:], label[0, 5, 5] = 1, 255
+    loss = search_seg.asl_loss(logits, label, search_seg.ASL_THETA["biou"], "biou")
+    near = torch.autograd.grad(loss, logits)[0].any(1)[0]
+    assert near[:, 20:].all() and not near[:, :19].any(), "within 5 pixels of class 1 and nowhere else"
+
+
 def exported_asl(metric):
     scope: dict = {}
     exec(search_seg.export({"loss": search_seg.Asl.read(f"asl({metric})")}, title='From "here".'), scope)

@@ -1301,7 +1301,7 @@ class Worker(Journal):
         self.room.mkdir(exist_ok=True)
         self.rank, self.file = self.enlist()
         self.life = f"{self.rank}-{socket.gethostname()}-{os.getpid()}"
-        self.sign = self.room / f"{self.life}.json"
+        self.sign = self.room / f"{self.life}.alive"
         self.searching = True
         self.works_on(None)
         self.gone = threading.Event()
@@ -1365,7 +1365,7 @@ class Worker(Journal):
     def others(self) -> dict[str, dict]:
         """What the other living workers are doing, by their life."""
         found = {}
-        for path in self.room.glob("*.json"):
+        for path in self.room.glob("*.alive"):
             try:
                 if path != self.sign and path.stat().st_mtime > self.sign.stat().st_mtime - self.STALE:
                     found[path.stem] = json.loads(path.read_text(encoding="utf-8"))

@@ -137,7 +137,7 @@ KNOWS_TARGET = frozenset("yiue")
 # ---------------------------------------------------------------------------------------------------------------------
 # Expressions
 #
-# Within these bounds every function here answers, however deep in other code it is called; losses of use are far below.
+# Within these bounds every function here takes a quarter of Python's stack at most; losses of use are far below.
 
 MAX_DEPTH = 100  # operators above a leaf [D]
 MAX_NODES = 1000  # operators and leaves, repeated ones repeatedly [D]

@@ -421,6 +421,10 @@ def check_coco(
     folder: where the pictures are, which tell their size where the file does not;
     scoring: the truth for an evaluator, as pycocotools takes it: with empty objects, without names of files.
     """
+
+    def shown(k: int, entry: dict) -> str:
+        return f"annotation {entry.get('id', f'no. {k}')!r:.40}"
+
     left_out: dict[str, list[str]] = {}  # by reason
     images, files, annotations, known = {}, {}, [], {}
     categories = by_id(coco, "categories", path, left_out)
@@ -434,29 +438,27 @@ def check_coco(
             left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
         elif not scoring and files.setdefault(name, number) != number:
             raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
+    sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
-        shown = f"annotation {entry.get('id', f'no. {k}')!r:.40}"
-        number, image, category = (identity(entry.get(key)) for key in ("id", "image_id", "category_id"))
+        number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
         if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
-            reason = "annotations listed twice"
+            reason, about = "annotations listed twice", ""
         elif image not in images:
-            reason, shown = "annotations of unlisted images", f"{shown} of image {entry.get('image_id')!r:.40}"
+            reason, about = "annotations of unlisted images", f" of image {entry.get('image_id')!r:.40}"
         elif category not in categories:
-            reason, shown = "annotations of unlisted categories", f"{shown} of {entry.get('category_id')!r:.40}"
+            reason, about = "annotations of unlisted categories", f" of category {entry.get('category_id')!r:.40}"
         else:
             try:
-                size = images[image]["height"], images[image]["width"]
-                size = size if all(size) else None
-                found = check_annotation(entry, size, scoring) | own(entry, size)
+                found = check_annotation(entry, sizes[image], scoring) | own(entry, sizes[image])
                 annotations.append({"id": number, "image_id": image, "category_id": category} | found)
                 continue
             except DataError as problem:
-                raise DataError(f"{path}: {shown}: {problem}") from None
+                raise DataError(f"{path}: {shown(k, entry)}: {problem}") from None
             except EmptyObject as problem:
                 if advice:
-                    raise DataError(f"{path}: {shown}: {problem}; {advice}") from None
-                reason, shown = "empty annotations", f"{shown}: {problem}"
-        left_out.setdefault(reason, []).append(shown)
+                    raise DataError(f"{path}: {shown(k, entry)}: {problem}; {advice}") from None
+                reason, about = "empty annotations", f": {problem}"
+        left_out.setdefault(reason, []).append(shown(k, entry) + about)
     if left_out:
         reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
         warn(f"{path}: left out {', '.join(reasons)}")

@@ -421,6 +421,10 @@ def check_coco(
     folder: where the pictures are, which tell their size where the file does not;
     scoring: the truth for an evaluator, as pycocotools takes it: with empty objects, without names of files.
     """
+
+    def shown(k: int, entry: dict) -> str:
+        return f"annotation {entry.get('id', f'no. {k}')!r:.40}"
+
     left_out: dict[str, list[str]] = {}  # by reason
     images, files, annotations, known = {}, {}, [], {}
     categories = by_id(coco, "categories", path, left_out)
@@ -434,29 +438,27 @@ def check_coco(
             left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
         elif not scoring and files.setdefault(name, number) != number:
             raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
+    sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
-        shown = f"annotation {entry.get('id', f'no. {k}')!r:.40}"
-        number, image, category = (identity(entry.get(key)) for key in ("id", "image_id", "category_id"))
+        number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
         if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
-            reason = "annotations listed twice"
+            reason, about = "annotations listed twice", ""
         elif image not in images:
-            reason, shown = "annotations of unlisted images", f"{shown} of image {entry.get('image_id')!r:.40}"
+            reason, about = "annotations of unlisted images", f" of image {entry.get('image_id')!r:.40}"
         elif category not in categories:
-            reason, shown = "annotations of unlisted categories", f"{shown} of {entry.get('category_id')!r:.40}"
+            reason, about = "annotations of unlisted categories", f" of category {entry.get('category_id')!r:.40}"
         else:
             try:
-                size = images[image]["height"], images[image]["width"]
-                size = size if all(size) else None
-                found = check_annotation(entry, size, scoring) | own(entry, size)
+                found = check_annotation(entry, sizes[image], scoring) | own(entry, sizes[image])
                 annotations.append({"id": number, "image_id": image, "category_id": category} | found)
                 continue
             except DataError as problem:
-                raise DataError(f"{path}: {shown}: {problem}") from None
+                raise DataError(f"{path}: {shown(k, entry)}: {problem}") from None
             except EmptyObject as problem:
                 if advice:
-                    raise DataError(f"{path}: {shown}: {problem}; {advice}") from None
-                reason, shown = "empty annotations", f"{shown}: {problem}"
-        left_out.setdefault(reason, []).append(shown)
+                    raise DataError(f"{path}: {shown(k, entry)}: {problem}; {advice}") from None
+                reason, about = "empty annotations", f": {problem}"
+        left_out.setdefault(reason, []).append(shown(k, entry) + about)
     if left_out:
         reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
         warn(f"{path}: left out {', '.join(reasons)}")
@@ -1021,7 +1023,8 @@ def match(
     group_f: (M,) of the detections, best first in each group; group_t: (N,) of the truth; both rising.
     similarity: of detections f and truths t, given as the row numbers (P,) of pairs in one group, f before t rising;
     ignored: (N, A) by area range; crowd: (N,), may be matched often; counts: (N,), False: to match it is no match.
-    Returns of all matches, (H,) each, the detection, T's index * A + A's index, and whether it is right, not ignored.
+    Returns of the pairs that are similar enough for the lowest limit: the detection (P,), whether they are matched
+    (P, T, A), and whether that is right, not ignored (P, A).
     """
     device, (N, A), T = group_f.device, ignored.shape, len(LIMITS)
     limits = LIMITS.clamp(max=1 - 1e-10).to(device)
@@ -1037,23 +1040,26 @@ def match(
         near.append((f[keep], t[keep], value[keep]))
     f, t, value = map(torch.cat, zip(*near))
 
-    fits = value.unsqueeze(1) >= limits  # (P, T)
-    # What counts goes before what is ignored, then the more similar, of equals the later one.
-    wish = (1 + value.argsort(stable=True).argsort().unsqueeze(1) + len(value) * ~ignored[t]).int()  # (P, A)
-    taken = torch.zeros(N, T, A, dtype=torch.bool, device=device)
-    chosen = torch.zeros(len(value), T, A, dtype=torch.bool, device=device)
     own, line = torch.unique_consecutive(f, return_inverse=True)
     turn = ranks_within(group_f[own])[line]
-    for rows in turn.argsort(stable=True).split(torch.bincount(turn).tolist() or [0]):
-        # These detections are of different groups: no two of them want the same.
-        wishes = torch.where(fits[rows].unsqueeze(2) & ~taken[t[rows]], wish[rows].unsqueeze(1), 0)
-        _, place = torch.unique_consecutive(f[rows], return_inverse=True)
-        best = torch.zeros_like(wishes).scatter_reduce_(0, place[:, None, None].expand_as(wishes), wishes, "amax")
-        chosen[rows] = (wishes > 0) & (wishes == best[place])
-        taken[t[rows]] |= chosen[rows] & ~crowd[t[rows], None, None]
+    order = turn.argsort(stable=True)
+    f, t, line, value = f[order], t[order], line[order], value[order]
+    fits, right, free = value.unsqueeze(1) >= limits, ~ignored[t], crowd[t].view(-1, 1, 1)
+    # What counts goes before what is ignored, then the more similar, of equals the later one.
+    wish = (1 + value.argsort(stable=True).argsort().unsqueeze(1) + len(value) * right).int()  # (P, A)
+    taken = torch.zeros(N, T, A, dtype=torch.bool, device=device)
+    chosen = torch.zeros(len(value), T, A, dtype=torch.bool, device=device)
+    start = 0
+    for size in torch.bincount(turn).tolist():  # these detections are of different groups: no two want the same
+        now = slice(start, start := start + size)
+        before = taken.index_select(0, t[now])
+        wishes = torch.where(fits[now].unsqueeze(2) & ~before, wish[now].unsqueeze(1), 0)
+        _, place = torch.unique_consecutive(line[now], return_inverse=True)
+        best = torch.zeros_like(wishes).scatter_reduce_(0, place.view(-1, 1, 1).expand_as(wishes), wishes, "amax")
+        chosen[now] = (wishes > 0) & (wishes == best.index_select(0, place))
+        taken.index_copy_(0, t[now], before | chosen[now] & ~free[now])
     chosen &= (counts.unsqueeze(1) | ignored)[t].unsqueeze(1)
-    pair, limit, area = chosen.nonzero().unbind(1)
-    return f[pair], limit * A + area, ~ignored[t[pair], area]
+    return f, chosen, right
 
 
 def accumulate(
@@ -1069,19 +1075,20 @@ def accumulate(
     matches: as of `match`; outside: (M, A), of no area range, not to be counted where unmatched; label, score: (M,), of
     detections sorted by group; rank: (M,) in the group; positives: (A, K), how many there are to find.
     """
-    (f, line, right), (A, K), T, M, R = matches, positives.shape, len(LIMITS), len(label), len(RECALLS)
+    (A, K), T, M, R = positives.shape, len(LIMITS), len(label), len(RECALLS)
     order = best_first(score, label)
     first = torch.searchsorted(label[order], torch.arange(K, device=label.device))  # of each category
     column = torch.empty_like(order).scatter_(0, order, torch.arange(M, device=label.device))
+    order_of_pairs = column[matches[0]].argsort()
+    f, chosen, right = (x[order_of_pairs] for x in matches)
+    line, pair = chosen.flatten(1).T.nonzero().unbind(1)  # limit and area range as one number, and columns that rise
+    right = right[pair, line % A]
     counted = ~outside[order].T.repeat(T, 1)  # (T*A, M)
-    counted[line, column[f]] = right
+    counted[line, column[f[pair]]] = right
     seen = counted.cumsum(1, dtype=torch.int32)
 
-    f, line = f[right], line[right]
-    part = line * K + label[f]  # limit, area range and category, as one number
-    order = (part * M + column[f]).argsort()
-    f, line, part = f[order], line[order], part[order]
-    last, first = column[f], first[label[f]]
+    line, f = line[right], f[pair[right]]
+    part, last, first = line * K + label[f], column[f], first[label[f]]  # a line of a category
     hits = (1 + ranks_within(part)).double()  # up to each one; at hits alone recall rises and precision peaks
     precision = hits / (seen[line, last] - seen[line, first] + counted[line, first] + np.spacing(1))
 

@@ -483,7 +483,7 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
     assert said.count("\n") == 1 and said.startswith(f"warning: {source.annotations}: left out ")
     for words in (
         "2 annotations of unlisted images (first: annotation 5 of image 77)",
-        "1 annotations of unlisted categories (first: annotation 6 of 5)",
+        "1 annotations of unlisted categories (first: annotation 6 of category 5)",
         "3 empty annotations (first: annotation 7: box [40, 2, 5, 5] outside, in a picture of 30x20 pixels)",
         "1 annotations listed twice (first: annotation 0)",
         "1 images listed twice (first: id 0)",

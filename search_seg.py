@@ -26,6 +26,7 @@ import itertools
 import math
 import mmap
 import os
+import pickle
 import random
 import re
 import sys
@@ -149,8 +150,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     task.add_argument(
         "--pretrained",
-        action="store_true",
-        help="start ResNets from torchvision's ImageNet weights (downloaded on first use)",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start ResNets from ImageNet weights: those in FILE, or torchvision's (downloaded on first use)",
     )
     task.add_argument(
         "--proxy-steps",
@@ -212,6 +216,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     listed = split_outside_brackets(args.compare) if args.compare else [args.loss] if args.loss else []
     flag = "--compare" if args.compare else "--loss"
     args.wanted = {text: read_loss(text, flag) for text in listed}
+    if args.pretrained:  # what is missing shows before the search, not after it
+        for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
+            build_model(model, 2, args.pretrained)
     return args
 
 
@@ -302,10 +309,8 @@ def read_split(
         Pictures(read_labels, len(pairs), device, shapes[1], fill=IGNORE),
     )
     if keep:
-        stored = tuple(
-            pictures.settle(fingerprint(f"seg {name} {LARGEST} {meaning}", itertools.chain(*pairs)))
-            for pictures, name in zip(stored, ("images", "labels"))
-        )
+        kinds = (f"seg {LARGEST}", f"seg {LARGEST} {meaning}")
+        stored = [x.settle(lambda kind=k: fingerprint(kind, itertools.chain(*pairs))) for x, k in zip(stored, kinds)]
     return Split(*stored, sizes)
 
 
@@ -734,7 +739,7 @@ class Pictures:
     def nbytes(self) -> int:
         return 0 if self.kept is None else self.kept[0].nbytes
 
-    def settle(self, key: str) -> "Tensor | Pictures":
+    def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
         H, W = self.shape[-2:]
@@ -746,7 +751,7 @@ class Pictures:
             elements, there = torch.empty(sum(sizes), dtype=self.dtype, device=self.device), torch.zeros(self.number)
         elif pixels <= SMALL:
             elements, there = torch.empty(sum(sizes), dtype=self.dtype), torch.zeros(self.number)
-        elif (shared := shared_bytes(key, size + self.number)) is not None:
+        elif (shared := shared_bytes(key(), size + self.number)) is not None:
             elements, there = shared[:size].view(self.dtype), shared[size:]
         else:
             return self
@@ -883,11 +888,11 @@ def machine_memory() -> float:
     return size / 2**30
 
 
-def read_rgb(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
+def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
     """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
 
     It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
-    transparency become RGB, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
+    transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
     """
     try:
         with Image.open(path) as picture:
@@ -896,12 +901,12 @@ def read_rgb(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
                 (h, w), (height, width) = upright, listed
                 raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
             turn = turn if listed in (None, upright) else None
-            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None:  # the same bytes, faster
-                encoded = torchvision.io.read_file(str(path))
+            if picture.format == "JPEG" and mode == "RGB" and picture.mode in ("RGB", "L") and turn is None:
+                encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(picture, path)
-            picture = picture.convert("RGB")
+            picture = picture.convert(mode)
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
         raise unreadable(path) from error
@@ -933,12 +938,12 @@ def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
 
 
 def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], device: str) -> list[Tensor]:
-    """`read_rgb` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
+    """`decode` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
     if device.startswith("cuda") and all(map(is_plain_jpeg, paths, listed)):
         with contextlib.suppress(RuntimeError):  # what nvJPEG does not know the CPU may
             encoded = [torchvision.io.read_file(str(path)) for path in paths]
             return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=device)
-    return [read_rgb(path, size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
+    return [decode(path, listed=size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
 
 
 def is_plain_jpeg(path: Path, listed: tuple[int, int] | None) -> bool:
@@ -1126,14 +1131,47 @@ class SmallNet(nn.Module):
         return upsample(logits, images.shape[-2:])
 
 
+def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
+    """A torchvision ResNet; `pretrained`: with its ImageNet weights, or those in a file that has its layers.
+
+    Ends the program with one line where the weights cannot be had.
+    """
+    net = torchvision.models.get_model(f"resnet{depth}", weights=None, **options)
+    if not pretrained:
+        return net
+    flag = "--pretrained" if pretrained is True else f"--pretrained {pretrained}"
+    try:
+        if pretrained is True:
+            weights = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        else:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        if pretrained is True:
+            fail(
+                f"{flag}: no download ({reason}); fetch {weights.url} where there is a network, give --pretrained FILE"
+            )
+        fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
+    state = state.get("state_dict", state)
+    state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
+    wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
+    if missing := [name for name in wanted if name not in state]:
+        fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
+    try:
+        net.load_state_dict(state, strict=False)
+    except RuntimeError:
+        fail(f"{flag}: its layers have not the shapes of ResNet-{depth}'s; give torchvision's resnet{depth} weights")
+    return net
+
+
 class Backbone(nn.Module):
     """A torchvision ResNet (50 or 101) of output stride 8 or 16; returns the features of stages 1 (stride 4) and 4."""
 
-    def __init__(self, depth: int, output_stride: int, pretrained: bool):
+    def __init__(self, depth: int, output_stride: int, pretrained: bool | str):
         super().__init__()
-        build = {50: torchvision.models.resnet50, 101: torchvision.models.resnet101}[depth]
         dilate = {16: [False, False, True], 8: [False, True, True]}[output_stride]
-        net = build(weights="IMAGENET1K_V1" if pretrained else None, replace_stride_with_dilation=dilate)
+        net = resnet(depth, pretrained, replace_stride_with_dilation=dilate)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stage1, self.rest = net.layer1, nn.Sequential(net.layer2, net.layer3, net.layer4)
 
@@ -1145,7 +1183,7 @@ class Backbone(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+ (Chen 2018, arXiv 1802.02611): atrous pyramid on stride 16, decoder on the features of stride 4."""
 
-    def __init__(self, num_classes: int, depth: int, output_stride: int = 16, pretrained: bool = False):
+    def __init__(self, num_classes: int, depth: int, output_stride: int = 16, pretrained: bool | str = False):
         super().__init__()
         self.backbone = Backbone(depth, output_stride, pretrained)
         rates = [rate * 16 // output_stride for rate in (6, 12, 18)]
@@ -1171,7 +1209,7 @@ class DeepLabV3Plus(nn.Module):
 class PSPNet(nn.Module):
     """PSPNet (Zhao 2017, arXiv 1612.01105): means over 1, 2, 3 and 6 bins a side beside the features of stride 8."""
 
-    def __init__(self, num_classes: int, depth: int, output_stride: int = 8, pretrained: bool = False):
+    def __init__(self, num_classes: int, depth: int, output_stride: int = 8, pretrained: bool | str = False):
         super().__init__()
         self.backbone = Backbone(depth, output_stride, pretrained)
         self.bins = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(b), conv(2048, 512, size=1)) for b in (1, 2, 3, 6))
@@ -1186,7 +1224,9 @@ class PSPNet(nn.Module):
         return upsample(self.classify(torch.cat(views, 1)), images.shape[-2:])
 
 
-def build_model(name: str, num_classes: int, pretrained: bool = False, output_stride: int | None = None) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, pretrained: bool | str = False, output_stride: int | None = None
+) -> nn.Module:
     """One of MODELS: images (N, 3, H, W), normalised, to logits (N, num_classes, H, W)."""
     if name == "small":
         return SmallNet(num_classes)

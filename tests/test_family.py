@@ -17,10 +17,14 @@ PAIRS = list(itertools.combinations(SCRIPTS, 2))
 BANNERS = ["Arguments", "Data", "Network", "Metric", "Losses", "Training", "Search", "Main"]
 PACKAGES = {"torch", "torchvision", "numpy", "pycocotools", "cv2", "PIL"}
 EVERYWHERE = (
-    "Schedule parse_arguments check_arguments read_loss Split list_data place DataError normalise build_model "
+    "Schedule parse_arguments check_arguments read_loss Split list_data DataError normalise build_model "
     "tree_loss export train_network test_network draw_predictions main"
 ).split()
-COPIES = {"conv", "normalise", "unreadable"}  # the same to the letter wherever they occur
+COPIES = {
+    *"conv normalise batch_colour_jitter resnet Pictures threads read_ahead shared_bytes machine_memory".split(),
+    *"decode turning unreadable eight_bits read_pictures is_plain_jpeg group_size scaled note fingerprint".split(),
+    *"check_files rows_of".split(),
+}  # the same to the letter wherever they occur
 # Flags whose help goes on with what the task has to offer; up to there it is the same.
 OWN_ENDING = {"metric", "loss", "compare", "data", "model", "proxy_steps", "retrain_steps", "batch", "lr", "search"}
 OWN_MEANING = {"crop"}  # a window of a picture, or a person

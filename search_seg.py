@@ -26,11 +26,11 @@ import itertools
 import math
 import mmap
 import os
-import pickle
 import random
 import re
 import sys
 import tempfile
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -482,9 +482,8 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
         )
     shown = [f"{v >> 16},{v >> 8 & 255},{v & 255}" if colours else str(v) for v in classes]
     shown = " ".join(shown if len(shown) <= 30 else [*shown[:29], "..."])
-    note(
-        f"{len(classes)} classes found in {len(masks):,} masks: {shown}" + (f"; {max(ignored)} ignored" * bool(ignored))
-    )
+    said = f"; {max(ignored)} ignored" if ignored else ""
+    note(f"{len(classes)} classes found in {len(masks):,} masks: {shown}{said}")
     meaning = classes | dict.fromkeys(ignored, IGNORE)
     return Meaning(len(classes), {0: 0} if colours else meaning, meaning if colours else {})
 
@@ -515,39 +514,51 @@ def named_files(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGES and not path.name.startswith("."):
-            if path.stem in found:
-                raise DataError(f"{path}: beside {found[path.stem].name}; move away the one that is not to be used")
-            found[path.stem] = path
+            name = plain_name(path.stem)
+            if name in found:
+                raise DataError(f"{path}: beside {found[name].name}; move away the one that is not to be used")
+            found[name] = path
     return found
+
+
+def plain_name(name: str) -> str:
+    """A file's name so that it can be compared: in any locale, and with accents written in any way."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="surrogateescape"))
 
 
 def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """Image and label files of a list: on a line a name or path for both, or one for each."""
     files: dict[Path, dict[str, Path]] = {}
 
-    def find(text: str, folder: Path, suffix: str) -> Path:
+    def find(text: str, folder: Path, endings: tuple[str, ...] = ("",)) -> Path | None:
         for path in (root / text.lstrip("/"), folder / text):
             if path.suffix.lower() in IMAGES and path.is_file():
                 return path
-        return named(folder / (text.removesuffix(Path(text).suffix) if text.lower().endswith(IMAGES) else text), suffix)
-
-    def named(path: Path, suffix: str) -> Path:
+        path = folder / (text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text)
         if path.parent not in files:
             files[path.parent] = named_files(path.parent)
-        for ending in MASK_ENDINGS if suffix == ".png" else ("",):
-            if found := files[path.parent].get(path.name + ending):
-                return found
-        raise DataError(f"{path}{suffix}: not found; {listing} has it")
+        names = (plain_name(path.name + ending) for ending in endings)
+        return next((files[path.parent][name] for name in names if name in files[path.parent]), None)
 
     pairs = []
     for line in read_lines(listing):
-        names = line.split()
-        if len(names) != 2 or names[1] in ("-1", "0", "1"):  # as in VOC's lists of which pictures have a class
-            image = find(names[0] if len(names) == 2 else line, images, ".jpg")
-            inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
-            pairs.append((image, named(masks / inside.with_name(inside.stem), ".png")))
+        names, image = line.split(), find(line, images)
+        if image is None and len(names) == 2:
+            image = find(names[0], images)
+            if names[1] in ("-1", "0", "1"):  # in VOC's lists by class it says whether a picture has some of it
+                names = names[:1]
         else:
-            pairs.append((find(names[0], images, ".jpg"), find(names[1], masks, ".png")))
+            names = [line]
+        if image is None:
+            raise DataError(
+                f"{images / names[0]}{'' if Path(names[0]).suffix else '.jpg'}: not found; {listing} has it"
+            )
+        inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
+        wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
+        label = find(wanted, masks, MASK_ENDINGS)
+        if label is None:
+            raise DataError(f"{masks / wanted}{'' if Path(wanted).suffix else '.png'}: not found; the mask of {image}")
+        pairs.append((image, label))
     if not pairs:
         raise DataError(f"{listing}: empty; it must list one image name per line")
     if double := len(pairs) - len(set(pairs)):
@@ -855,26 +866,28 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
         fcntl.flock(number, how)
         return number
 
-    def remove_unused(path: Path) -> None:
+    def remove_unused(path: Path, number: int) -> None:
         with contextlib.suppress(OSError):  # others have it in use
-            number = open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-            os.close(number)
 
     for other in set(folder.glob(prefix + "*")) - {path}:
-        remove_unused(other)
+        with contextlib.suppress(OSError):
+            number = open_locked(other, fcntl.LOCK_SH)
+            remove_unused(other, number)
+            os.close(number)
     try:
         number = open_locked(path, fcntl.LOCK_SH)
-        if os.fstat(number).st_uid != os.getuid():
-            return None
+    except OSError:
+        return None
+    atexit.register(remove_unused, path, number)
+    try:
         reserve = getattr(os, "posix_fallocate", None)  # a full disk shows now, not as a crash on the way
         reserve(number, 0, size) if reserve else os.ftruncate(number, size)
-        pixels = torch.frombuffer(mmap.mmap(number, size), dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(number, size), dtype=torch.uint8)
     except OSError:
-        remove_unused(path)
+        remove_unused(path, number)
         return None
-    atexit.register(lambda: (os.close(number), remove_unused(path)))
-    return pixels
 
 
 def machine_memory() -> float:
@@ -1146,7 +1159,7 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
             state = weights.get_state_dict(progress=False, check_hash=True)
         else:
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file of anything makes torch.load raise anything
         reason = str(error).split("\n")[0]
         if pretrained is True:
             fail(
@@ -1252,8 +1265,17 @@ def edges(label):
     return ((F.max_pool2d(x, 3, 1, 1) != x) | (-F.max_pool2d(-x, 3, 1, 1) != x)).squeeze(1)
 
 
+BITS = 63  # classes that one integer holds
+
+
+def bits_from(first, label):
+    """The bit of each class in an integer that begins with class `first`, and which pixels have one there."""
+    bit = label - first
+    return bit.clamp(0, BITS - 1), (bit >= 0) & (bit < BITS)
+
+
 def dilate_bits(bits, radius):
-    """Bitwise or over a (2 radius + 1)^2 window of (N, H, W) integers: one dilation for up to 63 classes at once."""
+    """Bitwise or over a (2 radius + 1)^2 window of (N, H, W) integers: one dilation for BITS classes at once."""
     for dim in (1, 2):
         bits, reach = bits.clone(), bits
         for step in range(1, radius + 1):
@@ -1272,8 +1294,6 @@ class SegMetrics:
     """
 
     def __init__(self, num_classes: int, device="cpu", tolerance: int = 5, groups: int = 1):
-        if num_classes > 63:
-            raise ValueError(f"{num_classes} classes: the boundary metrics hold one class per bit, 63 at most")
         C, self.tolerance, self.groups = num_classes, tolerance, groups
         self.C = C
         self.confusion = torch.zeros(groups, C, C, dtype=torch.long, device=device)  # [target, prediction]
@@ -1290,11 +1310,15 @@ class SegMetrics:
         self.confusion += count(pair, valid, G * C * C).view(G, C, C)
 
         edge_pred, edge_target = edges(pred) & valid, edges(label) & valid
-        reach_pred = dilate_bits(edge_pred.long() << pred, self.tolerance)
-        reach_target = dilate_bits(edge_target.long() << target, self.tolerance)
-        near = valid & (reach_target >> 1 != 0)  # bit 0 is the background, whose own boundary does not count [A]
-        self.near_boundary += count(pair, near, G * C * C).view(G, C, C)
-        hit_pred, hit_target = (reach_target >> pred & 1).bool(), (reach_pred >> target & 1).bool()
+        near, hit_pred, hit_target = (torch.zeros_like(valid) for _ in range(3))
+        for first in range(0, C, BITS):
+            (bit_pred, own_pred), (bit_target, own_target) = (bits_from(first, x) for x in (pred, target))
+            reach_pred = dilate_bits((edge_pred & own_pred).long() << bit_pred, self.tolerance)
+            reach_target = dilate_bits((edge_target & own_target).long() << bit_target, self.tolerance)
+            near |= reach_target >> (first == 0) != 0  # without the background, whose own boundary does not count [A]
+            hit_pred |= own_pred & (reach_target >> bit_pred & 1).bool()
+            hit_target |= own_target & (reach_pred >> bit_target & 1).bool()
+        self.near_boundary += count(pair, near & valid, G * C * C).view(G, C, C)
         for k, (index, mask) in enumerate(
             [(pred, edge_pred), (pred, edge_pred & hit_pred), (target, edge_target), (target, edge_target & hit_target)]
         ):

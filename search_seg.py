@@ -523,7 +523,7 @@ def named_files(folder: Path) -> dict[str, Path]:
 
 def plain_name(name: str) -> str:
     """A file's name so that it can be compared: in any locale, and with accents written in any way."""
-    return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="surrogateescape"))
+    return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[tuple[Path, Path]]:
@@ -536,7 +536,7 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
                 return path
         path = folder / (text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text)
         if path.parent not in files:
-            files[path.parent] = named_files(path.parent)
+            files[path.parent] = named_files(path.parent) if path.parent.is_dir() else {}
         names = (plain_name(path.name + ending) for ending in endings)
         return next((files[path.parent][name] for name in names if name in files[path.parent]), None)
 

@@ -397,15 +397,21 @@ def read_objects(coco: dict, entries: list[dict], masks: bool) -> Truth:
 
 
 def read_split(
-    source: Source, largest: int, masks: bool, skip_empty: bool, memory: float = math.inf, device: str = "cpu"
+    source: Source,
+    largest: int,
+    masks: bool,
+    skip_empty: bool,
+    memory: float = math.inf,
+    device: str = "cpu",
+    coco: dict | None = None,
 ) -> Split:
     """The pictures of a COCO file, scaled down where a side is longer than `largest` pixels, and their objects.
 
     What takes at most `memory` bytes is kept once it is decoded; few and small pictures are decoded at once. Raises
     DataError, now or when a picture is used, naming the file, and the annotation in it, that is missing, cannot be read
-    or does not fit.
+    or does not fit. `coco` is what `check_coco` says of the file, where somebody has asked already.
     """
-    coco = check_coco(load_coco(source.annotations), source.annotations, masks, skip_empty)
+    coco = coco or check_coco(load_coco(source.annotations), source.annotations, masks, skip_empty)
     listed = sorted(coco["images"], key=lambda image: image["id"])
     listed = [image for k, image in enumerate(listed) if source.keep(k)]
     if not listed:
@@ -527,7 +533,7 @@ def rows_of(part: "Tensor | Pictures", index: Tensor) -> Tensor:
 
 
 SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
-AHEAD = 2  # batches that are being read while one is in use
+AHEAD = 1  # batches that are being read while one is in use
 
 
 class Pictures:
@@ -568,7 +574,7 @@ class Pictures:
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
-        H, W = self.shape[-2:]
+        self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
         if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
             return self[:]
@@ -831,7 +837,7 @@ def batch_scale_flip(
     window; the scale is log-uniform in `scale`; half of the pictures are mirrored. Crowds are no targets.
     """
     N, device = len(index), split.images.device
-    u = torch.rand(4, N, generator=generator, device=generator.device).to(device, non_blocking=True)
+    u = torch.rand(4, N, generator=generator).to(device, non_blocking=True)
     images, sizes, originals, boxes, labels, crowd, frames = (rows_of(part, index) for part in split[:7])
     side = sizes.amax(1) / (scale[0] * (scale[1] / scale[0]) ** u[0])  # of the window, in pixels of the canvas
     room = sizes.T - side
@@ -882,7 +888,7 @@ def cut_masks(
 
 def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Brightness, contrast and saturation of each picture (N, 3, H, W), each times a factor of 1 +- strength."""
-    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator, device=generator.device) - 1)
+    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
     a = a.to(images.device, non_blocking=True)
     images = images * a[0]
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, a[1])
@@ -1691,9 +1697,13 @@ class DetTask:
     def read_data(self) -> dict[str, Split]:
         """The three splits of `list_data`, ready for use."""
         sources, largest = list_data(self.args), max(self.proxy.size, self.retraining.size)
-        splits, left = {}, self.args.memory * 2**30
+        splits, left, read = {}, self.args.memory * 2**30, None
         for name, source in sources.items():
-            splits[name] = split = read_split(source, largest, self.masks, self.args.skip_empty, left, self.device)
+            if read != source.annotations:  # train and val mostly share one file
+                coco = check_coco(load_coco(source.annotations), source.annotations, self.masks, self.args.skip_empty)
+                read = source.annotations
+            more = largest, self.masks, self.args.skip_empty, left, self.device, coco
+            splits[name] = split = read_split(source, *more)
             left -= split.images.nbytes + split.bits.nbytes
             if split.images.nbytes == 0:
                 number = len(split.images)

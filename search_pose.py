@@ -336,10 +336,11 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
 
 def read_data(args) -> tuple[dict[str, Split], Skeleton]:
     """The three splits of `list_data`, ready for use, and what their joints are."""
-    data, skeletons, left = {}, [], args.memory * 2**30
+    data, skeletons, left, read = {}, [], args.memory * 2**30, None
     for name, (path, folder, choose) in list_data(args).items():
-        content = read_annotations(path)
-        content["images"] = choose(sorted(content["images"], key=lambda picture: picture["id"]))
+        if read != path:  # train and val mostly share one file
+            whole, read = read_annotations(path), path
+        content = {**whole, "images": choose(sorted(whole["images"], key=lambda picture: picture["id"]))}
         skeletons.append(read_skeleton(content, args.sigmas))
         if skeletons[-1].names != skeletons[0].names:
             raise DataError(f"{path}: other joints than in the training split")
@@ -434,7 +435,7 @@ def rows_of(part: "Tensor | Pictures", index: Tensor) -> Tensor:
 
 
 SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
-AHEAD = 2  # batches that are being read while one is in use
+AHEAD = 1  # batches that are being read while one is in use
 
 
 class Pictures:
@@ -475,7 +476,7 @@ class Pictures:
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
-        H, W = self.shape[-2:]
+        self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
         if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
             return self[:]
@@ -737,8 +738,8 @@ def batch_scale_rotate_flip(
     rotated [S]; half of them are mirrored, left and right joints exchanged.
     """
     N, (height, width), (H, W), device = len(index), size, split.images.shape[-2:], split.images.device
-    u = torch.rand(3, N, generator=generator, device=generator.device).to(device, non_blocking=True)
-    angle = torch.randn(N, generator=generator, device=generator.device).to(device, non_blocking=True)
+    u = torch.rand(3, N, generator=generator).to(device, non_blocking=True)
+    angle = torch.randn(N, generator=generator).to(device, non_blocking=True)
     angle = angle.clamp(-2, 2) * math.radians(plan.rotation)
     angle = angle * (u[0] < 0.6)
     zoom = plan.scale[0] * (plan.scale[1] / plan.scale[0]) ** u[1]

@@ -712,7 +712,7 @@ def check_classes(split: Split, where: str) -> None:
 
 
 SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
-AHEAD = 2  # batches that are being read while one is in use
+AHEAD = 1  # batches that are being read while one is in use
 
 
 class Pictures:
@@ -753,7 +753,7 @@ class Pictures:
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
-        H, W = self.shape[-2:]
+        self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
         if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
             return self[:]
@@ -1019,7 +1019,7 @@ def richest(split: Split, number: int, num_classes: int) -> Tensor:
     else:
         index = torch.arange(0, len(split.labels), math.ceil(len(split.labels) / 256))
         seen = torch.stack([(label.unique() != IGNORE).sum() for label in split.labels.take(index)])
-    return index.to(seen.device)[seen.sort(descending=True, stable=True).indices[:number]]
+    return index[seen.sort(descending=True, stable=True).indices[:number].cpu()]
 
 
 def in_order(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1027,10 +1027,9 @@ def in_order(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels, number = split.images, split.labels, len(split.images)
     size = max(1, 2**18 // labels[0].numel()) if isinstance(labels, Tensor) else 1
     for start in range(0, number, size):
-        if size == 1:
-            for part in (images, labels):
-                if isinstance(part, Pictures):
-                    part.prefetch(range(start, min(start + 8, number)))
+        for part in (images, labels):
+            if isinstance(part, Pictures) and start % 8 == 0:
+                part.prefetch(range(start, min(start + 16, number)))
         yield images[start : start + size], labels[start : start + size]
 
 
@@ -1045,7 +1044,10 @@ def with_weights(split: Split, make: Callable[..., Tensor], num_classes: int) ->
     def read(numbers: list[int]) -> list[Tensor]:
         return [make(label.cpu().unsqueeze(0), num_classes, frequency)[0] for label in labels.decode(numbers)]
 
-    return split._replace(weights=Pictures(read, len(labels), labels.device, labels.shapes, dtype=torch.float16))
+    weights = Pictures(read, len(labels), labels.device, labels.shapes, dtype=torch.float16)
+    if labels.kept is not None:
+        weights = weights.settle(lambda: f"{make.__name__} {labels.key()}")
+    return split._replace(weights=weights)
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -1063,22 +1065,22 @@ def batch_scale_crop_flip(
     """
     N, device, whole = len(index), split.images.device, isinstance(split.images, Tensor)
     parts = [part for part in (split.images, split.labels, split.weights) if part is not None]
-    u = torch.rand(4, N, generator=generator, device=generator.device)
+    u = torch.rand(4, N, generator=generator)  # on the CPU: no wait for the device, and the same on each
     window = crop / (scale[0] * (scale[1] / scale[0]) ** u[0])  # side in source pixels
     if whole:
-        u, window, index = (x.to(device, non_blocking=True) for x in (u, window, index))
-        canvases, size = [part[index] for part in parts], split.sizes[index].T  # (2, N)
+        canvases, size = [part[index.to(device)] for part in parts], split.sizes[index]
     else:
         pictures = [part.take(index.tolist()) for part in parts]
-        size = torch.tensor([label.shape[-2:] for label in pictures[1]], dtype=torch.float32).T
-    room = size - window
+        size = torch.tensor([label.shape[-2:] for label in pictures[1]], dtype=torch.float32)
+    room = size.T - window  # (2, N)
     begin = torch.where(room > 0, room * u[1:3], room / 2)  # centred where the picture is smaller than the window
     if not whole:  # of pictures that differ in size no more is put together than what a window can reach
         side, corners = math.ceil(crop / scale[0]) + 3, (begin.floor() - 1).clamp(min=0)
         places = corners.T.int().tolist()
         canvases = [part.stack(found, places, side, side) for part, found in zip(parts, pictures)]
-        u, window, begin = (x.to(device, non_blocking=True) for x in (u, window, begin - corners))
+        begin = begin - corners
     images, labels, *weights = canvases
+    u, window, begin = (x.to(device, non_blocking=True) for x in (u, window, begin))
     (H, W), (top, left) = images.shape[-2:], begin
     mirror = torch.where(u[3] < 0.5, -1.0, 1.0)
     theta = torch.zeros(N, 2, 3, device=device)  # maps window coordinates in -1..1 to canvas coordinates in -1..1
@@ -1094,7 +1096,7 @@ def batch_scale_crop_flip(
 
 def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Brightness, contrast and saturation of each picture (N, 3, H, W), each times a factor of 1 +- strength."""
-    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator, device=generator.device) - 1)
+    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
     a = a.to(images.device, non_blocking=True)
     images = images * a[0]
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, a[1])

@@ -14,15 +14,21 @@ The whole task is in this file: arguments, data, networks, metric, hand-made los
 """
 
 import argparse
+import atexit
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +43,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import _utils as detection_utils
 from torchvision.models.detection import roi_heads, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -128,6 +134,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
     )
     task.add_argument(
+        "--memory",
+        type=evolve.at_least(0, float),
+        default=machine_memory() / 8,
+        metavar="GIB",
+        help="splits that fit into so much memory are decoded once, others for each batch (%(default).1f, an eighth)",
+    )
+    task.add_argument(
         "--skip-empty",
         action="store_true",
         help="leave out annotations with an empty box or mask instead of complaining",
@@ -140,8 +153,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     task.add_argument(
         "--pretrained",
-        action="store_true",
-        help="start ResNets from torchvision's ImageNet weights (downloaded on first use)",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start ResNets from ImageNet weights: those in FILE, or torchvision's (downloaded on first use)",
     )
     task.add_argument(
         "--proxy-steps",
@@ -200,6 +216,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     listed = split_outside_brackets(args.compare, ",") if args.compare else [args.loss] if args.loss else []
     flag = "--compare" if args.compare else "--loss"
     args.wanted = {text: read_loss(text, flag) for text in listed}
+    if args.pretrained:  # what is missing shows before the search, not after it
+        for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
+            build_model(model, 2, False, args.pretrained)
     return args
 
 
@@ -279,16 +298,16 @@ class Truth(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A whole split, decoded: smaller pictures sit in the upper left corner of a common canvas."""
+    """The pictures of a split, on a common canvas where some are put together, and the objects in them."""
 
-    images: Tensor  # (M, 3, H, W) uint8, RGB
+    images: "Tensor | Pictures"  # (M, 3, H, W) uint8, RGB; scaled down where a side is longer than any window
     sizes: Tensor  # (M, 2) float32, height and width of each picture on the canvas
     originals: Tensor  # (M, 2) float32, the same before it was scaled down
     boxes: Tensor  # (M, G, 4) float32, x1 y1 x2 y2 on the canvas
     labels: Tensor  # (M, G) int64, 1..K; 0 where a picture has fewer than G objects
     crowd: Tensor  # (M, G) bool
     frames: Tensor  # (M, G, 5) int64, in pixels of the original: x y w h around a mask, and the index of its first bit
-    bits: Tensor  # (B,) uint8, all masks inside of their frames, row by row, eight pixels in a byte
+    bits: "Tensor | Pictures"  # (M, 1, B) uint8, masks inside of their frames, row by row, eight pixels in a byte
     truth: Truth
 
 
@@ -368,10 +387,6 @@ def picture_size(path: Path) -> tuple[int, int]:
             return picture.size if turned else picture.size[::-1]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise unreadable(path) from error
-
-
-def unreadable(path: Path) -> "DataError":
-    return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
 
 
 def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
@@ -603,65 +618,102 @@ def read_objects(coco: dict, masks: bool) -> Truth:
     return Truth(objects, sizes, list(label))
 
 
-def read_split(source: Source, largest: int, masks: bool, skip_empty: bool) -> Split:
-    """Decode the pictures of a COCO file, scaled down where a side is longer than `largest` pixels.
-
-    Raises DataError naming the file, and the annotation in it, that is missing, cannot be read or does not fit.
-    """
+def check_source(source: Source, masks: bool, skip_empty: bool) -> dict:
+    """The COCO file of a split, checked."""
     advice = None if skip_empty else "repair it, or leave it out with --skip-empty"
     own, path = check_mask if masks else no_mask, source.annotations
-    coco = check_coco(load_coco(path), path, own, source.folder, advice)
+    return check_coco(load_coco(path), path, own, source.folder, advice)
+
+
+def read_split(
+    source: Source,
+    largest: int,
+    masks: bool,
+    skip_empty: bool,
+    memory: float = math.inf,
+    device: str = "cpu",
+    coco: dict | None = None,
+) -> Split:
+    """The pictures of a COCO file, scaled down where a side is longer than `largest` pixels, and their objects.
+
+    What takes at most `memory` bytes is kept once it is decoded; few and small pictures are decoded at once. Raises
+    DataError, now or when a picture is used, naming the file, and the annotation in it, that is missing, cannot be read
+    or does not fit. `coco` is what `check_coco` says of the file, where somebody has asked already.
+    """
+    path, coco = source.annotations, coco or check_source(source, masks, skip_empty)
     listed = [image for k, image in enumerate(coco["images"]) if source.keep(k)]
     truth = read_objects({**coco, "images": listed}, masks)
     if truth.objects.crowd.all():
         raise DataError(f"{path}: no object in the {len(listed)} of its {len(coco['images'])} pictures for this split")
     original = torch.tensor(truth.sizes)  # (M, 2)
-    sizes = (original * (largest / original.amax(1, keepdim=True)).clamp(max=1)).round().long()
-    images = torch.zeros(len(listed), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
-    for k, image in enumerate(listed):
-        h, w = sizes[k].tolist()
-        pixels = decode(source.folder / image["file_name"], truth.sizes[k], (h, w))
-        images[k, :, :h, :w] = pixels.movedim(-1, 0)
+    sizes = (original * (largest / original.amax(1, keepdim=True)).clamp(max=1)).round().long().clamp(min=1)
+    paths = [source.folder / image["file_name"] for image in listed]
+    check_files(paths)
+
+    def read_images(numbers: list[int]) -> list[Tensor]:
+        found = read_pictures([paths[k] for k in numbers], [truth.sizes[k] for k in numbers], device)
+        return [scaled(picture, tuple(sizes[k].tolist())) for k, picture in zip(numbers, found)]
+
+    shapes_of_all = [(3, *size) for size in sizes.tolist()]
+    images = Pictures(read_images, len(paths), device, shapes_of_all, group=group_size(paths, device))
+    if 3 * sizes.prod(1).sum() <= memory:
+        images = images.settle(lambda: fingerprint(f"det {largest}", paths))
 
     objects = truth.objects
     order = objects.image.argsort(stable=True)
+    number = torch.bincount(objects.image, minlength=len(listed))  # of objects in a picture
     where = objects.image[order], ranks_within(objects.image[order])  # picture and number of each object in it
-    most = int(torch.bincount(objects.image, minlength=1).max().clamp(min=1))
+    most = int(number.max().clamp(min=1))
     scale = (sizes / original).flip(1).repeat(1, 2)  # of x y x y
     corners = torch.cat([objects.box[:, :2], objects.box[:, :2] + objects.box[:, 2:]], 1)
     boxes, labels = torch.zeros(len(listed), most, 4), torch.zeros(len(listed), most, dtype=torch.long)
     boxes[where] = (corners * scale[objects.image])[order].float()
     labels[where] = objects.label[order] + 1
-    crowd, frames = labels.new_zeros(labels.shape, dtype=torch.bool), labels.new_zeros(*labels.shape, 5)
+    crowd = labels.new_zeros(labels.shape, dtype=torch.bool)
     crowd[where] = objects.crowd[order]
-    bits = torch.zeros(1, dtype=torch.uint8)
+    frames, bits = labels.new_zeros(len(listed), most if masks else 1, 5), torch.zeros(len(listed), 1, 1).byte()
     if masks:
-        frames[where], bits = pack_masks([objects.masks[k] for k in order.tolist()])
-    return Split(images, sizes.float(), original.float(), boxes, labels, crowd, frames, bits, truth)
+        codes = [objects.masks[k] for k in order.tolist()]
+        frames[where], sides = frames_of(codes, number)
+        begin = [0, *number.cumsum(0).tolist()]
+
+        def read_bits(numbers: list[int]) -> list[Tensor]:
+            return [pack_masks(codes[begin[k] : begin[k + 1]], sides[k]) for k in numbers]
+
+        bits = Pictures(read_bits, len(listed), device, [(1, side) for side in sides])
+        if sum(sides) <= memory:
+            bits = bits.settle(lambda: fingerprint("det bits", [source.annotations, *paths]))
+    rest = (x.to(device) for x in (sizes.float(), original.float(), boxes, labels, crowd, frames))
+    return Split(images, *rest, bits.to(device) if isinstance(bits, Tensor) else bits, truth)
 
 
-def pack_masks(codes: list[dict]) -> tuple[Tensor, Tensor]:
-    """Frames (M, 5) and bits of run-length codes, as a `Split` keeps them."""
-    frames = torch.tensor([rle.toBbox(code).tolist() for code in codes]).view(-1, 4).long()
+def check_files(paths: list[Path]) -> None:
+    """DataError naming the first picture that is not there."""
+    there = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
+    for path in paths:
+        if path.name not in there.get(path.parent, ()):
+            raise DataError(f"{path}: not found")
+
+
+def frames_of(codes: list[dict], number: Tensor) -> tuple[Tensor, list[int]]:
+    """Frames (n, 5) of run-length codes, as a `Split` has them, and the bytes of pictures with `number` (M,) each."""
+    frames = torch.tensor(rle.toBbox(codes) if codes else []).view(-1, 4).long()
+    area = frames[:, 2] * frames[:, 3]
+    owner = torch.arange(len(number)).repeat_interleave(number)
+    before = F.pad(area.cumsum(0), (1, 0))
+    first = before[number.cumsum(0) - number]  # of all bits that belong to a picture
+    start = 8 + before[:-1] - first[owner]
+    total = 8 + before[number.cumsum(0)] - first
+    return torch.cat([frames, start.unsqueeze(1)], 1), (-(-total // 8)).tolist()
+
+
+def pack_masks(codes: list[dict], size: int) -> Tensor:
+    """The bits (1, size) of the masks of a picture, as a `Split` has them."""
     pixels = [np.zeros(8, np.uint8)]
-    for code, (x, y, w, h) in zip(codes, frames.tolist()):
+    for code in codes:
+        x, y, w, h = map(int, rle.toBbox(code))
         pixels.append(rle.decode(code)[y : y + h, x : x + w].flatten())
-    length = frames[:, 2] * frames[:, 3]
-    start = 8 + length.cumsum(0) - length
-    bits = np.packbits(np.concatenate(pixels), bitorder="little")
-    return torch.cat([frames, start.unsqueeze(1)], 1), torch.from_numpy(bits)
-
-
-def decode(path: Path, listed: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The pixels (h, w, 3) uint8 of a picture that is listed with a height and width, scaled to `size`."""
-    try:
-        with Image.open(path) as picture:
-            if picture.size[::-1] != listed:
-                raise DataError(f"{path}: {picture.width}x{picture.height} pixels, listed as {listed[1]}x{listed[0]}")
-            picture = picture.convert("RGB")
-            return torch.from_numpy(np.array(picture if size == listed else picture.resize(size[::-1]), dtype=np.uint8))
-    except OSError as error:
-        raise DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}") from error
+    return torch.from_numpy(np.packbits(np.concatenate(pixels), bitorder="little")).view(1, size)
 
 
 def list_data(args) -> dict[str, Source]:
@@ -687,27 +739,306 @@ def list_data(args) -> dict[str, Source]:
     return sources
 
 
-def place(split: Split, device: str) -> Split:
-    """Move a split to the device, once; what would fill over half of its free memory stays in pinned host memory."""
-    if not device.startswith("cuda"):
-        return split
-    *tensors, truth = split
-    size = sum(tensor.nbytes for tensor in tensors)
-    if size > torch.cuda.mem_get_info(device)[0] / 2:
-        print(f"a split of {size / 2**30:.1f} GiB stays in pinned host memory", flush=True)
-        return Split(*(tensor.pin_memory() for tensor in tensors), truth)
-    return Split(*(tensor.to(device) for tensor in tensors), truth)
-
-
 def select(split: Split, index: Tensor) -> Split:
     """Some pictures of a split, as a split."""
-    *tensors, bits, truth = split
+    *parts, truth = split
     place = {k: n for n, k in enumerate(index.tolist())}
     keep = torch.isin(truth.objects.image, index)
     objects = take(truth.objects, torch.where(keep)[0])
     objects = objects._replace(image=torch.tensor([place[k] for k in objects.image.tolist()], dtype=torch.long))
     truth = truth._replace(objects=objects, sizes=[truth.sizes[k] for k in place])
-    return Split(*(tensor[index] for tensor in tensors), bits, truth)
+    return Split(*(rows_of(part, index) for part in parts), truth)
+
+
+def rows_of(part: "Tensor | Pictures", index: Tensor) -> Tensor:
+    """Rows of a tensor, or some pictures."""
+    return part[index] if isinstance(part, Pictures) else part[index.to(part.device, non_blocking=True)]
+
+
+SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
+AHEAD = 1  # batches that are being read while one is in use
+
+
+class Pictures:
+    """Pictures (..., h, w) of a split, each at its own size, decoded when they are first asked for.
+
+    `pictures[index]` puts some of them into the upper left corners of one canvas, as large as the largest of these.
+    After `settle` decoded pictures stay in memory, once for all processes of this machine, or on the GPU, where all
+    have room there; else each use decodes anew. Either way threads do it, for `prefetch` while the step goes on.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[list[int]], list[Tensor]],  # decodes; raises DataError naming the file that is broken
+        number: int,
+        device: str = "cpu",  # where batches go
+        shapes: list[tuple[int, ...]] | None = None,  # of each picture; None if that is not known before it is read
+        fill: int = 0,  # outside of a picture
+        dtype: torch.dtype = torch.uint8,
+        group: int = 1,  # so many are read in one call: nvJPEG likes more than one
+    ):
+        self.read, self.number, self.device, self.shapes = read, number, device, shapes
+        self.fill, self.dtype, self.group = fill, dtype, group
+        self.kept: tuple[Tensor, list[int], Tensor] | None = None  # elements of all, where each begins, which are there
+        self.coming: dict[int, tuple[Future, int]] = {}
+
+    def __len__(self) -> int:
+        return self.number
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that would hold all of them on one canvas."""
+        return self.number, *(max(sides) for sides in zip(*self.shapes))
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kept is None else self.kept[0].nbytes
+
+    def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
+        """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.key, (H, W) = key, self.shape[-2:]
+        pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
+        if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+            return self[:]
+        size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
+        if cuda and size < torch.cuda.mem_get_info(self.device)[0] / 4:
+            elements, there = torch.empty(sum(sizes), dtype=self.dtype, device=self.device), torch.zeros(self.number)
+        elif pixels <= SMALL:
+            elements, there = torch.empty(sum(sizes), dtype=self.dtype), torch.zeros(self.number)
+        elif (shared := shared_bytes(key(), size + self.number)) is not None:
+            elements, there = shared[:size].view(self.dtype), shared[size:]
+        else:
+            return self
+        self.kept = elements, [0, *itertools.accumulate(sizes)], there
+        if pixels <= SMALL:
+            self.take(range(self.number))  # what is broken shows at once
+        return self
+
+    def decode(self, numbers: list[int]) -> list[Tensor]:
+        if self.kept is None:
+            return self.read(numbers)
+        elements, start, there = self.kept
+        found = [elements[start[k] : start[k + 1]].view(self.shapes[k]) for k in numbers]
+        missing = [(k, place) for k, place in zip(numbers, found) if not there[k]]
+        for (k, place), picture in zip(missing, self.read([k for k, _ in missing])):
+            place.copy_(picture)
+            there[k] = 1  # two processes may both have written it: the same bytes
+        return found
+
+    def prefetch(self, index: Iterable[int]) -> None:
+        """Begin to decode some pictures."""
+        new = [k for k in dict.fromkeys(map(int, index)) if k not in self.coming]
+        if self.kept is not None:
+            new = [k for k in new if not self.kept[2][k]]
+        for start in range(0, len(new), self.group):
+            part = new[start : start + self.group]
+            future = threads().submit(self.decode, part)
+            self.coming |= {k: (future, place) for place, k in enumerate(part)}
+
+    def take(self, index: Iterable[int]) -> list[Tensor]:
+        """Some pictures, each at its own size."""
+        index = [int(k) for k in index]
+        self.prefetch(index)
+        ready = {k: self.coming.pop(k) for k in set(index) & self.coming.keys()}
+        return [ready[k][0].result()[ready[k][1]] if k in ready else self.decode([k])[0] for k in index]
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        numbers = range(self.number)[index] if isinstance(index, slice) else index.tolist()
+        pictures = self.take(numbers)
+        sides = [max((p.shape[d] for p in pictures), default=0) for d in (-2, -1)]
+        return self.stack(pictures, [(0, 0)] * len(pictures), *sides)
+
+    def stack(self, pictures: list[Tensor], corners: list[tuple[int, int]], height: int, width: int) -> Tensor:
+        """Windows (N, ..., height, width) on the device; of each picture the one that begins at its (top, left)."""
+        leading = pictures[0].shape[:-2] if pictures else self.shapes[0][:-2]
+        here = any(picture.is_cuda for picture in pictures)
+        staged = self.device.startswith("cuda") and not here
+        canvas = torch.full(
+            (len(pictures), *leading, height, width),
+            self.fill,
+            dtype=self.dtype,
+            device=self.device if here else "cpu",
+            pin_memory=staged,  # only a copy out of pinned memory goes on while the host does
+        )
+        for window, picture, (top, left) in zip(canvas, pictures, corners):
+            part = picture[..., top : top + height, left : left + width]
+            window[..., : part.shape[-2], : part.shape[-1]] = part
+        return canvas.to(self.device, non_blocking=True)
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Tensor]:
+    """Batches without end of `size` pictures, by their numbers, drawn with replacement; the next ones are being read.
+
+    `order` is never ahead of the batch in use: its state says where in the sequence the training is.
+    """
+    lazy, number = [part for part in split if isinstance(part, Pictures)], len(split.images)
+    coming, waiting = order.clone_state(), deque()
+    try:
+        while True:
+            while len(waiting) <= AHEAD:
+                waiting.append(torch.randint(number, (size,), generator=coming))
+                for pictures in lazy:
+                    pictures.prefetch(waiting[-1].tolist())
+            torch.randint(number, (size,), generator=order)
+            yield waiting.popleft()
+    finally:
+        for pictures in lazy:
+            pictures.coming.clear()
+
+
+def shared_bytes(key: str, size: int) -> Tensor | None:
+    """`size` bytes, zeros at first, shared by all processes of this machine that give `key`; None if there is no room.
+
+    A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
+    ones have left behind goes when the next one starts.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return None
+    folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
+    path = folder / (prefix + hashlib.sha256(key.encode()).hexdigest()[:24])
+
+    def open_locked(path: Path, how: int) -> int:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(number, how)
+        return number
+
+    def remove_unused(path: Path, number: int) -> None:
+        with contextlib.suppress(OSError):  # others have it in use
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+    for other in set(folder.glob(prefix + "*")) - {path}:
+        with contextlib.suppress(OSError):
+            number = open_locked(other, fcntl.LOCK_SH)
+            remove_unused(other, number)
+            os.close(number)
+    try:
+        number = open_locked(path, fcntl.LOCK_SH)
+    except OSError:
+        return None
+    atexit.register(remove_unused, path, number)
+    try:
+        reserve = getattr(os, "posix_fallocate", None)  # a full disk shows now, not as a crash on the way
+        reserve(number, 0, size) if reserve else os.ftruncate(number, size)
+        return torch.frombuffer(mmap.mmap(number, size), dtype=torch.uint8)
+    except OSError:
+        remove_unused(path, number)
+        return None
+
+
+def machine_memory() -> float:
+    """GiB of this machine, or of the container where that has less."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        size = 2**34  # not to be had on Windows
+    with contextlib.suppress(OSError, ValueError):
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size / 2**30
+
+
+def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
+    """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
+
+    It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
+    transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
+    """
+    try:
+        with Image.open(path) as picture:
+            turn, upright = turning(picture)
+            if listed not in (None, upright, picture.size[::-1]):
+                (h, w), (height, width) = upright, listed
+                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
+            turn = turn if listed in (None, upright) else None
+            if picture.format == "JPEG" and mode == "RGB" and picture.mode in ("RGB", "L") and turn is None:
+                encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
+                return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
+            if picture.mode[0] in "IF":
+                picture = eight_bits(picture, path)
+            picture = picture.convert(mode)
+            return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
+    except BROKEN as error:
+        raise unreadable(path) from error
+
+
+def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
+    """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
+    turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
+    return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
+
+
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
+# What PIL and torchvision raise over a file that is no whole picture.
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
+
+def unreadable(path: Path) -> "DataError":
+    return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
+
+
+def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """A grey picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
+    pixels = np.array(picture)
+    most = pixels.max(initial=0)
+    if picture.mode == "F" or most > 65535 or pixels.min(initial=0) < 0:
+        raise DataError(f"{path}: values of 32 bits (mode {picture.mode}); save it with 8 or 16 bits a channel")
+    bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
+    return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
+
+
+def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], device: str) -> list[Tensor]:
+    """`decode` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
+    if device.startswith("cuda") and all(map(is_plain_jpeg, paths, listed)):
+        with contextlib.suppress(RuntimeError):  # what nvJPEG does not know the CPU may
+            encoded = [torchvision.io.read_file(str(path)) for path in paths]
+            return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=device)
+    return [decode(path, listed=size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
+
+
+def is_plain_jpeg(path: Path, listed: tuple[int, int] | None) -> bool:
+    """A JPEG in which nothing has to be turned or converted, of the size it is listed with."""
+    try:
+        with Image.open(path) as picture:
+            plain = picture.format == "JPEG" and picture.mode == "RGB" and turning(picture)[0] is None
+            return plain and listed in (None, picture.size[::-1])
+    except BROKEN as error:
+        raise unreadable(path) from error
+
+
+def group_size(paths: list[Path], device: str) -> int:
+    """How many pictures to decode in one call: nvJPEG is fastest with many, threads share out single ones."""
+    return 32 if device.startswith("cuda") and paths[0].suffix.lower() in (".jpg", ".jpeg") else 1
+
+
+def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture (3, h, w) uint8 in another size, smoothed where it shrinks."""
+    if picture.shape[-2:] == size:
+        return picture
+    if picture.is_cuda:  # where it takes no integers
+        pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
+        return pixels[0].round().clamp(0, 255).to(torch.uint8)
+    return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
+
+
+@functools.cache  # each one once
+def note(text: str) -> None:
+    """A line about the data; of several workers the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def fingerprint(kind: str, paths: Iterable[Path]) -> str:
+    """Tells apart what was made of files: their names, sizes and times."""
+    found = ((path.absolute(), path.stat()) for path in paths)
+    return "\n".join([kind, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found)])
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -721,14 +1052,12 @@ def batch_scale_flip(
     """Scale, flip and cut a (size, size) window out of each picture, in one affine sampling; objects follow.
 
     Returns images (N, 3, size, size) float in 0..255 and, in torchvision's form, the boxes (n, 4), labels (n,) and
-    masks (n, size, size) uint8 of each, on the generator's device. At scale 1 the longer side of a picture fills the
+    masks (n, size, size) uint8 of each, on the split's device. At scale 1 the longer side of a picture fills the
     window; the scale is log-uniform in `scale`; half of the pictures are mirrored. Crowds are no targets.
     """
-    N, device = len(index), generator.device
-    u = torch.rand(4, N, generator=generator, device=device)
-    index = index.to(split.images.device)
-    picked = (tensor[index].to(device, non_blocking=True) for tensor in split[:7])
-    images, sizes, originals, boxes, labels, crowd, frames = picked
+    N, device = len(index), split.images.device
+    u = torch.rand(4, N, generator=generator).to(device, non_blocking=True)
+    images, sizes, originals, boxes, labels, crowd, frames = (rows_of(part, index) for part in split[:7])
     side = sizes.amax(1) / (scale[0] * (scale[1] / scale[0]) ** u[0])  # of the window, in pixels of the canvas
     room = sizes.T - side
     top, left = torch.where(room > 0, room * u[1:3], room / 2)  # centred where the picture is smaller than the window
@@ -743,7 +1072,9 @@ def batch_scale_flip(
     if masks:
         owner = torch.where(keep)[0]
         window = (x[owner] for x in (left, top, side, mirror, originals / sizes))
-        cut_out = cut_masks(split.bits.to(device), frames[keep], *window, size)
+        bits = rows_of(split.bits, index)  # (N, 1, B)
+        frames[..., 4] += 8 * bits.shape[-1] * torch.arange(N, device=device).view(N, 1)
+        cut_out = cut_masks(bits.flatten(), frames[keep], *window, size)
         for target, mask in zip(targets, cut_out.split(keep.sum(1).tolist())):
             target["masks"] = mask
     return images, targets
@@ -776,7 +1107,8 @@ def cut_masks(
 
 def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Brightness, contrast and saturation of each picture (N, 3, H, W), each times a factor of 1 +- strength."""
-    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator, device=images.device) - 1)
+    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
+    a = a.to(images.device, non_blocking=True)
     images = images * a[0]
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, a[1])
     return torch.lerp(images.mean(1, keepdim=True), images, a[2]).clamp_(0, 255)
@@ -891,6 +1223,40 @@ def conv(channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1
     )
 
 
+def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
+    """A torchvision ResNet; `pretrained`: with its ImageNet weights, or those in a file that has its layers.
+
+    Ends the program with one line where the weights cannot be had.
+    """
+    net = torchvision.models.get_model(f"resnet{depth}", weights=None, **options)
+    if not pretrained:
+        return net
+    flag = "--pretrained" if pretrained is True else f"--pretrained {pretrained}"
+    try:
+        if pretrained is True:
+            weights = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        else:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of anything makes torch.load raise anything
+        reason = str(error).split("\n")[0]
+        if pretrained is True:
+            fail(
+                f"{flag}: no download ({reason}); fetch {weights.url} where there is a network, give --pretrained FILE"
+            )
+        fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
+    state = state.get("state_dict", state)
+    state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
+    wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
+    if missing := [name for name in wanted if name not in state]:
+        fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
+    try:
+        net.load_state_dict(state, strict=False)
+    except RuntimeError:
+        fail(f"{flag}: its layers have not the shapes of ResNet-{depth}'s; give torchvision's resnet{depth} weights")
+    return net
+
+
 class SmallBackbone(nn.Module):
     """For the embedded data: a feature pyramid at strides 4, 8 and 16."""
 
@@ -938,18 +1304,14 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def build_model(name: str, num_classes: int, masks: bool, pretrained: bool = False) -> Detector:
+def build_model(name: str, num_classes: int, masks: bool, pretrained: bool | str = False) -> Detector:
     """One of MODELS, a Mask R-CNN if it has `masks`; `num_classes` counts the background."""
     own = SETTINGS[name]
     if name == "small":
         backbone = SmallBackbone()
     else:
-        backbone = resnet_fpn_backbone(
-            backbone_name="resnet50",
-            weights="IMAGENET1K_V1" if pretrained else None,
-            norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
-            trainable_layers=3 if pretrained else 5,
-        )
+        net = resnet(50, pretrained, norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d)
+        backbone = _resnet_fpn_extractor(net, 3 if pretrained else 5)
     channels = backbone.out_channels
     anchors = AnchorGenerator(tuple((side,) for side in own.anchors), ((0.5, 1.0, 2.0),) * len(own.anchors))
     proposals = RegionProposals(
@@ -1463,13 +1825,12 @@ class Batches:
         seed += 1_000_003 * rank
         cuda = torch.device(device).type == "cuda"
         default = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
-        own = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+        own = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
         self.generators = *own, default
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
         plan, (order, augmentation, _) = self.plan, self.generators
-        while True:
-            index = torch.randint(len(self.split.images), (self.size,), generator=order)
+        for index in read_ahead(self.split, self.size, order):
             images, targets = batch_scale_flip(self.split, index, plan.size, plan.scale, augmentation, self.masks)
             yield normalise(batch_colour_jitter(images, 0.25, augmentation)), targets
 
@@ -1541,8 +1902,8 @@ def train_network(
 def detect(net: Detector, split: Split, part: slice, size: int, device: str) -> list[dict[str, Tensor]]:
     """What `net` finds on some pictures of a split, boxes in pixels of the canvas."""
     net.eval()
-    images, sizes = split.images[part].to(device, non_blocking=True), split.sizes[part]
-    factor = size / max(images.shape[-2:])
+    images, sizes = split.images[part].to(device), split.sizes[part]
+    factor = size / split.sizes.max().item()
     images = F.interpolate(images.float(), [round(side * factor) for side in images.shape[-2:]], mode="bilinear")
     sizes = [tuple(pair) for pair in (sizes * factor).round().int().tolist()]
     found = net(normalise(images), sizes)
@@ -1555,6 +1916,8 @@ def test_network(net: Detector, split: Split, size: int, device: str) -> dict[st
     found = []
     number = max(1, 2**19 // size**2)
     for start in range(0, len(split.images), number):
+        if isinstance(split.images, Pictures):
+            split.images.prefetch(range(start, min(start + 2 * number, len(split.images))))
         found += detect(net, split, slice(start, start + number), size, device)
     zoom = (split.originals / split.sizes).flip(1).repeat(1, 2).to(device)  # of x y x y
     corners = torch.cat([result["boxes"] * own for result, own in zip(found, zoom)]).double()
@@ -1690,12 +2053,18 @@ class DetTask(evolve.Task):
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def read_data(self) -> dict[str, Split]:
-        """The three splits of `list_data`, decoded and on the device."""
+        """The three splits of `list_data`, ready for use."""
         sources, largest = list_data(self.args), max(self.proxy.size, self.retraining.size)
-        splits = {
-            name: place(read_split(source, largest, self.masks, self.args.skip_empty), self.device)
-            for name, source in sources.items()
-        }
+        splits, left, read = {}, self.args.memory * 2**30, None
+        for name, source in sources.items():
+            if read != source.annotations:  # train and val mostly share one file
+                coco, read = check_source(source, self.masks, self.args.skip_empty), source.annotations
+            more = largest, self.masks, self.args.skip_empty, left, self.device, coco
+            splits[name] = split = read_split(source, *more)
+            left -= split.images.nbytes + split.bits.nbytes
+            if split.images.nbytes == 0:
+                number = len(split.images)
+                note(f"{name}: {number:,} pictures do not fit --memory {self.args.memory:.3g}; decoded batch by batch")
         for name, split in splits.items():
             if split.truth.categories != splits["train"].truth.categories:
                 raise DataError(f"{sources[name].annotations}: its categories are not those of the training split")
@@ -1762,7 +2131,7 @@ class DetTask(evolve.Task):
         rich = number.sort(descending=True, stable=True).indices[: int((number > 0).sum())].cpu()
         self.few = rich[torch.arange(GATE_SAMPLES) % len(rich)]
         for index in self.few:
-            augmentation = torch.Generator(self.device).manual_seed(self.args.seed)
+            augmentation = torch.Generator().manual_seed(self.args.seed)
             images, targets = batch_scale_flip(train, index.view(1), size, (1.0, 1.0), augmentation, self.masks)
             with torch.no_grad():
                 net(normalise(images), [(size, size)], targets)

@@ -16,14 +16,21 @@ MeanNHW(Exp(Add(Sqrt(Neg(p)), Exp(Add(y, 1))))).
 """
 
 import argparse
+import atexit
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +120,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
     )
     task.add_argument(
+        "--memory",
+        type=evolve.at_least(0, float),
+        default=machine_memory() / 8,
+        metavar="GIB",
+        help="splits that fit into so much memory are decoded once, others for each batch (%(default).1f, an eighth)",
+    )
+    task.add_argument(
         "--model",
         type=evolve.one_of(MODELS),
         metavar="NAME",
@@ -120,8 +134,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     task.add_argument(
         "--pretrained",
-        action="store_true",
-        help="start ResNets from torchvision's ImageNet weights (downloaded on first use)",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start ResNets from ImageNet weights: those in FILE, or torchvision's (downloaded on first use)",
     )
     task.add_argument(
         "--sigmas",
@@ -202,6 +219,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     listed = split_outside_brackets(args.compare) if args.compare else [args.loss] if args.loss else []
     flag = "--compare" if args.compare else "--loss"
     args.wanted = {text: read_loss(text, flag) for text in listed}
+    if args.pretrained:  # what is missing shows before the search, not after it
+        build_model(args.model, 1, args.pretrained)
     return args
 
 
@@ -252,7 +271,7 @@ class Skeleton(NamedTuple):
 class Split(NamedTuple):
     """The persons of a split who have a labelled joint, each cut out of the picture once, and all that AP must know."""
 
-    images: Tensor  # (M, 3, H, W) uint8, RGB; larger than a crop, to turn and to scale in; black outside the picture
+    images: "Tensor | Pictures"  # (M, 3, H, W) uint8, RGB; larger than a crop, to turn and scale in; black outside
     joints: Tensor  # (M, J, 2) float32, x and y in pixels of `images`; pixel k reaches from k to k + 1
     labelled: Tensor  # (M, J) bool
     frames: Tensor  # (M, 3) float64, left and top of the cut in the picture, and the side of one of its pixels there
@@ -567,17 +586,23 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
 
 
 def read_data(args) -> tuple[dict[str, Split], Skeleton]:
-    """The three splits of `list_data`, decoded and on the device, and what their joints are."""
-    data, skeletons = {}, []
+    """The three splits of `list_data`, ready for use, and what their joints are."""
+    data, skeletons, left, read = {}, [], args.memory * 2**30, None
     for name, (path, folder, choose) in list_data(args).items():
-        content = read_annotations(path, folder)
-        content["images"] = choose(content["images"])
+        if read != path:  # train and val mostly share one file
+            whole, read = read_annotations(path, folder), path
+        content = {**whole, "images": choose(whole["images"])}
         skeletons.append(read_skeleton(content, args.sigmas))
         if skeletons[-1].names != skeletons[0].names:
             raise DataError(f"{path}: other joints than in the training split")
         if len(skeletons) == 1 and len(skeletons[0].names) > 1 and (skeletons[0].swap.diff() == 1).all():
             warn(f"{path}: no joint is left or right by its name; mirrored pictures keep all joints as they are")
-        data[name] = place(read_split(content, folder, args.crop, round(args.crop * args.aspect)), args.device)
+        size = (args.crop, round(args.crop * args.aspect))
+        data[name] = split = read_split(content, folder, *size, left, args.device)
+        left -= split.images.nbytes
+        if split.images.nbytes == 0:
+            number = len(split.images)
+            note(f"{name}: {number:,} persons do not fit --memory {args.memory:.3g}; decoded batch by batch")
     names, limbs, *tensors = skeletons[0]
     return data, Skeleton(names, limbs, *(tensor.to(args.device) for tensor in tensors))
 
@@ -619,41 +644,46 @@ def mirror(names: tuple[str, ...]) -> list[int]:
     return [k if n is None or others[n] != k else n for k, n in enumerate(others)]
 
 
-def read_split(content: dict, folder: Path, height: int, width: int) -> Split:
-    """Cut everybody with a labelled joint, crowds excepted, out of the pictures; a crop is (height, width) pixels.
+def read_split(
+    content: dict, folder: Path, height: int, width: int, memory: float = math.inf, device: str = "cpu"
+) -> Split:
+    """Everybody with a labelled joint, crowds excepted, cut out of the pictures; a crop is (height, width) pixels.
 
-    Raises DataError naming a picture that is missing or cannot be read, or the folder if nobody is in it.
+    What takes at most `memory` bytes is kept once it is decoded; few and small pictures are decoded at once. Raises
+    DataError, now or when a picture is used, naming one that is missing, cannot be read or has not the size that is
+    listed, or the folder if nobody is in it.
     """
+    if not content["images"]:
+        raise DataError(f"{folder}: too few pictures; give two or more, every eighth is held out")
     persons, entries = read_persons(content)
-    names = {picture["id"]: picture["file_name"] for picture in content["images"]}
+    pictures = {picture["id"]: picture for picture in content["images"]}
     chosen = [k for k in range(len(entries)) if not persons.ignored[k]]
     if not chosen:
         raise DataError(f"{folder}: nobody with a labelled joint in its pictures")
     H, W = (round(side * ROOM / 2) * 2 for side in (height, width))
-    images = torch.zeros(len(chosen), 3, H, W, dtype=torch.uint8)
-    frames, boxes = torch.zeros(len(chosen), 3, dtype=torch.float64), persons.boxes[chosen]
-    for k, person in enumerate(chosen):
-        x, y, w, h = boxes[k].tolist()
-        pixel = MARGIN * max(w / width, h / height, 1 / height)
-        frames[k] = doubles([x + (w - pixel * W) / 2, y + (h - pixel * H) / 2, pixel])
-        images[k] = cut(decode(folder / names[entries[person]["image_id"]]), *frames[k].tolist(), H, W)
+    boxes = persons.boxes[chosen]
+    x, y, w, h = boxes.T
+    pixel = MARGIN * torch.maximum(w / width, h / height).clamp(min=1 / height)
+    frames = torch.stack([x + (w - pixel * W) / 2, y + (h - pixel * H) / 2, pixel], 1)
+    owners = [pictures[entries[k]["image_id"]] for k in chosen]
+    paths = [folder / picture["file_name"] for picture in owners]
+    sizes = [(p["height"], p["width"]) if p.get("height") and p.get("width") else None for p in owners]
+    check_files(paths)
+
+    def read(numbers: list[int]) -> list[Tensor]:
+        whole = dict(zip((paths[k] for k in numbers), numbers))  # the persons of one picture mostly stand together
+        found = read_pictures(list(whole), [sizes[k] for k in whole.values()], device)
+        found = {path: Image.fromarray(p.movedim(0, -1).cpu().numpy()) for path, p in zip(whole, found)}
+        return [cut(found[paths[k]], *frames[k].tolist(), H, W) for k in numbers]
+
+    group = max(4, group_size(paths, device))
+    images = Pictures(read, len(chosen), device, [(3, H, W)] * len(chosen), group=group)
+    if 3 * H * W * len(chosen) <= memory:
+        images = images.settle(lambda: fingerprint(f"pose {H} {W} {boxes.tolist()}", paths))
     joints = (persons.joints[chosen] - frames[:, None, :2]) / frames[:, None, 2:]
     group, category = persons.group[chosen], persons.category[chosen]
-    labelled, sizes = persons.labelled[chosen], boxes[:, 2:].amax(1)
-    return Split(images, joints.float(), labelled, frames, sizes, group, category, persons)
-
-
-@functools.lru_cache(1)  # the persons of one picture mostly stand together
-def decode(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
-        raise unreadable(path) from error
-
-
-def unreadable(path: Path) -> "DataError":
-    return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
+    rest = joints.float(), persons.labelled[chosen], frames, boxes[:, 2:].amax(1), group, category
+    return Split(images, *(x.to(device) for x in rest), Persons(*(x.to(device) for x in persons)))
 
 
 def cut(picture: Image.Image, left: float, top: float, pixel: float, height: int, width: int) -> Tensor:
@@ -665,17 +695,303 @@ def cut(picture: Image.Image, left: float, top: float, pixel: float, height: int
     return torch.from_numpy(np.array(window)).movedim(-1, 0)
 
 
-def place(split: Split, device: str) -> Split:
-    """Move a split to the device, once; what would fill over half of its free memory stays in pinned host memory."""
-    if not device.startswith("cuda"):
-        return split
-    images, *rest, persons = split
-    if images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        print(f"a split of {images.nbytes / 2**30:.1f} GiB stays in pinned host memory", flush=True)
-        images = images.pin_memory()
-    else:
-        images = images.to(device)
-    return Split(images, *(t.to(device) for t in rest), Persons(*(t.to(device) for t in persons)))
+def check_files(paths: list[Path]) -> None:
+    """DataError naming the first picture that is not there."""
+    there = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
+    for path in paths:
+        if path.name not in there.get(path.parent, ()):
+            raise DataError(f"{path}: not found")
+
+
+def rows_of(part: "Tensor | Pictures", index: Tensor) -> Tensor:
+    """Rows of a tensor, or some pictures."""
+    return part[index] if isinstance(part, Pictures) else part[index.to(part.device, non_blocking=True)]
+
+
+SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
+AHEAD = 1  # batches that are being read while one is in use
+
+
+class Pictures:
+    """Pictures (..., h, w) of a split, each at its own size, decoded when they are first asked for.
+
+    `pictures[index]` puts some of them into the upper left corners of one canvas, as large as the largest of these.
+    After `settle` decoded pictures stay in memory, once for all processes of this machine, or on the GPU, where all
+    have room there; else each use decodes anew. Either way threads do it, for `prefetch` while the step goes on.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[list[int]], list[Tensor]],  # decodes; raises DataError naming the file that is broken
+        number: int,
+        device: str = "cpu",  # where batches go
+        shapes: list[tuple[int, ...]] | None = None,  # of each picture; None if that is not known before it is read
+        fill: int = 0,  # outside of a picture
+        dtype: torch.dtype = torch.uint8,
+        group: int = 1,  # so many are read in one call: nvJPEG likes more than one
+    ):
+        self.read, self.number, self.device, self.shapes = read, number, device, shapes
+        self.fill, self.dtype, self.group = fill, dtype, group
+        self.kept: tuple[Tensor, list[int], Tensor] | None = None  # elements of all, where each begins, which are there
+        self.coming: dict[int, tuple[Future, int]] = {}
+
+    def __len__(self) -> int:
+        return self.number
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that would hold all of them on one canvas."""
+        return self.number, *(max(sides) for sides in zip(*self.shapes))
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kept is None else self.kept[0].nbytes
+
+    def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
+        """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.key, (H, W) = key, self.shape[-2:]
+        pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
+        if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+            return self[:]
+        size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
+        if cuda and size < torch.cuda.mem_get_info(self.device)[0] / 4:
+            elements, there = torch.empty(sum(sizes), dtype=self.dtype, device=self.device), torch.zeros(self.number)
+        elif pixels <= SMALL:
+            elements, there = torch.empty(sum(sizes), dtype=self.dtype), torch.zeros(self.number)
+        elif (shared := shared_bytes(key(), size + self.number)) is not None:
+            elements, there = shared[:size].view(self.dtype), shared[size:]
+        else:
+            return self
+        self.kept = elements, [0, *itertools.accumulate(sizes)], there
+        if pixels <= SMALL:
+            self.take(range(self.number))  # what is broken shows at once
+        return self
+
+    def decode(self, numbers: list[int]) -> list[Tensor]:
+        if self.kept is None:
+            return self.read(numbers)
+        elements, start, there = self.kept
+        found = [elements[start[k] : start[k + 1]].view(self.shapes[k]) for k in numbers]
+        missing = [(k, place) for k, place in zip(numbers, found) if not there[k]]
+        for (k, place), picture in zip(missing, self.read([k for k, _ in missing])):
+            place.copy_(picture)
+            there[k] = 1  # two processes may both have written it: the same bytes
+        return found
+
+    def prefetch(self, index: Iterable[int]) -> None:
+        """Begin to decode some pictures."""
+        new = [k for k in dict.fromkeys(map(int, index)) if k not in self.coming]
+        if self.kept is not None:
+            new = [k for k in new if not self.kept[2][k]]
+        for start in range(0, len(new), self.group):
+            part = new[start : start + self.group]
+            future = threads().submit(self.decode, part)
+            self.coming |= {k: (future, place) for place, k in enumerate(part)}
+
+    def take(self, index: Iterable[int]) -> list[Tensor]:
+        """Some pictures, each at its own size."""
+        index = [int(k) for k in index]
+        self.prefetch(index)
+        ready = {k: self.coming.pop(k) for k in set(index) & self.coming.keys()}
+        return [ready[k][0].result()[ready[k][1]] if k in ready else self.decode([k])[0] for k in index]
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        numbers = range(self.number)[index] if isinstance(index, slice) else index.tolist()
+        pictures = self.take(numbers)
+        sides = [max((p.shape[d] for p in pictures), default=0) for d in (-2, -1)]
+        return self.stack(pictures, [(0, 0)] * len(pictures), *sides)
+
+    def stack(self, pictures: list[Tensor], corners: list[tuple[int, int]], height: int, width: int) -> Tensor:
+        """Windows (N, ..., height, width) on the device; of each picture the one that begins at its (top, left)."""
+        leading = pictures[0].shape[:-2] if pictures else self.shapes[0][:-2]
+        here = any(picture.is_cuda for picture in pictures)
+        staged = self.device.startswith("cuda") and not here
+        canvas = torch.full(
+            (len(pictures), *leading, height, width),
+            self.fill,
+            dtype=self.dtype,
+            device=self.device if here else "cpu",
+            pin_memory=staged,  # only a copy out of pinned memory goes on while the host does
+        )
+        for window, picture, (top, left) in zip(canvas, pictures, corners):
+            part = picture[..., top : top + height, left : left + width]
+            window[..., : part.shape[-2], : part.shape[-1]] = part
+        return canvas.to(self.device, non_blocking=True)
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Tensor]:
+    """Batches without end of `size` pictures, by their numbers, drawn with replacement; the next ones are being read.
+
+    `order` is never ahead of the batch in use: its state says where in the sequence the training is.
+    """
+    lazy, number = [part for part in split if isinstance(part, Pictures)], len(split.images)
+    coming, waiting = order.clone_state(), deque()
+    try:
+        while True:
+            while len(waiting) <= AHEAD:
+                waiting.append(torch.randint(number, (size,), generator=coming))
+                for pictures in lazy:
+                    pictures.prefetch(waiting[-1].tolist())
+            torch.randint(number, (size,), generator=order)
+            yield waiting.popleft()
+    finally:
+        for pictures in lazy:
+            pictures.coming.clear()
+
+
+def shared_bytes(key: str, size: int) -> Tensor | None:
+    """`size` bytes, zeros at first, shared by all processes of this machine that give `key`; None if there is no room.
+
+    A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
+    ones have left behind goes when the next one starts.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return None
+    folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
+    path = folder / (prefix + hashlib.sha256(key.encode()).hexdigest()[:24])
+
+    def open_locked(path: Path, how: int) -> int:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(number, how)
+        return number
+
+    def remove_unused(path: Path, number: int) -> None:
+        with contextlib.suppress(OSError):  # others have it in use
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+    for other in set(folder.glob(prefix + "*")) - {path}:
+        with contextlib.suppress(OSError):
+            number = open_locked(other, fcntl.LOCK_SH)
+            remove_unused(other, number)
+            os.close(number)
+    try:
+        number = open_locked(path, fcntl.LOCK_SH)
+    except OSError:
+        return None
+    atexit.register(remove_unused, path, number)
+    try:
+        reserve = getattr(os, "posix_fallocate", None)  # a full disk shows now, not as a crash on the way
+        reserve(number, 0, size) if reserve else os.ftruncate(number, size)
+        return torch.frombuffer(mmap.mmap(number, size), dtype=torch.uint8)
+    except OSError:
+        remove_unused(path, number)
+        return None
+
+
+def machine_memory() -> float:
+    """GiB of this machine, or of the container where that has less."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        size = 2**34  # not to be had on Windows
+    with contextlib.suppress(OSError, ValueError):
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size / 2**30
+
+
+def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
+    """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
+
+    It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
+    transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
+    """
+    try:
+        with Image.open(path) as picture:
+            turn, upright = turning(picture)
+            if listed not in (None, upright, picture.size[::-1]):
+                (h, w), (height, width) = upright, listed
+                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
+            turn = turn if listed in (None, upright) else None
+            if picture.format == "JPEG" and mode == "RGB" and picture.mode in ("RGB", "L") and turn is None:
+                encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
+                return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
+            if picture.mode[0] in "IF":
+                picture = eight_bits(picture, path)
+            picture = picture.convert(mode)
+            return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
+    except BROKEN as error:
+        raise unreadable(path) from error
+
+
+def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
+    """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
+    turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
+    return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
+
+
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
+# What PIL and torchvision raise over a file that is no whole picture.
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
+
+def unreadable(path: Path) -> "DataError":
+    return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
+
+
+def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """A grey picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
+    pixels = np.array(picture)
+    most = pixels.max(initial=0)
+    if picture.mode == "F" or most > 65535 or pixels.min(initial=0) < 0:
+        raise DataError(f"{path}: values of 32 bits (mode {picture.mode}); save it with 8 or 16 bits a channel")
+    bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
+    return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
+
+
+def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], device: str) -> list[Tensor]:
+    """`decode` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
+    if device.startswith("cuda") and all(map(is_plain_jpeg, paths, listed)):
+        with contextlib.suppress(RuntimeError):  # what nvJPEG does not know the CPU may
+            encoded = [torchvision.io.read_file(str(path)) for path in paths]
+            return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=device)
+    return [decode(path, listed=size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
+
+
+def is_plain_jpeg(path: Path, listed: tuple[int, int] | None) -> bool:
+    """A JPEG in which nothing has to be turned or converted, of the size it is listed with."""
+    try:
+        with Image.open(path) as picture:
+            plain = picture.format == "JPEG" and picture.mode == "RGB" and turning(picture)[0] is None
+            return plain and listed in (None, picture.size[::-1])
+    except BROKEN as error:
+        raise unreadable(path) from error
+
+
+def group_size(paths: list[Path], device: str) -> int:
+    """How many pictures to decode in one call: nvJPEG is fastest with many, threads share out single ones."""
+    return 32 if device.startswith("cuda") and paths[0].suffix.lower() in (".jpg", ".jpeg") else 1
+
+
+def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture (3, h, w) uint8 in another size, smoothed where it shrinks."""
+    if picture.shape[-2:] == size:
+        return picture
+    if picture.is_cuda:  # where it takes no integers
+        pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
+        return pixels[0].round().clamp(0, 255).to(torch.uint8)
+    return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
+
+
+@functools.cache  # each one once
+def note(text: str) -> None:
+    """A line about the data; of several workers the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def fingerprint(kind: str, paths: Iterable[Path]) -> str:
+    """Tells apart what was made of files: their names, sizes and times."""
+    found = ((path.absolute(), path.stat()) for path in paths)
+    return "\n".join([kind, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found)])
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -688,12 +1004,13 @@ def batch_scale_rotate_flip(
     """Scale, rotate and mirror persons and cut a crop of `size` (height, width) out of their middle, in one sampling.
 
     Returns images (N, 3, height, width) float in 0..255, joints (N, J, 2) in pixels of the crop, and which of them are
-    labelled and inside of it (N, J) bool, on the generator's device. The scale is log-uniform; three in five are
+    labelled and inside of it (N, J) bool, on the split's device. The scale is log-uniform; three in five are
     rotated [S]; half of them are mirrored, left and right joints exchanged.
     """
-    N, (height, width), (H, W), device = len(index), size, split.images.shape[-2:], generator.device
-    u = torch.rand(3, N, generator=generator, device=device)
-    angle = torch.randn(N, generator=generator, device=device).clamp(-2, 2) * math.radians(plan.rotation)
+    N, (height, width), (H, W), device = len(index), size, split.images.shape[-2:], split.images.device
+    u = torch.rand(3, N, generator=generator).to(device, non_blocking=True)
+    angle = torch.randn(N, generator=generator).to(device, non_blocking=True)
+    angle = angle.clamp(-2, 2) * math.radians(plan.rotation)
     angle = angle * (u[0] < 0.6)
     zoom = plan.scale[0] * (plan.scale[1] / plan.scale[0]) ** u[1]
     mirror = torch.where(u[2] < 0.5, -1.0, 1.0)
@@ -703,8 +1020,7 @@ def batch_scale_rotate_flip(
     crop, whole = torch.tensor([[width, height], [W, H]], dtype=torch.float32).to(device, non_blocking=True)
     theta = F.pad(turn * crop / whole[:, None], (0, 1))  # the same in coordinates -1..1
     grid = F.affine_grid(theta, [N, 3, height, width], align_corners=False)
-    images = split.images[index.to(split.images.device)].to(device, non_blocking=True)
-    images = F.grid_sample(images.float(), grid, align_corners=False)
+    images = F.grid_sample(rows_of(split.images, index).float(), grid, align_corners=False)
     index = index.to(device, non_blocking=True)
     order = torch.where(mirror[:, None] < 0, swap, torch.arange(len(swap), device=device))  # (N, J)
     joints = split.joints[index].gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
@@ -775,12 +1091,46 @@ class SmallNet(nn.Module):
         return self.head(self.coarse(fine) + self.skip(fine))
 
 
+def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
+    """A torchvision ResNet; `pretrained`: with its ImageNet weights, or those in a file that has its layers.
+
+    Ends the program with one line where the weights cannot be had.
+    """
+    net = torchvision.models.get_model(f"resnet{depth}", weights=None, **options)
+    if not pretrained:
+        return net
+    flag = "--pretrained" if pretrained is True else f"--pretrained {pretrained}"
+    try:
+        if pretrained is True:
+            weights = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        else:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of anything makes torch.load raise anything
+        reason = str(error).split("\n")[0]
+        if pretrained is True:
+            fail(
+                f"{flag}: no download ({reason}); fetch {weights.url} where there is a network, give --pretrained FILE"
+            )
+        fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
+    state = state.get("state_dict", state)
+    state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
+    wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
+    if missing := [name for name in wanted if name not in state]:
+        fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
+    try:
+        net.load_state_dict(state, strict=False)
+    except RuntimeError:
+        fail(f"{flag}: its layers have not the shapes of ResNet-{depth}'s; give torchvision's resnet{depth} weights")
+    return net
+
+
 class SimpleBaseline(nn.Module):
     """ResNet-50 and three deconvolutions (Xiao 2018, arXiv 1804.06208)."""
 
-    def __init__(self, joints: int, pretrained: bool = False):
+    def __init__(self, joints: int, pretrained: bool | str = False):
         super().__init__()
-        net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if pretrained else None)
+        net = resnet(50, pretrained)
         self.backbone = nn.Sequential(*list(net.children())[:-2])  # without mean and classifier
         self.deconvolutions = nn.Sequential(deconv(2048, 256), deconv(256, 256), deconv(256, 256))
         self.head = head(256, joints)
@@ -789,7 +1139,7 @@ class SimpleBaseline(nn.Module):
         return self.head(self.deconvolutions(self.backbone(images)))
 
 
-def build_model(name: str, joints: int, pretrained: bool = False) -> nn.Module:
+def build_model(name: str, joints: int, pretrained: bool | str = False) -> nn.Module:
     """One of MODELS: images (N, 3, H, W), normalised, to heatmaps (N, joints, H / 4, W / 4)."""
     return SmallNet(joints) if name == "small" else SimpleBaseline(joints, pretrained)
 
@@ -1293,13 +1643,12 @@ class Batches:
         self.split, self.swap, self.plan, self.size = split, swap, plan, size
         self.number = max(1, plan.batch // world)
         seed += 1_000_003 * rank
-        self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+        self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, augmentation = self.generators
         coarse = (self.size[0] // STRIDE, self.size[1] // STRIDE)
-        while True:
-            index = torch.randint(len(self.split.images), (self.number,), generator=order)
+        for index in read_ahead(self.split, self.number, order):
             images, joints, labelled = batch_scale_rotate_flip(
                 self.split, self.swap, index, self.size, self.plan, augmentation
             )
@@ -1367,7 +1716,9 @@ def test_network(
     found = []
     number = max(1, 2**20 // (size[0] * size[1]))
     for start in range(0, len(split.images), number):
-        images = middle(split.images[start : start + number], size).to(device, non_blocking=True)
+        if isinstance(split.images, Pictures):
+            split.images.prefetch(range(start, min(start + 2 * number, len(split.images))))
+        images = middle(split.images[start : start + number], size).to(device)
         heatmaps = predict(net, images)
         if flip:
             heatmaps = (heatmaps + predict(net, images.flip(-1)).flip(-1)[:, skeleton.swap]) / 2
@@ -1519,7 +1870,7 @@ class PoseTask(evolve.Task):
         Whatever metric is searched for: the AP of so short a training is often exactly zero [D].
         """
         train = self.data["train"]
-        few = Split(*(tensor[self.few] for tensor in train[:-1]), train.persons)
+        few = Split(*(rows_of(part, self.few) for part in train[:-1]), train.persons)
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(self.args.seed)
         data = Batches(few, self.skeleton.swap, plan, self.size, self.args.seed, self.device)

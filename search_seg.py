@@ -17,12 +17,23 @@ Log(MeanNHW(Add(Inv(Mul(p, Add(Inv(Mul(y, 1)), y))), MinPool3(p)))).
 """
 
 import argparse
+import atexit
+import contextlib
 import copy
 import functools
+import hashlib
 import itertools
+import math
+import mmap
+import os
 import random
+import re
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -43,7 +54,7 @@ from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source, s
 
 IGNORE = 255
 METRICS = ("miou", "fwiou", "macc", "gacc", "biou", "bf1")
-CLASSES = {"shapes": len(shapes.CLASSES), "voc": 21, "cityscapes": 19}
+CLASSES = {"shapes": len(shapes.CLASSES), "voc": 21, "cityscapes": 19, "folder": None}  # None: as found in its masks
 MODELS = ("small", "r50-dlv3p", "r101-dlv3p", "r50-psp", "r101-psp")
 
 
@@ -70,11 +81,13 @@ PROXY = {
     "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, model="r50-dlv3p"),
     "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, model="r50-dlv3p"),
 }
+PROXY["folder"] = PROXY["voc"]
 RETRAIN = {
     "shapes": PROXY["shapes"]._replace(steps=600),
     "voc": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }
+RETRAIN["folder"] = RETRAIN["voc"]
 
 
 # =====================================================================================================================
@@ -116,6 +129,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
     )
+    task.add_argument(
+        "--memory",
+        type=evolve.at_least(0, float),
+        default=machine_memory() / 8,
+        metavar="GIB",
+        help="splits that fit into so much memory are decoded once, others for each batch (%(default).1f, an eighth)",
+    )
+    task.add_argument(
+        "--classes",
+        type=class_list,
+        metavar="N",
+        help="number of classes in own masks, or a file with their names (--data folder: what is found in the masks)",
+    )
     task.add_argument("--download", action="store_true", help="fetch VOC 2012 into --data-root through torchvision")
     task.add_argument(
         "--model",
@@ -125,8 +151,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     task.add_argument(
         "--pretrained",
-        action="store_true",
-        help="start ResNets from torchvision's ImageNet weights (downloaded on first use)",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start ResNets from ImageNet weights: those in FILE, or torchvision's (downloaded on first use)",
     )
     task.add_argument(
         "--proxy-steps",
@@ -168,9 +197,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return check_arguments(args)
 
 
+def class_list(text: str) -> int | str:
+    """An argparse type: a number of classes, or the name of a file."""
+    return text if Path(text).is_file() else evolve.at_least(2)(text)
+
+
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other flags; end the program with one line where something is wrong."""
     evolve.settle_device_and_workers(args)
+    if args.classes is not None and args.data in ("shapes", "cityscapes"):
+        fail(f"--classes {args.classes}: {args.data} has its own {CLASSES[args.data]}; leave the flag out")
+    if isinstance(args.classes, int) and args.classes > 255:
+        fail(f"--classes {args.classes}: too many; a label map has a byte a pixel, 255 classes at most")
     if args.data_root is None and args.data != "shapes":
         fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
     args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
@@ -179,6 +217,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     listed = split_outside_brackets(args.compare) if args.compare else [args.loss] if args.loss else []
     flag = "--compare" if args.compare else "--loss"
     args.wanted = {text: read_loss(text, flag) for text in listed}
+    if args.pretrained:  # what is missing shows before the search, not after it
+        for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
+            build_model(model, 2, args.pretrained)
     return args
 
 
@@ -223,55 +264,307 @@ def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
 
 
 class Split(NamedTuple):
-    """A whole split, decoded: smaller pictures sit in the upper left corner of a common canvas, ignored around it."""
+    """The pictures and label maps of a split: as tensors where they are few, small and much of one size."""
 
-    images: Tensor  # (M, 3, H, W) uint8, RGB
-    labels: Tensor  # (M, H, W) uint8, IGNORE outside the picture
-    sizes: Tensor  # (M, 2) float32, height and width of each picture
-    weights: Tensor | None = None  # (M, H, W) float16, what a loss with a map of weights has made of each label map
+    images: "Tensor | Pictures"  # (M, 3, H, W) uint8, RGB
+    labels: "Tensor | Pictures"  # (M, H, W) uint8, IGNORE outside the picture
+    sizes: Tensor | None  # (M, 2) float32, height and width of each picture; None where each use decodes anew
+    weights: "Tensor | Pictures | None" = None  # (M, H, W) float16, what a loss has made of each label map
 
 
-def read_split(pairs: list[tuple[Path, Path]], num_classes: int, lookup: Tensor | None = None) -> Split:
-    """Decode (image, label map) files; `lookup` (256,) uint8 translates the values of label maps to classes.
+LARGEST = 2048  # pixels: a picture with a longer side is scaled down on reading, its label map with it [D]
 
-    Raises DataError naming the file that is missing, cannot be read, does not fit its image or has an unknown class.
+
+def read_split(
+    pairs: list[tuple[Path, Path]],
+    num_classes: int,
+    meaning: "Meaning | None" = None,
+    memory: float = math.inf,
+    device: str = "cpu",
+) -> Split:
+    """The split of some (image, label map) files; what takes at most `memory` bytes is kept once it is decoded.
+
+    Raises DataError, now or when a picture is used, naming the file that is missing, cannot be read, does not fit its
+    image or has an unknown class. `meaning` says what the values of label maps are; classes as they are without it.
     """
-    sizes = torch.tensor([open_picture(path).size[::-1] for path, _ in pairs])  # (M, 2); reads the headers alone
-    H, W = sizes.amax(0).tolist()
-    images = torch.zeros(len(pairs), 3, H, W, dtype=torch.uint8)
-    labels = torch.full((len(pairs), H, W), IGNORE, dtype=torch.uint8)
-    for k, (image_path, label_path) in enumerate(pairs):
-        h, w = sizes[k].tolist()
-        images[k, :, :h, :w] = decode(image_path, "RGB").movedim(-1, 0)
-        label = decode(label_path)
-        if label.shape != (h, w):
-            size = "x".join(map(str, label.shape[1::-1]))
-            raise DataError(f"{label_path}: mask of {size} pixels, its image has {w}x{h}")
-        label = label if lookup is None else lookup[label.long()]
-        if ((label >= num_classes) & (label != IGNORE)).any():
-            raise DataError(f"{label_path}: class {label[label != IGNORE].max()}; expected 0..{num_classes - 1} or 255")
-        labels[k, :h, :w] = label
-    return Split(images, labels, sizes.float())
+    images, labels = ([*map(Path, paths)] for paths in zip(*pairs))
+    meaning = meaning or plain_meaning(num_classes)
+
+    def read_images(numbers: list[int]) -> list[Tensor]:
+        found = read_pictures([images[k] for k in numbers], [full_size(*pairs[k]) for k in numbers], device)
+        return [scaled(picture, kept_size(*picture.shape[-2:])) for picture in found]
+
+    def read_labels(numbers: list[int]) -> list[Tensor]:
+        found = (read_label(labels[k], meaning) for k in numbers)
+        return [F.interpolate(x[None, None], kept_size(*x.shape), mode="nearest-exact")[0, 0] for x in found]
+
+    sample = range(0, len(pairs), math.ceil(len(pairs) / 256))  # the headers alone
+    pixels = sum(math.prod(kept_size(*full_size(*pairs[k]))) for k in sample) / len(sample) * len(pairs)
+    keep, sizes, shapes = 4 * pixels <= memory, None, (None, None)
+    if keep:
+        sizes = [kept_size(*full_size(*pair)) for pair in pairs]
+        shapes = [(3, *size) for size in sizes], sizes
+        sizes = torch.tensor(sizes, dtype=torch.float32)
+    stored = (
+        Pictures(read_images, len(pairs), device, shapes[0], group=group_size(images, device)),
+        Pictures(read_labels, len(pairs), device, shapes[1], fill=IGNORE),
+    )
+    if keep:
+        kinds = (f"seg {LARGEST}", f"seg {LARGEST} {meaning}")
+        stored = [x.settle(lambda kind=k: fingerprint(kind, itertools.chain(*pairs))) for x, k in zip(stored, kinds)]
+    return Split(*stored, sizes)
 
 
-def open_picture(path: Path) -> Image.Image:
+def full_size(image: Path, label: Path) -> tuple[int, int]:
+    """Height and width of a label map, which must be its image's: upright, or as it lies in the file."""
     try:
-        return Image.open(path)
-    except OSError as error:
+        with Image.open(label) as picture:
+            size = picture.size[::-1]
+    except BROKEN as error:
+        raise unreadable(label) from error
+    try:
+        with Image.open(image) as picture:
+            _, (h, w) = turning(picture)
+            lying = picture.size[::-1]
+    except BROKEN as error:
+        raise unreadable(image) from error
+    if size not in ((h, w), lying):
+        raise DataError(f"{label}: mask of {size[1]}x{size[0]} pixels, its image has {w}x{h}")
+    return size
+
+
+def kept_size(height: int, width: int) -> tuple[int, int]:
+    """The height and width that a picture of such a size is kept with."""
+    factor = min(1, LARGEST / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+class Meaning(NamedTuple):
+    """What the values of label maps stand for."""
+
+    number: int  # of classes
+    values: dict[int, int]  # grey values and palette indices to classes, or to IGNORE
+    colours: dict[int, int]  # the same of colours, 65536 red + 256 green + blue; empty where nothing is known of them
+    palette: bool = False  # the colours of palettes count, not their indices
+    rest: int | None = None  # what any other value is; None: an error
+
+
+def plain_meaning(number: int) -> Meaning:
+    """Values are classes, colours those of VOC; 255 (65535 in 16 bits) and VOC's colour of borders are ignored."""
+    palette = shapes.voc_palette()
+    colours = {colour_number(*palette[3 * k : 3 * k + 3]): k for k in reversed(range(number))}
+    ignored = {255: IGNORE, 65535: IGNORE}
+    return Meaning(number, {k: k for k in range(number)} | ignored, colours | {colour_number(224, 224, 192): IGNORE})
+
+
+def colour_number(red: int, green: int, blue: int) -> int:
+    return 65536 * red + 256 * green + blue
+
+
+def read_label(path: Path, meaning: Meaning) -> Tensor:
+    """A label map (h, w) uint8: classes and IGNORE. Raises DataError naming the file and a value that is neither."""
+    values, coloured = read_values(path, meaning.palette)
+    known = meaning.colours if coloured else meaning.values
+    found, place = np.unique(values, return_inverse=True) if coloured else small_unique(values)
+    if coloured and not all(value in known for value in found.tolist()):
+        red, green, blue = found >> 16, found >> 8 & 255, found & 255
+        if not ((red == green) & (green == blue)).all():
+            value = next(value for value in found.tolist() if value not in known)
+            colour = f"{value >> 16},{value >> 8 & 255},{value & 255}"
+            raise DataError(f"{path}: RGB colour {colour} in a mask, which is no class; list it in labelmap.txt")
+        found, known = blue, meaning.values  # a grey mask that was saved as RGB
+    classes = [known.get(value, meaning.rest) for value in found.tolist()]
+    if None in classes:
+        value = next(value for value in reversed(found.tolist()) if value not in known)
+        raise DataError(f"{path}: class {value}; expected 0..{meaning.number - 1} or 255")
+    return torch.from_numpy(np.array(classes, np.uint8)[place].reshape(values.shape))
+
+
+def small_unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`np.unique` with its inverse for integers 0..65535, without sorting."""
+    (found,) = np.bincount(values.ravel()).nonzero()
+    table = np.zeros(65536, np.int32)
+    table[found] = np.arange(len(found))
+    return found, table[values]
+
+
+def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
+    """The values (h, w) of a label map, and whether they are colours, as those of palettes with `palette`."""
+    try:
+        with Image.open(path) as picture:
+            if picture.format == "JPEG":
+                raise DataError(f"{path}: a JPEG, which blurs the classes of a mask; save masks as PNG")
+            if picture.mode == "P" and palette:
+                picture = picture.convert("RGB")
+            pixels = np.array(picture)
+            if picture.mode in ("RGB", "RGBA"):
+                return pixels[..., :3].astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
+            if picture.mode in ("LA", "PA"):
+                pixels = pixels[..., 0]
+            if picture.mode[0] not in "1LPI" or (pixels < 0).any() or (pixels > 65535).any():
+                raise DataError(f"{path}: mode {picture.mode}; a mask has grey values, a palette or RGB colours")
+            return pixels.astype(np.uint16 if picture.mode[0] == "I" else np.uint8), False
+    except BROKEN as error:
         raise unreadable(path) from error
 
 
-def decode(path: Path, mode: str | None = None) -> Tensor:
-    """The pixels of a picture, (H, W) or (H, W, 3) uint8; without `mode` as stored: palette PNGs give their indices."""
-    with open_picture(path) as picture:
-        try:
-            return torch.from_numpy(np.array(picture.convert(mode) if mode else picture, dtype=np.uint8))
-        except OSError as error:
-            raise unreadable(path) from error
+def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
+    """What the values of label maps stand for: by the data set, `--classes`, a labelmap.txt, or as found in them."""
+    if args.data == "cityscapes":
+        return Meaning(19, {number: k for k, number in enumerate(CITYSCAPES_IDS)}, {}, rest=IGNORE)
+    masks = list(dict.fromkeys(label for split in pairs.values() for _, label in split))
+    table = args.data_root / "labelmap.txt"
+    if args.classes is None and args.data == "folder" and table.is_file():
+        number, colours = read_classes(table)
+    elif args.classes is not None:
+        number, colours = read_classes(args.classes)
+    elif args.data == "folder":
+        return found_meaning(masks, None)
+    else:
+        return plain_meaning(CLASSES[args.data])
+    if colours:
+        colours = {colour: k for k, colour in enumerate(colours)}
+        return plain_meaning(number)._replace(colours={colour_number(224, 224, 192): IGNORE} | colours, palette=True)
+    sample = [read_values(path) for path in masks[:: math.ceil(len(masks) / 64)]]
+    if any(coloured for _, coloured in sample) and args.data == "folder":
+        return found_meaning(masks, number)
+    binary = set(itertools.chain.from_iterable(np.unique(values).tolist() for values, _ in sample)) == {0, 255}
+    return plain_meaning(number) if number != 2 or not binary else Meaning(2, {0: 0, 255: 1}, {})
 
 
-def unreadable(path: Path) -> "DataError":
-    return DataError(f"{path}: {'not a readable image' if path.exists() else 'not found'}")
+def read_classes(source: int | Path) -> tuple[int, list[int]]:
+    """The number of classes, and their colours if `source` is a file with a colour on each line.
+
+    A line is a name, or a name and three numbers: `cat:64,0,0::` as CVAT writes it, or `cat,64,0,0`. Black comes first.
+    """
+    if isinstance(source, int):
+        return source, []
+    lines = [line for line in read_lines(Path(source)) if not line.startswith("#")]
+    found = [re.fullmatch(r"(.+?)[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)\b.*", line) for line in lines]
+    if None in found:
+        if any(found):
+            raise DataError(f"{source}: '{lines[found.index(None)]}' has no colour; give every class one, or none")
+        names, colours = lines, []
+    else:
+        names = [match[1] for match in found]
+        colours = sorted((colour_number(*map(int, match.groups()[1:])) for match in found), key=bool)
+    if twice := [name for k, name in enumerate(names) if name in names[:k]]:
+        raise DataError(f"{source}: class '{twice[0]}' stands there twice")
+    if not 1 < len(names) < 256 or len(set(colours)) != len(colours):
+        raise DataError(f"{source}: {len(names)} classes; 2 to 255 are possible, each of its own colour")
+    return len(names), colours
+
+
+def found_meaning(masks: list[Path], number: int | None) -> Meaning:
+    """A class for each value, or each colour, that occurs in the masks; 255 is ignored where two others are left.
+
+    Raises DataError if some masks are of colours and some not, or the classes are not 2 to 255, or not `number`.
+    """
+    if len(masks) > 5000:
+        note(
+            f"looking for the classes in {len(masks):,} masks; --classes N spares the search in masks that are not RGB"
+        )
+    values, colours = {}, {}  # and where they were first seen
+    for path, (coloured, found) in zip(masks, threads().map(distinct_values, masks)):
+        for value in found:
+            (colours if coloured else values).setdefault(value, path)
+    if all(value >> 16 == value >> 8 & 255 == value & 255 for value in colours):  # grey masks saved as RGB
+        values, colours = {value & 255: path for value, path in colours.items()} | values, {}
+    if colours and values.keys() - {0}:
+        one, other = next(iter(colours.values())), next(iter(values.values()))
+        raise DataError(f"{one}: an RGB mask, and {other} is none; save all of them in one way")
+    found = sorted(colours or values)
+    ignored = {colour_number(224, 224, 192)} if colours else {255, 65535}  # VOC's borders
+    ignored = ignored & set(found) if len(set(found) - ignored) > 1 else set()
+    classes = {value: k for k, value in enumerate(value for value in found if value not in ignored)}
+    if number not in (None, len(classes)) or len(classes) > 255:
+        raise DataError(
+            f"{masks[0].parent}: {len(classes)} colours or values in these masks, not {number or '2 to 255'}"
+        )
+    shown = [f"{v >> 16},{v >> 8 & 255},{v & 255}" if colours else str(v) for v in classes]
+    shown = " ".join(shown if len(shown) <= 30 else [*shown[:29], "..."])
+    said = f"; {max(ignored)} ignored" if ignored else ""
+    note(f"{len(classes)} classes found in {len(masks):,} masks: {shown}{said}")
+    meaning = classes | dict.fromkeys(ignored, IGNORE)
+    return Meaning(len(classes), {0: 0} if colours else meaning, meaning if colours else {})
+
+
+def distinct_values(path: Path) -> tuple[bool, list[int]]:
+    """Whether a mask has colours, and which or which values."""
+    values, coloured = read_values(path)
+    return coloured, (np.unique(values) if coloured else small_unique(values)[0]).tolist()
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, without blank ones."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError:
+        raise DataError(f"{path}: not found") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text in UTF-8; save it so") from None
+
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def named_files(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder by their names without suffix, in order; hidden files are none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: not found")
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGES and not path.name.startswith("."):
+            name = plain_name(path.stem)
+            if name in found:
+                raise DataError(f"{path}: beside {found[name].name}; move away the one that is not to be used")
+            found[name] = path
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A file's name so that it can be compared: in any locale, and with accents written in any way."""
+    return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
+
+
+def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """Image and label files of a list: on a line a name or path for both, or one for each."""
+    files: dict[Path, dict[str, Path]] = {}
+
+    def find(text: str, folder: Path, endings: tuple[str, ...] = ("",)) -> Path | None:
+        for path in (root / text.lstrip("/"), folder / text):
+            if path.suffix.lower() in IMAGES and path.is_file():
+                return path
+        path = folder / (text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text)
+        if path.parent not in files:
+            files[path.parent] = named_files(path.parent) if path.parent.is_dir() else {}
+        names = (plain_name(path.name + ending) for ending in endings)
+        return next((files[path.parent][name] for name in names if name in files[path.parent]), None)
+
+    pairs = []
+    for line in read_lines(listing):
+        names, image = line.split(), find(line, images)
+        if image is None and len(names) == 2:
+            image = find(names[0], images)
+            if names[1] in ("-1", "0", "1"):  # in VOC's lists by class it says whether a picture has some of it
+                names = names[:1]
+        else:
+            names = [line]
+        if image is None:
+            raise DataError(
+                f"{images / names[0]}{'' if Path(names[0]).suffix else '.jpg'}: not found; {listing} has it"
+            )
+        inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
+        wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
+        label = find(wanted, masks, MASK_ENDINGS)
+        if label is None:
+            raise DataError(f"{masks / wanted}{'' if Path(wanted).suffix else '.png'}: not found; the mask of {image}")
+        pairs.append((image, label))
+    if not pairs:
+        raise DataError(f"{listing}: empty; it must list one image name per line")
+    if double := len(pairs) - len(set(pairs)):
+        note(f"warning: {listing}: {double} of its pictures stand there more than once")
+    return pairs
 
 
 def voc_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -279,16 +572,13 @@ def voc_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     listing = root / "ImageSets/Segmentation" / f"{split}.txt"
     if not listing.is_file():
         raise DataError(f"{listing}: not found; --data-root must be the folder with JPEGImages and ImageSets")
-    names = listing.read_text().split()
-    if not names:
-        raise DataError(f"{listing}: empty; it must list one image name per line")
     masks = root / "SegmentationClassAug"
     masks = masks if split.endswith("aug") and masks.is_dir() else root / "SegmentationClass"
-    return [(root / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
+    return listed_pairs(root, listing, root / "JPEGImages", masks)
 
 
 def cityscapes_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    found = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    found = sorted((root / "leftImg8bit" / split).glob("*/[!.]*_leftImg8bit.png"))
     if not found:
         raise DataError(f"{root / 'leftImg8bit' / split}: no pictures; --data-root must hold leftImg8bit and gtFine")
     return [
@@ -298,6 +588,69 @@ def cityscapes_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
 
 
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label id of class 0..18
+
+# What folders and splits of a data set are called.
+FOLDERS = (
+    ("images", "masks"),
+    ("images", "labels"),
+    ("images", "annotations"),
+    ("img_dir", "ann_dir"),
+    ("JPEGImages", "SegmentationClass"),
+)
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+MASK_ENDINGS = ("", "_mask", "_label", "_seg")  # what the name of a mask has more than its image's
+
+
+def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
+    """Image and label files of any folder of images and masks, by split.
+
+    Lists (train.txt) or folders (train/images or images/train, and so for masks) say what belongs to a split; without
+    any, every eighth picture is for the test. Raises DataError if nothing of all this is there.
+    """
+    pairs = {}
+    for split, (images, masks), name in (
+        (split, folders, name) for split, names in SPLITS.items() for name in names for folders in FOLDERS
+    ):
+        lists = [root / f"{name}.txt", root / "ImageSets/Segmentation" / f"{name}.txt"]
+        if split in pairs:
+            continue
+        if (root / images).is_dir() and (root / masks).is_dir() and any(path.is_file() for path in lists):
+            listing = next(path for path in lists if path.is_file())
+            pairs[split] = listed_pairs(root, listing, root / images, root / masks)
+        for one, other in ((root / name / images, root / name / masks), (root / images / name, root / masks / name)):
+            if one.is_dir() and other.is_dir():
+                pairs[split] = paired(one, other)
+    if "train" in pairs:
+        if "test" not in pairs and "val" in pairs:
+            pairs["test"] = pairs.pop("val")
+    else:
+        whole = [
+            (root / one, root / other) for one, other in FOLDERS if (root / one).is_dir() and (root / other).is_dir()
+        ]
+        if pairs or not whole:
+            raise DataError(f"{root}: no training pictures; it must hold images and masks, and train.txt and val.txt")
+        pairs = {"train": paired(*whole[0])}
+    if "test" not in pairs:
+        pairs = {"train": [p for k, p in enumerate(pairs["train"]) if k % 8 != 7], "test": pairs["train"][7::8]}
+        if not pairs["test"]:
+            raise DataError(
+                f"{root}: {len(pairs['train'])} pictures and no val.txt; list some pictures for the test there"
+            )
+    return pairs
+
+
+def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """All pictures of a folder with their masks in another."""
+    found, labels = named_files(images), named_files(masks)
+    if not found:
+        raise DataError(f"{images}: no pictures in it")
+    pairs = []
+    for name, path in found.items():
+        label = next((labels[name + ending] for ending in MASK_ENDINGS if name + ending in labels), None)
+        if label is None:
+            raise DataError(f"{path}: no mask of that name in {masks}")
+        pairs.append((path, label))
+    return pairs
 
 
 def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
@@ -320,34 +673,378 @@ def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
         aug = (root / "ImageSets/Segmentation/trainaug.txt").is_file()
         train = voc_pairs(root, "trainaug" if aug else "train")
         pairs = {"train": train, "test": voc_pairs(root, "val")}
-    else:
+    elif args.data == "cityscapes":
         pairs = {"train": cityscapes_pairs(root, "train"), "test": cityscapes_pairs(root, "val")}
+    else:
+        pairs = folder_pairs(root)
     if "val" not in pairs:
+        if len(pairs["train"]) < 2:
+            raise DataError(f"{pairs['train'][0][0]}: the only training picture; give two or more, one is held out")
         pairs["val"] = pairs["train"][::8]
         pairs["train"] = [pair for k, pair in enumerate(pairs["train"]) if k % 8]
     return pairs
 
 
-def read_data(args) -> dict[str, Split]:
-    """The three splits of `list_data`, decoded and on the device."""
-    lookup = None
-    if args.data == "cityscapes":
-        lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
-        lookup[list(CITYSCAPES_IDS)] = torch.arange(19, dtype=torch.uint8)
-    pairs = list_data(args)
-    return {name: place(read_split(chosen, CLASSES[args.data], lookup), args.device) for name, chosen in pairs.items()}
+def read_data(args, pairs=None, meaning: Meaning | None = None) -> dict[str, Split]:
+    """The three splits of `list_data`, ready for use; DataError if one has no pixel that counts."""
+    pairs = pairs or list_data(args)
+    meaning = meaning or find_meaning(args, pairs)
+    splits, left = {}, args.memory * 2**30
+    for name, chosen in pairs.items():
+        splits[name] = split = read_split(chosen, meaning.number, meaning, left, args.device)
+        left -= sum(part.nbytes for part in split if part is not None)
+        if split.sizes is None:
+            note(f"{name}: {len(chosen):,} pictures do not fit --memory {args.memory:.3g}; decoded batch by batch")
+    for name, split in splits.items():
+        check_classes(split, f"{args.data_root}: {name}")
+    return splits
 
 
-def place(split: Split, device: str) -> Split:
-    """Move a split to the device, once; what would fill over half of its free memory stays in pinned host memory."""
-    if not device.startswith("cuda"):
-        return split
-    tensors = [tensor for tensor in split if tensor is not None]
-    size = sum(tensor.nbytes for tensor in tensors)
-    if size > torch.cuda.mem_get_info(device)[0] / 2:
-        print(f"a split of {size / 2**30:.1f} GiB stays in pinned host memory", flush=True)
-        return Split(*(tensor.pin_memory() for tensor in tensors))
-    return Split(*(tensor.to(device) for tensor in tensors))
+def check_classes(split: Split, where: str) -> None:
+    """Warn of label maps with only one class; DataError if there is none. Looks no farther than needed."""
+    classes = set()
+    for k in range(len(split.labels)):
+        classes |= set(split.labels[torch.tensor([k])].unique().tolist()) - {IGNORE}
+        if len(classes) > 1:
+            return
+    if not classes:
+        raise DataError(f"{where}: every pixel is 255, ignored; there is nothing to learn or to measure")
+    note(f"warning: {where}: only class {min(classes)} in all masks (255 is ignored; 0 and 255 need --data folder)")
+
+
+SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
+AHEAD = 1  # batches that are being read while one is in use
+
+
+class Pictures:
+    """Pictures (..., h, w) of a split, each at its own size, decoded when they are first asked for.
+
+    `pictures[index]` puts some of them into the upper left corners of one canvas, as large as the largest of these.
+    After `settle` decoded pictures stay in memory, once for all processes of this machine, or on the GPU, where all
+    have room there; else each use decodes anew. Either way threads do it, for `prefetch` while the step goes on.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[list[int]], list[Tensor]],  # decodes; raises DataError naming the file that is broken
+        number: int,
+        device: str = "cpu",  # where batches go
+        shapes: list[tuple[int, ...]] | None = None,  # of each picture; None if that is not known before it is read
+        fill: int = 0,  # outside of a picture
+        dtype: torch.dtype = torch.uint8,
+        group: int = 1,  # so many are read in one call: nvJPEG likes more than one
+    ):
+        self.read, self.number, self.device, self.shapes = read, number, device, shapes
+        self.fill, self.dtype, self.group = fill, dtype, group
+        self.kept: tuple[Tensor, list[int], Tensor] | None = None  # elements of all, where each begins, which are there
+        self.coming: dict[int, tuple[Future, int]] = {}
+
+    def __len__(self) -> int:
+        return self.number
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that would hold all of them on one canvas."""
+        return self.number, *(max(sides) for sides in zip(*self.shapes))
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kept is None else self.kept[0].nbytes
+
+    def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
+        """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.key, (H, W) = key, self.shape[-2:]
+        pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
+        if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+            return self[:]
+        size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
+        if cuda and size < torch.cuda.mem_get_info(self.device)[0] / 4:
+            elements, there = torch.empty(sum(sizes), dtype=self.dtype, device=self.device), torch.zeros(self.number)
+        elif pixels <= SMALL:
+            elements, there = torch.empty(sum(sizes), dtype=self.dtype), torch.zeros(self.number)
+        elif (shared := shared_bytes(key(), size + self.number)) is not None:
+            elements, there = shared[:size].view(self.dtype), shared[size:]
+        else:
+            return self
+        self.kept = elements, [0, *itertools.accumulate(sizes)], there
+        if pixels <= SMALL:
+            self.take(range(self.number))  # what is broken shows at once
+        return self
+
+    def decode(self, numbers: list[int]) -> list[Tensor]:
+        if self.kept is None:
+            return self.read(numbers)
+        elements, start, there = self.kept
+        found = [elements[start[k] : start[k + 1]].view(self.shapes[k]) for k in numbers]
+        missing = [(k, place) for k, place in zip(numbers, found) if not there[k]]
+        for (k, place), picture in zip(missing, self.read([k for k, _ in missing])):
+            place.copy_(picture)
+            there[k] = 1  # two processes may both have written it: the same bytes
+        return found
+
+    def prefetch(self, index: Iterable[int]) -> None:
+        """Begin to decode some pictures."""
+        new = [k for k in dict.fromkeys(map(int, index)) if k not in self.coming]
+        if self.kept is not None:
+            new = [k for k in new if not self.kept[2][k]]
+        for start in range(0, len(new), self.group):
+            part = new[start : start + self.group]
+            future = threads().submit(self.decode, part)
+            self.coming |= {k: (future, place) for place, k in enumerate(part)}
+
+    def take(self, index: Iterable[int]) -> list[Tensor]:
+        """Some pictures, each at its own size."""
+        index = [int(k) for k in index]
+        self.prefetch(index)
+        ready = {k: self.coming.pop(k) for k in set(index) & self.coming.keys()}
+        return [ready[k][0].result()[ready[k][1]] if k in ready else self.decode([k])[0] for k in index]
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        numbers = range(self.number)[index] if isinstance(index, slice) else index.tolist()
+        pictures = self.take(numbers)
+        sides = [max((p.shape[d] for p in pictures), default=0) for d in (-2, -1)]
+        return self.stack(pictures, [(0, 0)] * len(pictures), *sides)
+
+    def stack(self, pictures: list[Tensor], corners: list[tuple[int, int]], height: int, width: int) -> Tensor:
+        """Windows (N, ..., height, width) on the device; of each picture the one that begins at its (top, left)."""
+        leading = pictures[0].shape[:-2] if pictures else self.shapes[0][:-2]
+        here = any(picture.is_cuda for picture in pictures)
+        staged = self.device.startswith("cuda") and not here
+        canvas = torch.full(
+            (len(pictures), *leading, height, width),
+            self.fill,
+            dtype=self.dtype,
+            device=self.device if here else "cpu",
+            pin_memory=staged,  # only a copy out of pinned memory goes on while the host does
+        )
+        for window, picture, (top, left) in zip(canvas, pictures, corners):
+            part = picture[..., top : top + height, left : left + width]
+            window[..., : part.shape[-2], : part.shape[-1]] = part
+        return canvas.to(self.device, non_blocking=True)
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Tensor]:
+    """Batches without end of `size` pictures, by their numbers, drawn with replacement; the next ones are being read.
+
+    `order` is never ahead of the batch in use: its state says where in the sequence the training is.
+    """
+    lazy, number = [part for part in split if isinstance(part, Pictures)], len(split.images)
+    coming, waiting = order.clone_state(), deque()
+    try:
+        while True:
+            while len(waiting) <= AHEAD:
+                waiting.append(torch.randint(number, (size,), generator=coming))
+                for pictures in lazy:
+                    pictures.prefetch(waiting[-1].tolist())
+            torch.randint(number, (size,), generator=order)
+            yield waiting.popleft()
+    finally:
+        for pictures in lazy:
+            pictures.coming.clear()
+
+
+def shared_bytes(key: str, size: int) -> Tensor | None:
+    """`size` bytes, zeros at first, shared by all processes of this machine that give `key`; None if there is no room.
+
+    A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
+    ones have left behind goes when the next one starts.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return None
+    folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
+    path = folder / (prefix + hashlib.sha256(key.encode()).hexdigest()[:24])
+
+    def open_locked(path: Path, how: int) -> int:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(number, how)
+        return number
+
+    def remove_unused(path: Path, number: int) -> None:
+        with contextlib.suppress(OSError):  # others have it in use
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+    for other in set(folder.glob(prefix + "*")) - {path}:
+        with contextlib.suppress(OSError):
+            number = open_locked(other, fcntl.LOCK_SH)
+            remove_unused(other, number)
+            os.close(number)
+    try:
+        number = open_locked(path, fcntl.LOCK_SH)
+    except OSError:
+        return None
+    atexit.register(remove_unused, path, number)
+    try:
+        reserve = getattr(os, "posix_fallocate", None)  # a full disk shows now, not as a crash on the way
+        reserve(number, 0, size) if reserve else os.ftruncate(number, size)
+        return torch.frombuffer(mmap.mmap(number, size), dtype=torch.uint8)
+    except OSError:
+        remove_unused(path, number)
+        return None
+
+
+def machine_memory() -> float:
+    """GiB of this machine, or of the container where that has less."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        size = 2**34  # not to be had on Windows
+    with contextlib.suppress(OSError, ValueError):
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size / 2**30
+
+
+def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
+    """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
+
+    It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
+    transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
+    """
+    try:
+        with Image.open(path) as picture:
+            turn, upright = turning(picture)
+            if listed not in (None, upright, picture.size[::-1]):
+                (h, w), (height, width) = upright, listed
+                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
+            turn = turn if listed in (None, upright) else None
+            if picture.format == "JPEG" and mode == "RGB" and picture.mode in ("RGB", "L") and turn is None:
+                encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
+                return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
+            if picture.mode[0] in "IF":
+                picture = eight_bits(picture, path)
+            picture = picture.convert(mode)
+            return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
+    except BROKEN as error:
+        raise unreadable(path) from error
+
+
+def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
+    """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
+    turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
+    return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
+
+
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
+# What PIL and torchvision raise over a file that is no whole picture.
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
+
+def unreadable(path: Path) -> "DataError":
+    return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
+
+
+def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """A grey picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
+    pixels = np.array(picture)
+    most = pixels.max(initial=0)
+    if picture.mode == "F" or most > 65535 or pixels.min(initial=0) < 0:
+        raise DataError(f"{path}: values of 32 bits (mode {picture.mode}); save it with 8 or 16 bits a channel")
+    bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
+    return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
+
+
+def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], device: str) -> list[Tensor]:
+    """`decode` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
+    if device.startswith("cuda") and all(map(is_plain_jpeg, paths, listed)):
+        with contextlib.suppress(RuntimeError):  # what nvJPEG does not know the CPU may
+            encoded = [torchvision.io.read_file(str(path)) for path in paths]
+            return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=device)
+    return [decode(path, listed=size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
+
+
+def is_plain_jpeg(path: Path, listed: tuple[int, int] | None) -> bool:
+    """A JPEG in which nothing has to be turned or converted, of the size it is listed with."""
+    try:
+        with Image.open(path) as picture:
+            plain = picture.format == "JPEG" and picture.mode == "RGB" and turning(picture)[0] is None
+            return plain and listed in (None, picture.size[::-1])
+    except BROKEN as error:
+        raise unreadable(path) from error
+
+
+def group_size(paths: list[Path], device: str) -> int:
+    """How many pictures to decode in one call: nvJPEG is fastest with many, threads share out single ones."""
+    return 32 if device.startswith("cuda") and paths[0].suffix.lower() in (".jpg", ".jpeg") else 1
+
+
+def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture (3, h, w) uint8 in another size, smoothed where it shrinks."""
+    if picture.shape[-2:] == size:
+        return picture
+    if picture.is_cuda:  # where it takes no integers
+        pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
+        return pixels[0].round().clamp(0, 255).to(torch.uint8)
+    return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
+
+
+@functools.cache  # each one once
+def note(text: str) -> None:
+    """A line about the data; of several workers the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def fingerprint(kind: str, paths: Iterable[Path]) -> str:
+    """Tells apart what was made of files: their names, sizes and times."""
+    found = ((path.absolute(), path.stat()) for path in paths)
+    return "\n".join([kind, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found)])
+
+
+def select(split: Split, index: Tensor) -> Split:
+    """Some pictures of a split, as a split of tensors."""
+    images, labels, sizes, weights = split
+    if sizes is None:
+        sizes = torch.tensor([picture.shape[-2:] for picture in labels.take(index)], dtype=torch.float32)
+    else:
+        sizes = sizes[index]
+    return Split(images[index], labels[index], sizes, None if weights is None else weights[index])
+
+
+def richest(split: Split, number: int, num_classes: int) -> Tensor:
+    """The pictures with most classes; of a split that is not one tensor, among 256 at even distances."""
+    if isinstance(split.labels, Tensor):
+        index = torch.arange(len(split.labels))
+        seen = torch.stack([(split.labels == c).flatten(1).any(1) for c in range(num_classes)]).sum(0)
+    else:
+        index = torch.arange(0, len(split.labels), math.ceil(len(split.labels) / 256))
+        seen = torch.stack([(label.unique() != IGNORE).sum() for label in split.labels.take(index)])
+    return index[seen.sort(descending=True, stable=True).indices[:number].cpu()]
+
+
+def in_order(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and label maps of a whole split, a few at a time, those of unlike sizes one by one."""
+    images, labels, number = split.images, split.labels, len(split.images)
+    size = max(1, 2**18 // labels[0].numel()) if isinstance(labels, Tensor) else 1
+    for start in range(0, number, size):
+        for part in (images, labels):
+            if isinstance(part, Pictures) and start % 8 == 0:
+                part.prefetch(range(start, min(start + 16, number)))
+        yield images[start : start + size], labels[start : start + size]
+
+
+def with_weights(split: Split, make: Callable[..., Tensor], num_classes: int) -> Split:
+    """The split with what `make(labels, num_classes, frequency)` makes of its label maps."""
+    labels = split.labels
+    if isinstance(labels, Tensor):
+        return split._replace(weights=make(labels, num_classes).to(labels.device))
+    sample = labels.take(range(0, len(labels), math.ceil(len(labels) / 1000)))
+    frequency = sum(torch.bincount(label.flatten().cpu(), minlength=256) for label in sample)[:num_classes].float()
+
+    def read(numbers: list[int]) -> list[Tensor]:
+        return [make(label.cpu().unsqueeze(0), num_classes, frequency)[0] for label in labels.decode(numbers)]
+
+    weights = Pictures(read, len(labels), labels.device, labels.shapes, dtype=torch.float16)
+    if labels.kept is not None:
+        weights = weights.settle(lambda: f"{make.__name__} {labels.key()}")
+    return split._replace(weights=weights)
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -360,17 +1057,28 @@ def batch_scale_crop_flip(
     """Scale, flip and cut a (crop, crop) window out of each picture, in one affine sampling for images, one for labels.
 
     Returns images (N, 3, crop, crop) float in 0..255 and labels (N, crop, crop) uint8, IGNORE outside of the picture,
-    on the generator's device; the same window of the weights (N, crop, crop) float follows where the split has them.
-    The scale is log-uniform in `scale`; half of the pictures are mirrored.
+    on the split's device; the same window of the weights (N, crop, crop) float follows where the split has them. The
+    scale is log-uniform in `scale`; half of the pictures are mirrored.
     """
-    N, (H, W), device = len(index), split.images.shape[-2:], generator.device
-    u = torch.rand(4, N, generator=generator, device=device)
-    index = index.to(split.images.device)
-    images, labels, size, *weights = (t[index].to(device, non_blocking=True) for t in split if t is not None)
-    size = size.T  # (2, N)
+    N, device, whole = len(index), split.images.device, isinstance(split.images, Tensor)
+    parts = [part for part in (split.images, split.labels, split.weights) if part is not None]
+    u = torch.rand(4, N, generator=generator)  # on the CPU: no wait for the device, and the same on each
     window = crop / (scale[0] * (scale[1] / scale[0]) ** u[0])  # side in source pixels
-    room = size - window
-    top, left = torch.where(room > 0, room * u[1:3], room / 2)  # centred where the picture is smaller than the window
+    if whole:
+        canvases, size = [part[index.to(device)] for part in parts], split.sizes[index]
+    else:
+        pictures = [part.take(index.tolist()) for part in parts]
+        size = torch.tensor([label.shape[-2:] for label in pictures[1]], dtype=torch.float32)
+    room = size.T - window  # (2, N)
+    begin = torch.where(room > 0, room * u[1:3], room / 2)  # centred where the picture is smaller than the window
+    if not whole:  # of pictures that differ in size no more is put together than what a window can reach
+        side, corners = math.ceil(crop / scale[0]) + 3, (begin.floor() - 1).clamp(min=0)
+        places = corners.T.int().tolist()
+        canvases = [part.stack(found, places, side, side) for part, found in zip(parts, pictures)]
+        begin = begin - corners
+    images, labels, *weights = canvases
+    u, window, begin = (x.to(device, non_blocking=True) for x in (u, window, begin))
+    (H, W), (top, left) = images.shape[-2:], begin
     mirror = torch.where(u[3] < 0.5, -1.0, 1.0)
     theta = torch.zeros(N, 2, 3, device=device)  # maps window coordinates in -1..1 to canvas coordinates in -1..1
     theta[:, 0, 0], theta[:, 0, 2] = mirror * window / W, (2 * left + window) / W - 1
@@ -385,7 +1093,8 @@ def batch_scale_crop_flip(
 
 def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Brightness, contrast and saturation of each picture (N, 3, H, W), each times a factor of 1 +- strength."""
-    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator, device=images.device) - 1)
+    a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
+    a = a.to(images.device, non_blocking=True)
     images = images * a[0]
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, a[1])
     return torch.lerp(images.mean(1, keepdim=True), images, a[2]).clamp_(0, 255)
@@ -434,14 +1143,47 @@ class SmallNet(nn.Module):
         return upsample(logits, images.shape[-2:])
 
 
+def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
+    """A torchvision ResNet; `pretrained`: with its ImageNet weights, or those in a file that has its layers.
+
+    Ends the program with one line where the weights cannot be had.
+    """
+    net = torchvision.models.get_model(f"resnet{depth}", weights=None, **options)
+    if not pretrained:
+        return net
+    flag = "--pretrained" if pretrained is True else f"--pretrained {pretrained}"
+    try:
+        if pretrained is True:
+            weights = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        else:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of anything makes torch.load raise anything
+        reason = str(error).split("\n")[0]
+        if pretrained is True:
+            fail(
+                f"{flag}: no download ({reason}); fetch {weights.url} where there is a network, give --pretrained FILE"
+            )
+        fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
+    state = state.get("state_dict", state)
+    state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
+    wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
+    if missing := [name for name in wanted if name not in state]:
+        fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
+    try:
+        net.load_state_dict(state, strict=False)
+    except RuntimeError:
+        fail(f"{flag}: its layers have not the shapes of ResNet-{depth}'s; give torchvision's resnet{depth} weights")
+    return net
+
+
 class Backbone(nn.Module):
     """A torchvision ResNet (50 or 101) of output stride 8 or 16; returns the features of stages 1 (stride 4) and 4."""
 
-    def __init__(self, depth: int, output_stride: int, pretrained: bool):
+    def __init__(self, depth: int, output_stride: int, pretrained: bool | str):
         super().__init__()
-        build = {50: torchvision.models.resnet50, 101: torchvision.models.resnet101}[depth]
         dilate = {16: [False, False, True], 8: [False, True, True]}[output_stride]
-        net = build(weights="IMAGENET1K_V1" if pretrained else None, replace_stride_with_dilation=dilate)
+        net = resnet(depth, pretrained, replace_stride_with_dilation=dilate)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stage1, self.rest = net.layer1, nn.Sequential(net.layer2, net.layer3, net.layer4)
 
@@ -453,7 +1195,7 @@ class Backbone(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+ (Chen 2018, arXiv 1802.02611): atrous pyramid on stride 16, decoder on the features of stride 4."""
 
-    def __init__(self, num_classes: int, depth: int, output_stride: int = 16, pretrained: bool = False):
+    def __init__(self, num_classes: int, depth: int, output_stride: int = 16, pretrained: bool | str = False):
         super().__init__()
         self.backbone = Backbone(depth, output_stride, pretrained)
         rates = [rate * 16 // output_stride for rate in (6, 12, 18)]
@@ -479,7 +1221,7 @@ class DeepLabV3Plus(nn.Module):
 class PSPNet(nn.Module):
     """PSPNet (Zhao 2017, arXiv 1612.01105): means over 1, 2, 3 and 6 bins a side beside the features of stride 8."""
 
-    def __init__(self, num_classes: int, depth: int, output_stride: int = 8, pretrained: bool = False):
+    def __init__(self, num_classes: int, depth: int, output_stride: int = 8, pretrained: bool | str = False):
         super().__init__()
         self.backbone = Backbone(depth, output_stride, pretrained)
         self.bins = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(b), conv(2048, 512, size=1)) for b in (1, 2, 3, 6))
@@ -494,7 +1236,9 @@ class PSPNet(nn.Module):
         return upsample(self.classify(torch.cat(views, 1)), images.shape[-2:])
 
 
-def build_model(name: str, num_classes: int, pretrained: bool = False, output_stride: int | None = None) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, pretrained: bool | str = False, output_stride: int | None = None
+) -> nn.Module:
     """One of MODELS: images (N, 3, H, W), normalised, to logits (N, num_classes, H, W)."""
     if name == "small":
         return SmallNet(num_classes)
@@ -520,8 +1264,17 @@ def edges(label):
     return ((F.max_pool2d(x, 3, 1, 1) != x) | (-F.max_pool2d(-x, 3, 1, 1) != x)).squeeze(1)
 
 
+BITS = 63  # classes that one integer holds
+
+
+def bits_from(first, label):
+    """The bit of each class in an integer that begins with class `first`, and which pixels have one there."""
+    bit = label - first
+    return bit.clamp(0, BITS - 1), (bit >= 0) & (bit < BITS)
+
+
 def dilate_bits(bits, radius):
-    """Bitwise or over a (2 radius + 1)^2 window of (N, H, W) integers: one dilation for up to 63 classes at once."""
+    """Bitwise or over a (2 radius + 1)^2 window of (N, H, W) integers: one dilation for BITS classes at once."""
     for dim in (1, 2):
         bits, reach = bits.clone(), bits
         for step in range(1, radius + 1):
@@ -540,8 +1293,6 @@ class SegMetrics:
     """
 
     def __init__(self, num_classes: int, device="cpu", tolerance: int = 5, groups: int = 1):
-        if num_classes > 63:
-            raise ValueError(f"{num_classes} classes: the boundary metrics hold one class per bit, 63 at most")
         C, self.tolerance, self.groups = num_classes, tolerance, groups
         self.C = C
         self.confusion = torch.zeros(groups, C, C, dtype=torch.long, device=device)  # [target, prediction]
@@ -558,11 +1309,15 @@ class SegMetrics:
         self.confusion += count(pair, valid, G * C * C).view(G, C, C)
 
         edge_pred, edge_target = edges(pred) & valid, edges(label) & valid
-        reach_pred = dilate_bits(edge_pred.long() << pred, self.tolerance)
-        reach_target = dilate_bits(edge_target.long() << target, self.tolerance)
-        near = valid & (reach_target >> 1 != 0)  # bit 0 is the background, whose own boundary does not count [A]
-        self.near_boundary += count(pair, near, G * C * C).view(G, C, C)
-        hit_pred, hit_target = (reach_target >> pred & 1).bool(), (reach_pred >> target & 1).bool()
+        near, hit_pred, hit_target = (torch.zeros_like(valid) for _ in range(3))
+        for first in range(0, C, BITS):
+            (bit_pred, own_pred), (bit_target, own_target) = (bits_from(first, x) for x in (pred, target))
+            reach_pred = dilate_bits((edge_pred & own_pred).long() << bit_pred, self.tolerance)
+            reach_target = dilate_bits((edge_target & own_target).long() << bit_target, self.tolerance)
+            near |= reach_target >> (first == 0) != 0  # without the background, whose own boundary does not count [A]
+            hit_pred |= own_pred & (reach_target >> bit_pred & 1).bool()
+            hit_target |= own_target & (reach_pred >> bit_target & 1).bool()
+        self.near_boundary += count(pair, near & valid, G * C * C).view(G, C, C)
         for k, (index, mask) in enumerate(
             [(pred, edge_pred), (pred, edge_pred & hit_pred), (target, edge_target), (target, edge_target & hit_target)]
         ):
@@ -760,15 +1515,17 @@ def count_valid(label: Tensor) -> Tensor:
 # Weights per pixel need OpenCV: they are made once for each label map and cut like it, never in a training step.
 
 
-def unet_weights(labels: Tensor, num_classes: int) -> Tensor:
+def unet_weights(labels: Tensor, num_classes: int, frequency: Tensor | None = None) -> Tensor:
     """Class and border weights (U-Net, Ronneberger 2015, Eq. 2): w_c + 10 exp(-(d1 + d2)^2 / 50), (M, H, W) float16.
 
-    w_c: inverse frequency of the pixel's class, scaled to a mean of 1 over all pixels. d1, d2: distances in pixels of
-    a background pixel to the nearest and the second nearest object, which is a connected region of one class.
+    w_c: inverse frequency of the pixel's class, in these label maps unless `frequency` (num_classes,) counts more,
+    scaled to a mean of 1 over all pixels. d1, d2: distances in pixels of a background pixel to the nearest and the
+    second nearest object, which is a connected region of one class.
     """
     valid = labels != IGNORE
     index = torch.where(valid, labels, 0).long()
-    frequency = count(index, valid, num_classes).float()
+    if frequency is None:
+        frequency = count(index, valid, num_classes).float()
     balance = frequency.sum() / ((frequency > 0).sum() * frequency.clamp(min=1))
     weights = balance[index] * valid
     for label, weight in zip(labels.cpu().numpy(), weights):
@@ -783,7 +1540,7 @@ def unet_weights(labels: Tensor, num_classes: int) -> Tensor:
     return weights.half()
 
 
-def distance_weights(labels: Tensor, num_classes: int) -> Tensor:
+def distance_weights(labels: Tensor, num_classes: int, frequency: Tensor | None = None) -> Tensor:
     """1 + phi, the penalty of DPCE (Caliva 2019, arXiv 1908.03679, Eq. 1), (M, H, W) float16.
 
     phi: the distance to the nearest boundary between classes, reverted and scaled to 0 (farthest) .. 1 (at a boundary)
@@ -890,12 +1647,11 @@ class Batches:
         rank, world = evolve.rank_and_world()
         self.split, self.plan, self.size = split, plan, max(1, plan.batch // world)
         seed += 1_000_003 * rank
-        self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator(device).manual_seed(2 * seed + 1)
+        self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, augmentation = self.generators
-        while True:
-            index = torch.randint(len(self.split.images), (self.size,), generator=order)
+        for index in read_ahead(self.split, self.size, order):
             images, *targets = batch_scale_crop_flip(self.split, index, self.plan.crop, self.plan.scale, augmentation)
             yield normalise(batch_colour_jitter(images, 0.25, augmentation)), *targets
 
@@ -968,11 +1724,8 @@ def train_network(
 def test_network(net: nn.Module, split: Split, num_classes: int, device: str) -> dict[str, float]:
     """All metrics of `net` on a split, at full size."""
     metrics = SegMetrics(num_classes, device)
-    size = max(1, 2**18 // split.labels[0].numel())
-    for start in range(0, len(split.images), size):
-        part = slice(start, start + size)
-        pred = predict(net, split.images[part].to(device, non_blocking=True))
-        metrics.update(pred, split.labels[part].to(device, non_blocking=True))
+    for images, labels in in_order(split):
+        metrics.update(predict(net, images.to(device)), labels.to(device))
     return {name: value.item() for name, value in metrics.compute().items()}
 
 
@@ -1010,8 +1763,9 @@ class SegTask(evolve.Task):
     export, read = staticmethod(export), staticmethod(read_searched)
 
     def __init__(self, args):
-        self.args, self.device, self.num_classes = args, args.device, CLASSES[args.data]
-        list_data(args)  # what is missing is said at once
+        self.pairs = list_data(args)  # what is missing is said at once
+        self.meaning = find_meaning(args, self.pairs)
+        self.args, self.device, self.num_classes = args, args.device, self.meaning.number
         self.proxy, self.retraining = (
             self.plan(plans[args.data], steps)
             for plans, steps in ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps))
@@ -1038,7 +1792,7 @@ class SegTask(evolve.Task):
 
     def load(self) -> None:
         if not self.data:
-            self.data = read_data(self.args)
+            self.data = read_data(self.args, self.pairs, self.meaning)
             self.weighted: dict[str | None, Split] = {None: self.data["train"]}
 
     def prepare(self, base: Path) -> None:
@@ -1069,8 +1823,7 @@ class SegTask(evolve.Task):
     def branch(self) -> Branch:
         """The training images with most classes, small, and what the base network makes of them on its way."""
         train = self.data["train"]
-        seen = torch.stack([(train.labels == c).flatten(1).any(1) for c in range(self.num_classes)]).sum(0)
-        self.few = index = seen.sort(descending=True, stable=True).indices[:GATE_SAMPLES]
+        self.few = index = richest(train, GATE_SAMPLES, self.num_classes)
         label = F.interpolate(train.labels[index].unsqueeze(1).float(), (GATE_SIZE, GATE_SIZE)).squeeze(1)
         label = torch.where(label == IGNORE, 0, label).long().to(self.device)  # the gates look at losses, not at data
         net, logits = self.network(self.proxy, self.args.seed), []
@@ -1120,10 +1873,7 @@ class SegTask(evolve.Task):
         """The batches of a training; those of wce and dpce carry weights, which are made on first use."""
         name = losses if isinstance(losses, str) and losses in WEIGHTS else None
         if name not in self.weighted:
-            train = self.data["train"]
-            self.weighted[name] = place(
-                train._replace(weights=WEIGHTS[name](train.labels, self.num_classes)), self.device
-            )
+            self.weighted[name] = with_weights(self.data["train"], WEIGHTS[name], self.num_classes)
         return Batches(self.weighted[name], plan, seed, self.device)
 
     @functools.cached_property
@@ -1149,7 +1899,7 @@ class SegTask(evolve.Task):
 
     def simulate(self, losses: dict[str, Expr] | str) -> float:
         """A short training on the pictures of the gates: the score on these."""
-        few = Split(*(tensor[self.few] for tensor in self.data["train"] if tensor is not None))
+        few = select(self.data["train"], self.few)
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
         try:

@@ -655,7 +655,6 @@ def test_broken_data_is_named(tmp_path, broken):
         picture.unlink()
     elif broken == "torn picture":
         picture.write_bytes(b"not a picture")
-    search_pose.decode.cache_clear()
     with pytest.raises(DataError) as error:
         search_pose.read_data(arguments(root, "--data", "coco", "--model", "small"))
     culprit = {"no picture": picture, "torn picture": picture}.get(broken, path)

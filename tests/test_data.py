@@ -1,0 +1,729 @@
+"""Loading: pictures as people have them, masks as tools write them, splits of any size, in all three scripts."""
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+
+import search_det
+import search_pose
+import search_seg
+from data import shapes
+from search_seg import IGNORE, DataError, Pictures
+
+SCRIPTS = {"seg": search_seg, "det": search_det, "pose": search_pose}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return shapes.write_shapes(tmp_path_factory.mktemp("data") / "shapes", splits={"train": 24, "val": 6, "test": 6})
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+
+def arguments(script, root, *argv):
+    return script.parse_arguments(["--data-root", str(root), "--device", "cpu", "--workers", "1", *map(str, argv)])
+
+
+def save(pixels, path, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(path, **how)
+    return path
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# Pictures: kept or not, shared, ahead of the step
+
+
+def four_pictures(reads=None, **how):
+    shapes_of_all = [(3, 5, 8), (3, 7, 2), (3, 1, 1), (3, 6, 6)]
+    whole = [torch.randint(0, 255, shape, generator=torch.Generator().manual_seed(1)).byte() for shape in shapes_of_all]
+
+    def read(numbers):
+        if reads is not None:
+            reads.extend(numbers)
+        return [whole[k] for k in numbers]
+
+    return whole, Pictures(read, 4, shapes=shapes_of_all, fill=9, **how)
+
+
+@pytest.mark.parametrize("kind", ["read anew", "in memory", "in a shared file", "one tensor"])
+def test_some_pictures_on_one_canvas(kind, monkeypatch):
+    reads = []
+    whole, pictures = four_pictures(reads)
+    if kind == "in a shared file":
+        monkeypatch.setattr(search_seg, "SMALL", 0)
+    if kind == "in memory":
+        monkeypatch.setattr(search_seg, "math", search_seg.math)
+    if kind != "read anew":
+        pictures = pictures.settle(lambda: "four")
+    assert isinstance(pictures, Pictures) == (kind != "one tensor") or kind in ("in memory", "one tensor")
+    got = pictures[torch.tensor([1, 3, 1])]
+    assert got.shape[:2] == (3, 3) and got.shape[2] >= 7 and got.shape[3] >= 6
+    for canvas, k in zip(got, (1, 3, 1)):
+        c, h, w = whole[k].shape
+        assert torch.equal(canvas[:, :h, :w], whole[k]) and (canvas[:, h:] == 9).all() and (canvas[:, :, w:] == 9).all()
+    assert torch.equal(pictures[1:3][1][:, :1, :1], whole[2])
+    if kind == "in a shared file":
+        before = len(reads)
+        pictures[torch.tensor([1, 3, 1])]
+        assert len(reads) == before and 0 not in reads, "decoded once, and only what was asked for"
+        _, other = four_pictures(reads)
+        assert torch.equal(other.settle(lambda: "four").take([3])[0], whole[3]) and len(reads) == before
+        _, other = four_pictures(reads)
+        assert torch.equal(other.settle(lambda: "others").take([3])[0], whole[3]) and len(reads) == before + 1
+
+
+def test_windows_of_pictures():
+    whole, pictures = four_pictures()
+    got = pictures.stack(pictures.take([0, 3]), [(2, 6), (0, 1)], 4, 4)
+    assert torch.equal(got[0, :, :3, :2], whole[0][:, 2:5, 6:8]) and (got[0, :, 3:] == 9).all()
+    assert torch.equal(got[1], whole[3][:, 0:4, 1:5])
+
+
+def test_the_last_process_removes_the_shared_file(tmp_path):
+    code = (
+        "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "import search_seg; t = search_seg.shared_bytes('k', 100); t[5] += 1\n"
+        "print(t[5].item(), flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    here = {"cwd": Path(search_seg.__file__).parent, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **here) as one:
+        assert one.stdout.readline() == "1\n"
+        with subprocess.Popen(command, **here) as two:
+            assert two.stdout.readline() == "2\n", "the same bytes"
+            one.communicate("\n")
+            assert len([*tmp_path.glob("autoloss-*")]) == 1, "still in use"
+            two.communicate("\n")
+    assert not [*tmp_path.glob("autoloss-*")]
+    left = tmp_path / f"autoloss-zero-{os.getuid()}-0"
+    left.write_bytes(b"of a process that was killed")
+    tempfile.tempdir = str(tmp_path)
+    assert search_seg.shared_bytes("k", 100)[5] == 0 and not left.exists()
+
+
+def test_without_room_each_use_decodes(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(search_seg, "SMALL", 0)
+    whole, pictures = four_pictures()
+    pictures = pictures.settle(lambda: "no room")
+    assert pictures.nbytes == 0 and torch.equal(pictures.take([3])[0], whole[3])
+    assert not [*Path(tempfile.gettempdir()).iterdir()]
+
+
+def make(name, root, *argv):
+    """A split for training, and batches of it."""
+    script = SCRIPTS[name]
+    args = arguments(script, root, *argv)
+    task = getattr(script, name.capitalize() + "Task")(args)
+    draw = {"seg": lambda seed: task.batches("ce", task.proxy, seed)}.get(name, lambda s: task.batches(task.proxy, s))
+    return task, draw
+
+
+def flat(batch):
+    """All tensors of a batch."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    return [tensor for part in (batch.values() if isinstance(batch, dict) else batch) for tensor in flat(part)]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_streamed_batches_are_those_of_kept_pictures(name, root, monkeypatch):
+    more = ["--metric", "segm"] if name == "det" else []
+    streamed, draw = make(name, root, "--memory", "0", *more)
+    train = streamed.data["train"]
+    assert isinstance(train.images, SCRIPTS[name].Pictures) and train.images.nbytes == 0
+    want = [*itertools.islice(draw(3), 4)]
+    assert not train.images.coming, "what was read ahead in vain is gone"
+    monkeypatch.setattr(SCRIPTS[name], "SMALL", 0)
+    kept, again = make(name, root, *more)
+    assert kept.data["train"].images.nbytes > 0
+    for one, other in zip(want, itertools.islice(again(3), 4)):
+        assert len(flat(one)) == len(flat(other)) and all(map(torch.equal, flat(one), flat(other)))
+    monkeypatch.undo()
+    _, whole = make(name, root, *more)
+    for one, other in zip(want, itertools.islice(whole(3), 4)):  # seg's windows are cut before they are sampled
+        images, others = flat(one)[0], flat(other)[0]
+        assert (images - others).abs().mean() < 1e-3 and (name == "seg" or torch.equal(images, others))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_reading_ahead_is_not_seen_by_a_checkpoint(name, root):
+    _, draw = make(name, root, "--memory", "0")
+    batches = draw(5)
+    stream = iter(batches)
+    next(stream), next(stream)
+    states = [generator.get_state() for generator in batches.generators]
+    want = flat(next(stream))
+    other = draw(99)
+    for generator, state in zip(other.generators, states):
+        generator.set_state(state)
+    assert all(map(torch.equal, want, flat(next(iter(other)))))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scores_do_not_depend_on_where_pictures_are(name, root):
+    scores = []
+    for memory in ("0", "1"):
+        task, _ = make(name, root, "--memory", memory, "--proxy-steps", "2", "--batch", "4")
+        scores.append(task.train({"seg": "ce", "det": "ce+l1", "pose": "mse"}[name]))
+        assert task.simulate({}) >= 0 if name == "none" else True
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
+def test_weights_of_losses_are_made_as_pictures_are_read(root):
+    kept, _ = make("seg", root)
+    streamed, _ = make("seg", root, "--memory", "0")
+    for name in ("wce", "dpce"):
+        want = next(iter(kept.batches(name, kept.proxy, 0)))[2]
+        got = next(iter(streamed.batches(name, streamed.proxy, 0)))[2]
+        assert (want - got).abs().mean() < 0.02 * want.abs().mean(), name
+
+
+def test_one_large_photograph_costs_only_itself(tmp_path):
+    for k in range(6):
+        size = (2300, 3000) if k == 2 else (60, 80)
+        save(np.full((*size, 3), 40 * k, np.uint8), tmp_path / f"{k}.png")
+        save(np.full(size, k, np.uint8), tmp_path / f"{k}m.png")
+    pairs = [(tmp_path / f"{k}.png", tmp_path / f"{k}m.png") for k in range(6)]
+    split = search_seg.read_split(pairs, 6)
+    assert split.sizes[2].tolist() == [1570, 2048] and split.sizes[0].tolist() == [60, 80]
+    assert sum(part.nbytes for part in split if part is not None) < 1.01 * 4 * (1570 * 2048 + 5 * 4800) + 100
+    g = torch.Generator().manual_seed(0)
+    images, labels = search_seg.batch_scale_crop_flip(split, torch.tensor([2, 0]), 32, (0.5, 2.0), g)
+    assert (labels[0] == 2).all() and torch.allclose(images[0], torch.tensor(80.0), atol=0.1)
+    assert set(labels[1].unique().tolist()) <= {0, IGNORE}
+
+
+def test_windows_of_unlike_pictures_are_those_of_a_canvas(tmp_path):
+    """What is cut first and sampled then is what sampling the whole picture gives."""
+    g = np.random.default_rng(0)
+    pairs = []
+    for k, (h, w) in enumerate([(300, 260), (40, 270), (310, 30), (290, 300)]):
+        coarse = Image.fromarray(noise(h // 9 + 1, w // 9 + 1, k)).resize((w, h))
+        image = save(np.asarray(coarse), tmp_path / f"{k}.png")
+        label = np.kron(g.integers(0, 5, (h // 5 + 1, w // 5 + 1)), np.ones((5, 5)))[:h, :w]
+        pairs.append((image, save(label.astype(np.uint8), tmp_path / f"{k}m.png")))
+    split = search_seg.read_split(pairs, 5)
+    assert isinstance(split.images, Pictures)
+    whole = search_seg.Split(split.images[:], split.labels[:], split.sizes)
+    index = torch.arange(4).repeat(10)
+    results = []
+    for some in (split, whole):
+        generator = torch.Generator().manual_seed(4)
+        results.append(search_seg.batch_scale_crop_flip(some, index, 48, (0.5, 2.0), generator))
+    (images, labels), (want_images, want_labels) = results
+    assert (images - want_images).abs().max() < 0.6 and (labels != want_labels).float().mean() < 0.01
+    assert (labels == IGNORE).float().mean() > 0.05
+
+
+def test_memory_is_shared_out_between_splits(root):
+    whole = make("seg", root)[0].data
+    nbytes = {name: sum(x.nbytes for x in split[:2]) for name, split in whole.items()}
+    data = make("seg", root, "--memory", (nbytes["train"] + 10) / 2**30)[0].data
+    assert [isinstance(split.images, torch.Tensor) for split in data.values()] == [True, False, False]
+    assert search_seg.machine_memory() > 0.5
+
+
+# Pictures as cameras and tools write them
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_pictures_are_turned_as_exif_says(tmp_path, orientation, suffix):
+    upright = np.zeros((48, 32, 3), np.uint8)
+    upright[:16, 16:] = 250  # the upper right corner
+    picture = Image.fromarray(upright)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)
+    stored = picture if undo is None else picture.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    stored.save(path, exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
+    for script in SCRIPTS.values():
+        pixels = script.decode(path)
+        assert pixels.shape == (48, 32, 3) and (pixels.int() - torch.from_numpy(upright).int()).abs().max() < 40
+    if orientation >= 5 and suffix == "jpg":  # a tool that knows nothing of EXIF lists it as it lies
+        assert search_det.decode(path, listed=(32, 48)).shape == (32, 48, 3)
+        with pytest.raises(DataError.__mro__[1], match="listed as 7x9"):
+            search_det.decode(path, listed=(9, 7))
+
+
+def test_a_mask_goes_with_its_turned_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = noise(48, 32)
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "a.jpg", exif=exif)
+    for mask, size in ((np.zeros((48, 32), np.uint8), (48, 32)), (np.zeros((32, 48), np.uint8), (32, 48))):
+        mask[:9, :5] = 1
+        save(mask, tmp_path / "a.png")
+        split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+        assert split.images.shape == (2, 3, *size) and split.labels[0].sum() == 45
+    save(np.zeros((30, 48), np.uint8), tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: mask of 48x30 pixels, its image has 32x48"):
+        search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")], 2)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("most", [255, 4095, 65535])
+def test_sixteen_bits_are_scaled(tmp_path, suffix, most):
+    ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(8, 0)
+    pixels = search_seg.decode(save(ramp, tmp_path / f"a.{suffix}"))
+    assert pixels.shape == (8, 64, 3) and pixels[0, :, 1].tolist() == pytest.approx(np.linspace(0, 255, 64), abs=1)
+
+
+def test_more_than_sixteen_bits_are_refused(tmp_path):
+    path = save(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), tmp_path / "a.tif")
+    with pytest.raises(DataError, match="a.tif: values of 32 bits"):
+        search_seg.decode(path)
+    path = save(np.full((8, 8), 70_000, np.int32), tmp_path / "b.tif")
+    with pytest.raises(DataError, match="b.tif: values of 32 bits"):
+        search_seg.decode(path)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "LA", "RGBA", "P", "1", "YCbCr"])
+def test_any_mode_becomes_rgb(tmp_path, mode):
+    picture = Image.new("RGB", (16, 12), (255, 255, 255)).convert(mode)
+    picture.save(path := tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png"))
+    for script in SCRIPTS.values():
+        pixels = script.decode(path)
+        assert pixels.shape == (12, 16, 3) and pixels.dtype == torch.uint8 and (pixels > 240).all()
+
+
+def test_plain_jpegs_are_decoded_as_by_pil(tmp_path):
+    for mode in ("RGB", "L"):
+        Image.fromarray(noise(37, 53)).convert(mode).save(path := tmp_path / "a.jpg")
+        want = np.asarray(Image.open(path).convert("RGB"))
+        assert torch.equal(search_seg.decode(path), torch.from_numpy(want.copy()))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_pictures_cut_off_are_named(tmp_path, suffix):
+    path = save(noise(64, 64), tmp_path / f"a.{suffix}")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for script in SCRIPTS.values():
+        with pytest.raises(script.DataError, match=f"a.{suffix}: not a readable image, or cut off"):
+            script.decode(path)
+    with pytest.raises(DataError, match="b.jpg: not found"):
+        search_seg.decode(tmp_path / "b.jpg")
+
+
+def test_nvjpeg_gets_plain_jpegs_in_one_call(tmp_path, monkeypatch):
+    paths = [save(noise(8 + k, 9), tmp_path / f"{k}.jpg") for k in range(3)]
+    calls, decoder = [], search_seg.torchvision.io.decode_jpeg
+
+    def nvjpeg(data, mode, device="cpu"):
+        if device == "cpu":
+            return decoder(data, mode)
+        calls.append(len(data))
+        if len(data) == 2:
+            raise RuntimeError("unsupported")
+        return [decoder(one, mode) for one in data]
+
+    monkeypatch.setattr(search_seg.torchvision.io, "decode_jpeg", nvjpeg)
+    want = search_seg.read_pictures(paths, [None] * 3, "cpu")
+    got = search_seg.read_pictures(paths, [(8, 9), None, None], "cuda")
+    assert calls == [3] and all(map(torch.equal, got, want)) and search_seg.group_size(paths, "cuda:0") > 1
+    got = search_seg.read_pictures(paths[:2], [None] * 2, "cuda")
+    assert calls == [3, 2] and all(map(torch.equal, got, want)), "the CPU takes over"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(8, 9)).save(paths[0], exif=exif)
+    assert search_seg.read_pictures(paths, [None] * 3, "cuda")[0].shape == (3, 9, 8) and calls == [3, 2]
+    assert search_seg.group_size([tmp_path / "a.png"], "cuda") == search_seg.group_size(paths, "cpu") == 1
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_scaling_down_is_pil_s(device):
+    pixels = noise(90, 70)
+    want = np.asarray(Image.fromarray(pixels).resize((35, 45)))
+    got = search_det.scaled(torch.from_numpy(pixels).movedim(-1, 0), (45, 35))
+    assert (got.movedim(0, -1).int() - torch.from_numpy(want.copy()).int()).abs().max() <= 1
+
+
+# Masks
+
+
+def index_map():
+    index = np.zeros((20, 30), np.uint8)
+    index[4:12, 5:25], index[14:, :9] = 1, 2
+    return index
+
+
+COLOURS = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)  # VOC's first
+
+
+def masks_of(index):
+    """One label map as tools write it: what it is called, and the picture."""
+    palette = Image.fromarray(index)
+    palette.putpalette(shapes.voc_palette())
+    colour = Image.fromarray(COLOURS[index])
+    border = COLOURS[index]
+    border[0] = (224, 224, 192)
+    return {
+        "grey": Image.fromarray(index),
+        "palette": palette,
+        "16 bits": Image.fromarray(index.astype(np.uint16)),
+        "32 bits": Image.fromarray(index.astype(np.int32)),
+        "grey and alpha": Image.fromarray(index).convert("LA"),
+        "grey saved as RGB": Image.fromarray(index).convert("RGB"),
+        "colours": colour,
+        "colours and alpha": colour.convert("RGBA"),
+        "borders": Image.fromarray(border),
+    }
+
+
+@pytest.mark.parametrize("kind", masks_of(index_map()))
+def test_masks_as_tools_write_them(tmp_path, kind):
+    index = index_map()
+    masks_of(index)[kind].save(path := tmp_path / ("a.tif" if kind == "32 bits" else "a.png"))
+    want = torch.from_numpy(index.copy())
+    if kind == "borders":
+        want[0] = IGNORE
+    assert torch.equal(search_seg.read_label(path, search_seg.plain_meaning(21)), want)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("jpeg", "a.png: a JPEG, which blurs"),
+        ("float", "mode F"),
+        ("foreign colour", "RGB colour 1,2,3 in a mask"),
+        ("class", "class 21; expected 0..20 or 255"),
+        ("16 bits", "class 300; expected 0..20 or 255"),
+    ],
+)
+def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
+    index = index_map()
+    picture = {
+        "jpeg": Image.fromarray(index),
+        "float": Image.fromarray(index.astype(np.float32)),
+        "foreign colour": Image.fromarray(np.where(index[..., None] == 1, [1, 2, 3], 0).astype(np.uint8)),
+        "class": Image.fromarray(np.where(index == 1, 21, 0).astype(np.uint8)),
+        "16 bits": Image.fromarray(np.where(index == 1, 300, 0).astype(np.uint16)),
+    }[kind]
+    picture.save(tmp_path / "a.png", format={"jpeg": "JPEG", "float": "TIFF"}.get(kind))
+    with pytest.raises(DataError, match=message):
+        search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(21))
+
+
+def write_folder(root, masks, layout="lists", suffixes=("jpg", "png")):
+    """Pictures and the given masks, half of them for training, in one of the layouts that are understood."""
+    for k, mask in enumerate(masks):
+        split, other = ("train", "training") if k < len(masks) / 2 else ("val", "validation")
+        folders = {
+            "lists": ("images", "masks"),
+            "split first": (f"{split}/images", f"{split}/masks"),
+            "split last": (f"images/{other}", f"annotations/{other}"),
+            "voc": ("JPEGImages", "SegmentationClass"),
+            "no splits": ("images", "labels"),
+        }[layout]
+        mask = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+        for folder, picture, suffix in zip(folders, (Image.fromarray(noise(20, 30, k)), mask), suffixes):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            picture.save(root / folder / f"{k}.{suffix}")
+        if layout in ("lists", "voc"):
+            listing = root / ("" if layout == "lists" else "ImageSets/Segmentation") / f"{split}.txt"
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            with open(listing, "a") as file:
+                file.write(f"{k}\n")
+    return root
+
+
+def read_folder(root, *argv):
+    return search_seg.read_data(arguments(search_seg, root, "--data", "folder", *argv))
+
+
+@pytest.mark.parametrize("layout", ["lists", "split first", "split last", "voc", "no splits"])
+def test_any_folder_of_masks(tmp_path, layout, capsys):
+    masks = [index_map() * (k + 1) for k in range(8)]  # values 0, 1, 2, 3 ...
+    search_seg.note.cache_clear()
+    data = read_folder(write_folder(tmp_path, masks, layout, ("PNG", "png")))
+    number = {name: len(split.images) for name, split in data.items()}
+    assert number == ({"train": 6, "val": 1, "test": 1} if layout == "no splits" else {"train": 3, "val": 1, "test": 4})
+    values = sorted({int(v) for mask in masks for v in np.unique(mask)})
+    printed = capsys.readouterr().out
+    assert f"{len(values)} classes found in 8 masks: {' '.join(map(str, values))}\n" in printed
+    seen = torch.cat([split.labels.flatten() for split in data.values()]).unique().tolist()
+    assert seen == [*range(len(values))]
+
+
+@pytest.mark.parametrize(
+    "values, classes",
+    [
+        ((0, 255, 255), {0: 0, 255: 1}),  # binary
+        ((1, 255, 1), {1: 0, 255: 1}),
+        ((0, 1, 255), {0: 0, 1: 1, 255: IGNORE}),
+        ((0, 100, 200), {0: 0, 100: 1, 200: 2}),
+        ((7, 9, 255), {7: 0, 9: 1, 255: IGNORE}),
+    ],
+)
+def test_classes_are_found_in_masks(tmp_path, values, classes):
+    mask = np.array(values, np.uint8)[index_map()]
+    data = read_folder(write_folder(tmp_path, [mask] * 6))
+    want = torch.tensor([classes[value] for value in mask.flatten().tolist()]).view(20, 30)
+    assert torch.equal(data["test"].labels[0].long(), want)
+
+
+def test_colours_are_found_in_masks(tmp_path, capsys):
+    search_seg.note.cache_clear()
+    masks = [Image.fromarray(np.array([(0, 0, 0), (9, 9, 9), (200, 3, 4)], np.uint8)[index_map()])] * 5
+    data = read_folder(write_folder(tmp_path, [*masks, np.zeros((20, 30), np.uint8)]))
+    assert "3 classes found in 6 masks: 0,0,0 9,9,9 200,3,4\n" in capsys.readouterr().out
+    assert torch.equal(data["test"].labels[0], torch.from_numpy(index_map())) and not data["test"].labels[2].any()
+
+
+@pytest.mark.parametrize("line", ["{}:{},{},{}::", "{}, {}, {}, {}", "{} {} {} {}"])
+def test_colour_table_of_a_labelling_tool(tmp_path, line):
+    colours = {"cat": (250, 50, 83), "background": (0, 0, 0), "dog": (51, 221, 255)}
+    table = "\n".join(line.format(name, *colour) for name, colour in colours.items())
+    (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + table, encoding="utf-8-sig")
+    look = np.array([colours["background"], colours["cat"], colours["dog"]], np.uint8)
+    coloured = Image.fromarray(look[index_map()])
+    palette = Image.fromarray(2 - index_map())  # indices in any order: their colours count
+    palette.putpalette(look[::-1].tobytes())
+    data = read_folder(write_folder(tmp_path, [coloured, palette] * 3))
+    for label in data["test"].labels:
+        assert torch.equal(label, torch.from_numpy(index_map()))
+
+
+def test_classes_by_number_and_by_names(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path, [index_map()] * 6)
+    args = arguments(search_seg, tmp_path, "--data", "folder", "--classes", "5")
+    assert search_seg.find_meaning(args, search_seg.list_data(args)).number == 5
+    names = tmp_path / "names.txt"
+    names.write_text("Hintergrund\nFußgänger\n行人\n", encoding="utf-8")
+    args = arguments(search_seg, tmp_path, "--data", "folder", "--classes", names)
+    assert search_seg.find_meaning(args, search_seg.list_data(args)).number == 3
+    with pytest.raises(DataError, match="class 2; expected 0..1 or 255"):
+        read_folder(tmp_path, "--classes", "2")
+    names.write_text("a\nb\na\n")
+    with pytest.raises(DataError, match="class 'a' stands there twice"):
+        read_folder(tmp_path, "--classes", names)
+    for wrong in ("1", "256", "names.csv"):
+        error = refused(
+            search_seg, monkeypatch, capsys, "--data", "folder", "--data-root", tmp_path, "--classes", wrong
+        )
+        assert f"--classes {wrong}" in error or "--classes" in error and wrong in error
+    write_folder(tmp_path / "binary", [(index_map() > 0).astype(np.uint8) * 255] * 6)
+    assert read_folder(tmp_path / "binary", "--classes", "2")["test"].labels.unique().tolist() == [0, 1]
+
+
+def test_more_classes_than_bits(tmp_path):
+    masks = [np.arange(600).reshape(20, 30).astype(np.uint16) % 150 for _ in range(6)]
+    args = arguments(search_seg, write_folder(tmp_path, masks), "--data", "folder", "--model", "small", "--crop", "16")
+    task = search_seg.SegTask(args)
+    assert task.num_classes == 150
+    scores = search_seg.test_network(task.network(task.proxy, 0), task.data["test"], 150, "cpu")
+    assert all(0 <= value <= 1 for value in scores.values())
+    with pytest.raises(DataError, match="599 colours or values"):
+        read_folder(write_folder(tmp_path / "b", [np.arange(600).reshape(20, 30).astype(np.uint16)] * 6))
+
+
+@pytest.mark.parametrize("kind", ["one", "binary in VOC", "none in train", "none in test"])
+def test_masks_without_classes(tmp_path, kind, capsys):
+    search_seg.note.cache_clear()
+    masks = [index_map()] * 6
+    if kind == "one":
+        masks = [np.zeros((20, 30), np.uint8)] * 6
+    elif kind == "binary in VOC":
+        masks = [(index_map() > 0).astype(np.uint8) * 255] * 6
+    elif kind == "none in train":
+        masks = [np.full((20, 30), 255, np.uint8)] * 3 + masks[3:]
+    else:
+        masks = masks[:3] + [np.full((20, 30), 255, np.uint8)] * 3
+    args = arguments(search_seg, write_folder(tmp_path, masks, "voc"), "--data", "voc")
+    if "none" in kind:
+        with pytest.raises(DataError, match=f"{kind.split()[-1]}: every pixel is 255, ignored"):
+            search_seg.read_data(args)
+    else:
+        search_seg.read_data(args)
+        assert "train: only class 0 in all masks (255 is ignored" in capsys.readouterr().out
+
+
+# Lists and folders
+
+
+def test_lists_as_people_write_them(tmp_path, capsys):
+    search_seg.note.cache_clear()
+    root = write_folder(tmp_path, [index_map()] * 6, "voc")
+    (root / "JPEGImages/0.jpg").rename(root / "JPEGImages/0.JPEG")
+    (root / "JPEGImages/1.jpg").rename(root / "JPEGImages/übung 1.jpg")
+    (root / "SegmentationClass/1.png").rename(root / "SegmentationClass/übung 1.PNG")
+    (root / "JPEGImages/._0.JPEG").write_bytes(b"what macOS leaves behind")
+    lines = [
+        "0",
+        "übung 1",
+        "2.jpg",
+        "JPEGImages/3.jpg",
+        "/JPEGImages/4.jpg /SegmentationClass/4.png",
+        "5  -1",
+        "",
+        "2.jpg",
+    ]
+    listing = root / "ImageSets/Segmentation/train.txt"
+    listing.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    pairs = search_seg.voc_pairs(root, "train")
+    assert [path.stem for path, _ in pairs] == ["0", "übung 1", "2", "3", "4", "5", "2"]
+    assert all(image.parent.name == "JPEGImages" and mask.stem == image.stem for image, mask in pairs)
+    assert "1 of its pictures stand there more than once" in capsys.readouterr().out
+    listing.write_bytes("0\n".encode("utf-16"))
+    with pytest.raises(DataError, match="train.txt: not a text in UTF-8"):
+        search_seg.voc_pairs(root, "train")
+
+
+def test_lists_are_read_in_any_locale(tmp_path):
+    root = write_folder(tmp_path, [index_map()] * 4)
+    for folder, suffix in (("images", "jpg"), ("masks", "png")):
+        (root / folder / f"0.{suffix}").rename(root / folder / f"ä.{suffix}")
+    (root / "train.txt").write_text("ä\n1\n", encoding="utf-8")
+    code = "import search_seg, sys\nprint(len(search_seg.folder_pairs(search_seg.Path(sys.argv[1]))['train']))"
+    ascii_locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    here = {"cwd": Path(search_seg.__file__).parent, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code, str(root)], env=ascii_locale, **here)
+    assert done.stdout == "2\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        ("no folders", "no training pictures; it must hold images and masks"),
+        ("no mask", "0.jpg: no mask of that name in"),
+        ("two pictures", "beside 0.jpg; move away"),
+        ("no pictures", "images: no pictures in it"),
+        ("one picture", "the only training picture; give two or more"),
+        ("mixed", "an RGB mask, and .* is none"),
+        ("half a table", "'dog' has no colour"),
+    ],
+)
+def test_broken_folders_are_named(tmp_path, broken, message):
+    masks = [index_map()] * 4
+    if broken == "mixed":
+        masks = [Image.fromarray(COLOURS[index_map()]), *masks[1:]]
+    if broken != "no folders":
+        write_folder(tmp_path, masks, "lists" if broken == "one picture" else "split first")
+    images = tmp_path / "train/images"
+    if broken == "no mask":
+        (tmp_path / "train/masks/0.png").unlink()
+    elif broken == "two pictures":
+        (images / "0.png").write_bytes(b"")
+    elif broken == "no pictures":
+        for path in images.iterdir():
+            path.unlink()
+    elif broken == "one picture":
+        (tmp_path / "train.txt").write_text("1")
+    elif broken == "half a table":
+        (tmp_path / "labelmap.txt").write_text("cat:1,2,3::\ndog\n")
+    with pytest.raises(DataError, match=message) as error:
+        read_folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_masks_with_an_ending(tmp_path):
+    write_folder(tmp_path, [index_map()] * 8, "no splits")
+    for path in (tmp_path / "labels").iterdir():
+        path.rename(path.with_stem(path.stem + "_mask"))
+    assert len(read_folder(tmp_path)["train"].labels) == 6
+
+
+# Weights from elsewhere
+
+
+def test_weights_of_a_file(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    state = search_seg.torchvision.models.resnet50(weights=None).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "w.pth")
+    for script in SCRIPTS.values():
+        net = script.resnet(50, str(tmp_path / "w.pth"))
+        assert torch.equal(net.layer3[2].conv2.weight, state["layer3.2.conv2.weight"])
+    args = ("--data-root", tmp_path, "--model", "r101-psp", "--pretrained")
+    assert "no layer3.6" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "w.pth")
+    assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize("name, model", [("seg", "r50-dlv3p"), ("det", "r50-fpn"), ("pose", "r50")])
+def test_without_a_network_one_line_says_what_to_do(name, model, tmp_path, monkeypatch, capsys):
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    crop = ["--crop", "64", "--aspect", "1"] if name == "pose" else []
+    error = refused(
+        SCRIPTS[name], monkeypatch, capsys, "--model", model, "--pretrained", "--data-root", tmp_path, *crop
+    )
+    assert "--pretrained: no download" in error and "resnet50" in error and "--pretrained FILE" in error
+
+
+# Few pictures, and none
+
+
+def write_coco(root, number):
+    """A COCO data set of `number` pictures a split, one object in each but every eighth of train."""
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        for k in range(number):
+            save(noise(40, 40, k), root / f"{split}2017/{k}.jpg")
+    return root
+
+
+def test_no_object_in_the_pictures_held_out(tmp_path):
+    import json
+
+    root = write_coco(tmp_path, 9)
+    images = [{"id": k + 1, "file_name": f"{k}.jpg", "width": 40, "height": 40} for k in range(9)]
+    entries = [
+        {"id": k, "image_id": k, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+        | {"keypoints": [9, 9, 2, 15, 15, 2], "num_keypoints": 2}
+        for k in range(2, 9)
+    ]
+    content = {"images": images, "annotations": entries}
+    content["categories"] = [{"id": 1, "name": "x", "keypoints": ["a", "b"], "skeleton": []}]
+    for split in ("train", "val"):
+        for kind in ("instances", "person_keypoints"):
+            (root / f"annotations/{kind}_{split}2017.json").write_text(json.dumps(content))
+    with pytest.raises(search_det.DataError, match="no object in 2 pictures"):
+        search_det.DetTask(arguments(search_det, root, "--data", "coco", "--size", "64", "--model", "small"))
+    with pytest.raises(search_pose.DataError, match="nobody with a labelled joint"):
+        search_pose.read_data(arguments(search_pose, root, "--data", "coco", "--model", "small"))
+    content |= {"images": images[:1], "annotations": [{**entries[0], "image_id": 1}]}
+    for kind in ("instances", "person_keypoints"):
+        (root / f"annotations/{kind}_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(search_det.DataError, match="too few pictures; give two or more"):
+        search_det.DetTask(arguments(search_det, root, "--data", "coco", "--size", "64", "--model", "small"))
+    with pytest.raises(search_pose.DataError, match="too few pictures; give two or more"):
+        search_pose.read_data(arguments(search_pose, root, "--data", "coco", "--model", "small"))
+
+
+def test_a_run_on_a_folder_of_two_pictures_each(tmp_path):
+    """The real command to its end, on binary masks with pictures that do not fit the memory given."""
+    masks = [(index_map() > 0).astype(np.uint8) * 255] * 4
+    write_folder(tmp_path / "data", masks)
+    flags = "--data folder --model small --crop 16 --batch 2 --proxy-steps 2 --retrain-steps 2 --evals 1 --minutes 0.2"
+    command = [sys.executable, search_seg.__file__, *flags.split(), "--seeds", "1", "--workers", "1", "--memory", "0"]
+    command += ["--data-root", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 classes found in 4 masks: 0 255\n" in done.stdout, done.stderr
+    assert "do not fit --memory 0; decoded batch by batch" in done.stdout

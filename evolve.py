@@ -1148,7 +1148,7 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
     for result in state.ranking()[: 20 * RUNGS[0][0]]:
         tree = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = guide.point(task, result.losses) if tree else None
-        related = tree and any((point * other).sum(1).mean() > RELATED for other in points)
+        related = tree and any((point - other).square().sum(1).mean() < 2 - 2 * RELATED for other in points)
         worse = state.baseline is not None and result.score < state.baseline
         if related or worse or result.score == last:
             others.append(texts(result.losses))

@@ -1544,7 +1544,7 @@ def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan:
     def read(some: Sequence[dict]) -> Tensor:
         values = [result[key] for result in some]
         if width == 1:
-            values = np.fromiter(values, np.float64, len(values))
+            values = np.fromiter(map(float, values), np.float64, len(values))  # None is no number
         elif isinstance(values[0], Tensor):
             values = torch.stack(values).cpu().numpy()
         values = torch.from_numpy(np.array(values, np.float64).reshape(len(some), width))

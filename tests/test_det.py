@@ -113,6 +113,7 @@ def random_case(seed, iou_type):
                 box = np.maximum(np.add(near["bbox"], noise), [0, 0, 1, 1]).tolist()
                 category = near["category_id"] if rng.random() < 0.9 else category
             score = rng.random() if rng.random() < 0.3 else round(rng.random(), 1)
+            score = np.nan if seed % 4 == 3 and rng.random() < 0.2 else score
             found.append({"image_id": image, "category_id": category, "score": float(score), "bbox": box})
     if iou_type == "segm":
         for entry in entries + found:
@@ -135,7 +136,7 @@ def test_evaluator_equals_pycocotools(seed, iou_type):
     got = coco_eval(truth, found, iou_type)
     assert list(got) == NUMBERS
     if found:
-        assert got == pytest.approx(oracle(truth, found, iou_type), abs=1e-9)
+        assert got == pytest.approx(oracle(truth, found, iou_type), rel=0, abs=1e-12)
 
 
 def test_of_equal_ious_the_later_one_is_taken():
@@ -178,6 +179,40 @@ def test_evaluator_reads_files_and_complains(tmp_path):
         coco_eval(truth, found, "keypoints")
     with pytest.raises(ValueError, match="image 5000"):
         coco_eval(truth, [{**found[0], "image_id": 5000}], "bbox")
+
+
+def test_evaluator_takes_tuples_tensors_and_arrays():
+    truth, found = random_case(4, "bbox")
+    want = oracle(truth, found, "bbox")
+    rows = [[r["image_id"], *r["bbox"], r["score"], r["category_id"]] for r in found]
+    tensors = [{key: torch.tensor(value, dtype=torch.float64) for key, value in r.items()} for r in found]
+    mixed = [found[0], *tensors[1:]]
+    strings = [r | {"image_id": str(r["image_id"]), "category_id": float(r["category_id"])} for r in found]
+    for given in (tuple(found), tensors, mixed, strings, torch.tensor(rows, dtype=torch.float64), np.array(rows)):
+        assert coco_eval(truth, given, "bbox") == pytest.approx(want, rel=0, abs=1e-12)
+    lists = ("images", "annotations", "categories")
+    assert coco_eval({key: tuple(truth[key]) for key in lists}, found, "bbox") == pytest.approx(want, rel=0, abs=1e-12)
+
+
+WRONG_RESULTS = {
+    "image 5000": {"image_id": 5000},
+    "image None": {"image_id": None},
+    "'bbox' is .1, 2, 3.": {"bbox": [1, 2, 3]},
+    "'bbox' is .1, 2, 3, nan.": {"bbox": [1, 2, 3, np.nan]},
+    "'bbox' is .*'x'": {"bbox": ["x", 2, 3, 4]},
+    "'score' is None": {"score": None},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_RESULTS)
+def test_evaluator_names_the_result_that_is_damaged(message):
+    truth, found = random_case(4, "bbox")
+    found[2] = found[2] | WRONG_RESULTS[message]
+    with pytest.raises(ValueError, match=f"^detections: result 2: {message}"):
+        coco_eval(truth, found, "bbox")
+    for nothing in ({}, "x", [7], None):
+        with pytest.raises((ValueError, DataError)):
+            coco_eval(truth, nothing, "bbox")
 
 
 @pytest.mark.skipif(not (SHARED / "coco_eval").is_dir(), reason="COCO's published example is not here")

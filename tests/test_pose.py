@@ -53,7 +53,7 @@ def oracle(truth, detections, sigmas=None):
 
 def same(truth, detections, sigmas=None):
     want = oracle(truth, detections, sigmas)
-    assert oks_eval(truth, detections, sigmas) == pytest.approx(want, abs=1e-9)
+    assert oks_eval(truth, detections, sigmas) == pytest.approx(want, rel=0, abs=1e-12)
     return want
 
 
@@ -112,6 +112,7 @@ def random_case(seed):
                 xyv[:, :2] += rng.normal(0, rng.choice([0, 0.03, 0.1, 0.3]) * entry["area"] ** 0.5, (joints, 2))
                 category = entry["category_id"]
             score = float(rng.integers(4) if seed % 2 else rng.random())
+            score = math.nan if seed % 4 == 1 and rng.random() < 0.2 else score
             box = {"bbox": [0.0, 0.0, *rng.uniform(1, 200, 2)]} if seed % 4 == 3 else {}
             detections.append(pose(xyv, score, picture, category_id=category, **box))
     sigmas = None if joints == 17 else rng.uniform(0.02, 0.12, joints).tolist()
@@ -142,6 +143,17 @@ def test_oks_of_one_pair():
     moved[:, 0] = joints[:, 0] + off * np.array(search_pose.COCO_SIGMAS) / search_pose.COCO_SIGMAS[9]  # one half each
     assert oks_eval(truth, [pose(moved + [0.01, 0, 0], 1.0)])["AP"] == 0
     assert oks_eval(truth, [pose(moved - [0.01, 0, 0], 1.0)])["AP"] == pytest.approx(0.1), "one threshold in ten: .50"
+
+
+def test_evaluator_takes_tuples_and_tensors_and_names_what_is_damaged():
+    truth, detections, sigmas = random_case(7)
+    want = oracle(truth, detections, sigmas)
+    tensors = [{key: torch.tensor(value, dtype=torch.float64) for key, value in d.items()} for d in detections]
+    for given in (tuple(detections), tensors, [d | {"image_id": str(d["image_id"])} for d in detections]):
+        assert oks_eval(truth, given, sigmas) == pytest.approx(want, rel=0, abs=1e-12)
+    for wrong in ({"image_id": 5000}, {"keypoints": [math.nan] * 51}, {"keypoints": [1, 2]}, {"score": "high"}):
+        with pytest.raises(ValueError, match=f"^detections: result 2: .*{next(iter(wrong)).split('_')[0]}"):
+            oks_eval(truth, [*detections[:2], detections[2] | wrong], sigmas)
 
 
 @pytest.mark.skipif(not (REAL / "coco_eval").is_dir(), reason="COCO API's examples are not at hand")
@@ -483,6 +495,7 @@ def test_other_skeletons_by_their_names(tmp_path):
     root = write_coco(tmp_path / "animals", animals=True)
     args = arguments(root, "--data", "coco", "--model", "small", "--aspect", "1", "--sigmas", "0.1", "--batch", "4")
     task = search_pose.PoseTask(args)
+    task.load()
     assert task.skeleton.swap.tolist() == [0, 2, 1, 4, 3] and task.skeleton.sigmas.tolist() == [0.1] * 5
     assert task.data["train"].images.shape[1:] == (3, 80, 80)
     default = search_pose.read_data(arguments(root, "--data", "coco", "--model", "small"))[1]

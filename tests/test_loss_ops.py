@@ -351,12 +351,12 @@ def test_long_searches_need_no_memory():
     exprs = trees(500, seed=23)
     tracemalloc.start()
     rng = random.Random(24)
-    for _ in range(10000):
+    for _ in range(6000):
         expr = Expr("Mul", (rng.choice(exprs), Expr("Tanh", (Expr("Add", (rng.choice(exprs), rng.choice(exprs))),))))
         is_dead(canonical(expr))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 8e6
+    assert held < 6e6
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ POOLED = "Add(Square(Add(1, Neg(MaxPool3(Mul(y, p))))), Neg(Mul(y, Log(MinPool3(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("text", [CE, DICE, POOLED])
 def test_half_precision_is_computed_in_single(text, dtype):
-    logits, label = sample(25, H=384, W=384)
+    logits, label = sample(25, N=1, C=3, H=384, W=384)
     logits = (8 * logits).to(dtype).requires_grad_()
     loss = exported(python_source(parse(text)))
     value, want = loss(logits, label), loss(logits.double(), label)

@@ -10,7 +10,7 @@ while batches come; `peak`: the most until then, shared pictures and the annotat
 batches alone; beside it a torch DataLoader with two worker processes that decodes and augments the same way. `wait`:
 the share of a training step of the data set's own network that is spent waiting for its batch.
 
-TABLE
+Not measured yet: the table belongs here, from an idle machine and with its name.
 """
 
 import argparse

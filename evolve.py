@@ -46,7 +46,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate_batch, is_dead, latex, parse
+from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate_batch, fits, is_dead, latex, parse
 
 POPULATION = 2500  # [P] the newest P candidates stay
 INITIAL = 20  # [P] random candidates to begin with
@@ -2287,6 +2287,7 @@ def compiled(state: State, name: str, branch: Branch, make: Callable[[], list[In
     while tree is None:
         program = make()
         tree = program_tree(program, branch.symbols)
+        tree = tree if tree and fits(tree) else None
     state.programs[f"{name}:{tree}"] = program
     return tree
 

@@ -249,7 +249,7 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr | str]:
     for part in split_outside_brackets(text, ",;"):
         branch, _, term = (piece.strip() for piece in part.partition("="))
         if branch not in BRANCHES:
-            fail(f"{flag} {text}: unknown branch {branch!r}; choose one of {' '.join(BRANCHES)}")
+            fail(f"{flag} {text:.80}: unknown branch {branch!r}; choose one of {' '.join(BRANCHES)}")
         losses[branch] = read_term(branch, term, f"{flag} {part}")
     return losses
 

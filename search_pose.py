@@ -243,15 +243,15 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
     if "(" not in text:
         if Path(text).is_dir():
             return evolve.read_found(Path(text), "pose", flag)
-        fail(f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
+        fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     try:
         expr = parse(text)
     except ValueError as error:
-        fail(f"{flag} {text}: {error}")
+        fail(f"{flag} {text:.80}: {error}")
     if foreign := leaves_of(expr) - set("yp1"):
-        fail(f"{flag} {text}: '{min(foreign)}' has no meaning in pose estimation; use y, p and 1")
+        fail(f"{flag} {text:.80}: '{min(foreign)}' has no meaning in pose estimation; use y, p and 1")
     if is_dead(expr):
-        fail(f"{flag} {text}: its gradient knows nothing of prediction and target together; it cannot teach")
+        fail(f"{flag} {text:.80}: its gradient knows nothing of prediction and target together; it cannot teach")
     return {"loss": expr}
 
 

@@ -83,7 +83,7 @@ PROXY = {
 }
 PROXY["folder"] = PROXY["voc"]
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=600),
+    "shapes": PROXY["shapes"]._replace(steps=600, base=0),
     "voc": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }

@@ -7,6 +7,8 @@ import math
 import operator
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import cv2
 import pytest
@@ -81,3 +83,11 @@ def damaged(content):
     )
     yield "Latin-1", json.dumps(content | {"info": "Fußgänger"}, ensure_ascii=False).encode("latin-1")
     yield "too deep", b"[" * 100_000
+
+
+def ready(task):
+    """The task with its data loaded and its base network trained."""
+    task.load()
+    with tempfile.TemporaryDirectory() as folder:
+        task.prepare(Path(folder) / "base.pt")
+    return task

@@ -12,7 +12,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import ready, refused
 from PIL import Image
 
 import search_det
@@ -537,7 +537,7 @@ def test_classes_by_number_and_by_names(tmp_path, monkeypatch, capsys):
 def test_more_classes_than_bits(tmp_path):
     masks = [np.arange(600).reshape(20, 30).astype(np.uint16) % 150 for _ in range(6)]
     args = arguments(search_seg, write_folder(tmp_path, masks), "--data", "folder", "--model", "small", "--crop", "16")
-    task = search_seg.SegTask(args)
+    task = ready(search_seg.SegTask(args))
     assert task.num_classes == 150
     scores = search_seg.test_network(task.network(task.proxy, 0), task.data["test"], 150, "cpu")
     assert all(0 <= value <= 1 for value in scores.values())
@@ -708,14 +708,14 @@ def test_no_object_in_the_pictures_held_out(tmp_path):
         for kind in ("instances", "person_keypoints"):
             (root / f"annotations/{kind}_{split}2017.json").write_text(json.dumps(content))
     with pytest.raises(search_det.DataError, match="no object in 2 pictures"):
-        search_det.DetTask(arguments(search_det, root, "--data", "coco", "--size", "64", "--model", "small"))
+        ready(search_det.DetTask(arguments(search_det, root, "--data", "coco", "--size", "64", "--model", "small")))
     with pytest.raises(search_pose.DataError, match="nobody with a labelled joint"):
         search_pose.read_data(arguments(search_pose, root, "--data", "coco", "--model", "small"))
     content |= {"images": images[:1], "annotations": [{**entries[0], "image_id": 1}]}
     for kind in ("instances", "person_keypoints"):
         (root / f"annotations/{kind}_train2017.json").write_text(json.dumps(content))
     with pytest.raises(search_det.DataError, match="too few pictures; give two or more"):
-        search_det.DetTask(arguments(search_det, root, "--data", "coco", "--size", "64", "--model", "small"))
+        ready(search_det.DetTask(arguments(search_det, root, "--data", "coco", "--size", "64", "--model", "small")))
     with pytest.raises(search_pose.DataError, match="too few pictures; give two or more"):
         search_pose.read_data(arguments(search_pose, root, "--data", "coco", "--model", "small"))
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import damaged, journal, refused
+from conftest import damaged, journal, ready, refused
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -50,12 +50,12 @@ def arguments(root, *argv):
 
 @pytest.fixture(scope="module")
 def task(root):
-    return search_det.DetTask(arguments(root))
+    return ready(search_det.DetTask(arguments(root)))
 
 
 @pytest.fixture(scope="module")
 def mask_task(root):
-    return search_det.DetTask(arguments(root, "--metric", "segm"))
+    return ready(search_det.DetTask(arguments(root, "--metric", "segm")))
 
 
 # Metric, against pycocotools
@@ -429,8 +429,10 @@ def test_coco_layout(tmp_path):
         entry(6, 77, box=(0, 0, 50, 55)),
     ]
     write_coco(tmp_path, pictures, entries)
-    task = search_det.DetTask(
-        arguments(tmp_path, "--data", "coco", "--size", "64", "--metric", "segm", "--model", "small")
+    task = ready(
+        search_det.DetTask(
+            arguments(tmp_path, "--data", "coco", "--size", "64", "--metric", "segm", "--model", "small")
+        )
     )
     assert {name: len(split.images) for name, split in task.data.items()} == {"train": 14, "val": 2, "test": 16}
     test = task.data["test"]
@@ -654,7 +656,7 @@ def test_scores_of_a_perfect_detector(mask_task, monkeypatch):
 
 
 def test_training_learns(root):
-    task = search_det.DetTask(arguments(root))
+    task = ready(search_det.DetTask(arguments(root)))
     plan = task.proxy._replace(steps=40, batch=8)
     net = task.network(plan, 0)
     curve = search_det.train_network(net, task.losses("giou"), task.batches(plan, 0), plan)

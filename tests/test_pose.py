@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import damaged, journal, refused
+from conftest import damaged, journal, ready, refused
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -494,7 +494,7 @@ def test_coco_layout_holds_every_eighth_picture_out(tmp_path):
 def test_other_skeletons_by_their_names(tmp_path):
     root = write_coco(tmp_path / "animals", animals=True)
     args = arguments(root, "--data", "coco", "--model", "small", "--aspect", "1", "--sigmas", "0.1", "--batch", "4")
-    task = search_pose.PoseTask(args)
+    task = ready(search_pose.PoseTask(args))
     task.load()
     assert task.skeleton.swap.tolist() == [0, 2, 1, 4, 3] and task.skeleton.sigmas.tolist() == [0.1] * 5
     assert task.data["train"].images.shape[1:] == (3, 80, 80)
@@ -690,7 +690,7 @@ def test_networks(name):
 
 @pytest.fixture(scope="module")
 def task(root):
-    return search_pose.PoseTask(arguments(root, "--proxy-steps", "4", "--retrain-steps", "4", "--batch", "4"))
+    return ready(search_pose.PoseTask(arguments(root, "--proxy-steps", "4", "--retrain-steps", "4", "--batch", "4")))
 
 
 class Oracle(torch.nn.Module):
@@ -784,7 +784,7 @@ def test_gate_scores_count_joints(task):
 
 
 def test_training_learns(root):
-    task = search_pose.PoseTask(arguments(root, "--proxy-steps", "60", "--metric", "pck"))
+    task = ready(search_pose.PoseTask(arguments(root, "--proxy-steps", "60", "--metric", "pck")))
     start = task.test(task.network(0), task.data["val"])["pck"]
     assert start < 0.2 and task.train("ce") > 0.4
 

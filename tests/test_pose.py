@@ -146,7 +146,7 @@ def test_oks_of_one_pair():
 
 
 def test_evaluator_takes_tuples_and_tensors_and_names_what_is_damaged():
-    truth, detections, sigmas = random_case(7)
+    truth, detections, sigmas = random_case(4)
     want = oracle(truth, detections, sigmas)
     tensors = [{key: torch.tensor(value, dtype=torch.float64) for key, value in d.items()} for d in detections]
     for given in (tuple(detections), tensors, [d | {"image_id": str(d["image_id"])} for d in detections]):

@@ -642,6 +642,8 @@ def read_split(
     """
     path, coco = source.annotations, coco or check_source(source, masks, skip_empty)
     listed = [image for k, image in enumerate(coco["images"]) if source.keep(k)]
+    if not listed:
+        raise DataError(f"{path}: too few pictures; give two or more, every eighth is held out")
     truth = read_objects({**coco, "images": listed}, masks)
     if truth.objects.crowd.all():
         raise DataError(f"{path}: no object in the {len(listed)} of its {len(coco['images'])} pictures for this split")

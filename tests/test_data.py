@@ -142,7 +142,7 @@ def make(name, root, *argv):
     """A split for training, and batches of it."""
     script = SCRIPTS[name]
     args = arguments(script, root, *argv)
-    task = getattr(script, name.capitalize() + "Task")(args)
+    task = ready(getattr(script, name.capitalize() + "Task")(args))
     draw = {"seg": lambda seed: task.batches("ce", task.proxy, seed)}.get(name, lambda s: task.batches(task.proxy, s))
     return task, draw
 
@@ -707,7 +707,7 @@ def test_no_object_in_the_pictures_held_out(tmp_path):
     for split in ("train", "val"):
         for kind in ("instances", "person_keypoints"):
             (root / f"annotations/{kind}_{split}2017.json").write_text(json.dumps(content))
-    with pytest.raises(search_det.DataError, match="no object in 2 pictures"):
+    with pytest.raises(search_det.DataError, match="no object in the 2 of its 9 pictures"):
         ready(search_det.DetTask(arguments(search_det, root, "--data", "coco", "--size", "64", "--model", "small")))
     with pytest.raises(search_pose.DataError, match="nobody with a labelled joint"):
         search_pose.read_data(arguments(search_pose, root, "--data", "coco", "--model", "small"))

@@ -698,7 +698,7 @@ def test_known_losses_pass_the_gates(mask_task, branch):
     assert (own.score(own.ideal, own.target) > 0.95).all(), "the ideal prediction is right"
     for text in own.known:
         expr = parse(text)
-        assert evolve.first_gradients(own, [expr])[0] is not None
+        assert evolve.gradients(own, [expr])[0] is not None
         assert evolve.rejection_gains(own, [expr])[0] > 1.2 * own.eta, text
     wrong = parse(f"Neg({own.known[0]})")
     assert evolve.rejection_gains(own, [wrong])[0] < own.eta
@@ -748,7 +748,7 @@ def test_run_writes_what_it_promises(finished):
     for side in ("found", "baseline"):
         assert set(result["test"][side]) == set(search_det.METRICS["bbox"])
         assert all(len(values) == 1 for values in result["test"][side].values())
-    assert (directory / "baseline.png").exists() and (directory / "finalist_1.png").exists()
+    assert (directory / "baseline.png").exists() and (directory / "found.png").exists()
 
 
 def test_same_seed_same_journal_across_a_kill(root, finished, tmp_path):

@@ -432,7 +432,7 @@ class Tried:
 def judge(task: Task, state: "State", children: list[Child], names: tuple[str, ...], tried: Tried) -> list[Child]:
     """The children that pass the named gates. A child whose equivalent was trained takes over its score [P]."""
     trees = [tree for child in children for tree in child.trees]
-    for name in (name for name in names if name in state.gates):
+    for name in (name for name in names if name in state.gates & GATES.keys()):
         undecided = [tree for tree in trees if tree.verdict is None]
         for tree, verdict in zip(undecided, GATES[name](task, state, undecided)):
             tree.verdict, tree.gate = verdict, name if verdict else ""

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -383,12 +384,13 @@ def test_sketches_keep_distances():
     trees = [evolve.mutate(rng, parse(PLANTED), SYMBOLS) for _ in range(60)]
     slopes = [slope for slope in evolve.gradients(branch, trees) if slope is not None]
     assert len(slopes) > 10
-    worst = 0.0
+    errors = []
     for one, two in itertools.combinations(slopes, 2):
-        exact = (2 - 2 * F.cosine_similarity(one, two, dim=-1)).mean().item()
+        apart = F.normalize(one, dim=-1) - F.normalize(two, dim=-1)
+        exact = apart.square().sum(-1).mean().item()
         sketched = (evolve.sketch(one) - evolve.sketch(two)).square().sum().item()
-        worst = max(worst, abs(sketched - exact) / max(exact, 0.05))
-    assert worst < 0.25
+        errors.append(abs(sketched - exact) / max(exact, 0.05))
+    assert sorted(errors)[len(errors) // 2] < 0.1 and max(errors) < 0.5
     assert evolve.sketch(slopes[0]).square().sum().item() == pytest.approx(1, abs=0.1)
     assert torch.equal(evolve.sketch(slopes[0]), evolve.sketch(4 * slopes[0])), "directions, not norms"
 
@@ -504,10 +506,10 @@ def tried_child(task, state, child):
 
 @pytest.mark.parametrize("gate", evolve.PUBLISHED)
 def test_a_gate_switched_off_never_decides(tmp_path, gate):
-    directory = run(tmp_path, "--evals", "12", "--without", f"{gate},surrogate")
+    directory = run(tmp_path, "--evals", "4", "--seeds", "1", "--without", f"{gate},surrogate")
     counts = sum((Counter(line["tried"]["counts"]) for line in journal(directory)), Counter())
     gates = result_of(directory)["gates"]
-    assert len(journal(directory)) == 12 and gate not in gates and counts[gate] == 0
+    assert len(journal(directory)) == 4 and gate not in gates and counts[gate] == 0
     assert all(gates[other] == counts[other] > 0 for other in ("gradient", "rejected") if other != gate)
 
 
@@ -649,7 +651,7 @@ def test_what_others_are_training_promises_less():
     _, alone = guided(task, known)
     _, beside = guided(task, known, [busy])
     assert promise(beside, [relative]) < 0.8 * promise(alone, [relative])
-    assert (promise(beside, strangers) / promise(alone, strangers)).median() > 0.9
+    assert promise(beside, strangers).sum() > 0.8 * promise(alone, strangers).sum()
     assert len(beside.promise) == len(known) and busy not in beside.merits, "a score to come is none yet"
 
 
@@ -698,17 +700,19 @@ def test_with_surrogate_leaders_are_trained_in_mid_search(tmp_path, monkeypatch)
 
 def test_surrogate_finds_the_planted_formula_sooner(monkeypatch):
     monkeypatch.setattr(evolve, "INITIAL", 10)
+    monkeypatch.setattr(evolve, "POOL", 20)
+    monkeypatch.setattr(evolve, "ATTEMPTS", 200)
 
     def trainings(seed, without):
         task = ToyTask(planted="Neg(Mul(y, MinPool3(p)))")
         state = begin(task, "--without", without)
-        while state.evaluated < 50:
+        while state.evaluated < 45:
             (record,) = explore(task, state, 1, state.surrogate, seed)
-            if (record["score"] or 0) > 0.995:
+            if (record["score"] or 0) > 0.9:
                 break
         return state.evaluated
 
-    with_it, plain = (sum(trainings(seed, w) for seed in (0, 1, 3)) for w in ("rejected", "rejected,surrogate"))
+    with_it, plain = (sum(trainings(seed, w) for seed in range(4)) for w in ("rejected", "rejected,surrogate"))
     assert with_it < 0.8 * plain
 
 
@@ -769,11 +773,14 @@ def test_copies_of_the_best_do_not_win_every_tournament():
     assert all(parent is newest for parent in parents if parent.score == 1.0), "the newest stands for its equivalents"
 
 
-def test_planted_formula_is_found(tmp_path):
-    directory = run(tmp_path, "--evals", "40", "--without", "rejected", planted=PLANTED)
-    assert result_of(directory)["test"]["found"]["toy"][0] > 0.9
+def test_planted_formula_is_found(tmp_path, monkeypatch):
+    for name, value in {"INITIAL": 10, "POOL": 20, "ATTEMPTS": 200}.items():
+        monkeypatch.setattr(evolve, name, value)
+    flags = ("--evals", "40", "--seed", "1", "--seeds", "1", "--without", "rejected")
+    directory = run(tmp_path, *flags, planted="Neg(Mul(y, MinPool3(p)))")
     scores = [line["score"] or 0 for line in journal(directory)]
-    assert max(scores) > max(scores[: evolve.INITIAL]), "evolution improved on the random start"
+    assert max(scores) > 0.995 and max(scores[: evolve.INITIAL]) < 0.5, "evolution improved on the random start"
+    assert result_of(directory)["test"]["found"]["toy"][0] > 0.995
 
 
 def test_every_candidate_invalid(tmp_path, capsys):
@@ -834,7 +841,8 @@ def test_a_short_search_puts_the_best_parts_together(tmp_path):
 def test_one_of_several_branches_changes():
     fresh, rng = parse("Neg(p)"), random.Random(0)
     task = ToyTask(branches=("cls", "reg"))
-    method = evolve.METHODS["evolve"]._replace(fresh=lambda *args: fresh)
+    mutated = parse("Exp(p)")
+    method = evolve.METHODS["evolve"]._replace(fresh=lambda *args: fresh, mutate=lambda *args: mutated)
     state = begin(task, method=method, turns={0: set(range(evolve.TRIALS + evolve.ASSEMBLED + 1))})
     trees = [evolve.random_tree(rng, SYMBOLS) for _ in range(40)]
     state.population.extend(Member({"cls": trees[k], "reg": trees[39 - k]}, k / 40, (str(k),)) for k in range(40))
@@ -846,7 +854,7 @@ def test_one_of_several_branches_changes():
         (other,) = {"cls", "reg"} - {tree.branch}
         assert child.losses[other] == child.parent[other] and child.parent == parent.losses
         assert child.losses[tree.branch] == tree.expr and not child.more
-        kinds["fresh" if tree.expr == fresh else "exchanged" if tree.expr in trees else "mutated"] += 1
+        kinds["fresh" if tree.expr == fresh else "mutated" if tree.expr == mutated else "exchanged"] += 1
     assert 70 < kinds["fresh"] < 130 and 220 < kinds["exchanged"] < 330, kinds
 
 
@@ -869,17 +877,16 @@ def test_nothing_is_trained_twice():
 # Journal, resume, workers
 
 
+def shortened(patch):
+    """All phases of a search and of its closing round within a few trainings."""
+    phases = {"INITIAL": 3, "LEADER_EVERY": 2, "TRIALS": 3, "ASSEMBLED": 1, "RUNGS": ((3, 1), (2, 2))}
+    for name, value in {**phases, "POOL": 8, "ATTEMPTS": 80}.items():
+        patch.setattr(evolve, name, value)
+
+
 @pytest.fixture
 def short(monkeypatch):
-    """All phases of a search and of its closing round within a few trainings."""
-    for name, value in {
-        "INITIAL": 3,
-        "LEADER_EVERY": 2,
-        "TRIALS": 3,
-        "ASSEMBLED": 1,
-        "RUNGS": ((3, 1), (2, 2)),
-    }.items():
-        monkeypatch.setattr(evolve, name, value)
+    shortened(monkeypatch)
 
 
 class Killed(Exception):
@@ -976,12 +983,18 @@ def test_a_reader_learns_everything_from_the_journal(tmp_path, short):
     assert reader.best() == state.best() and reader.explored == state.explored > 6
 
 
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        shortened(patch)
+        return run(tmp_path_factory.mktemp("runs"), *SHORT, "rejected", planted=PLANTED)
+
+
 @pytest.fixture
-def finished(tmp_path, short, capsys):
-    """A finished run that no warning has been printed of."""
-    directory = run(tmp_path, *SHORT, "rejected", planted=PLANTED)
+def finished(finished_once, tmp_path, short, capsys):
+    """A copy of a finished run; nothing has been printed yet."""
     capsys.readouterr()
-    return directory
+    return shutil.copytree(finished_once, tmp_path / finished_once.name)
 
 
 def damage(directory, line, at=3):
@@ -1345,15 +1358,10 @@ def test_the_short_formula_must_train_as_well(tmp_path, score, kept):
 
 def test_finalists_are_no_relatives():
     task = ToyTask()
-    names = ["Neg(Mul(y, Log(p)))", "Neg(Mul(y, Log(Tanh(p))))", "Square(Add(p, Neg(y)))", "Mul(y, MinPool3(p))"]
+    names = ["Neg(Mul(y, Log(p)))", "Neg(Mul(y, Log(Tanh(p))))", "Neg(Mul(y, MaxPool3(p)))", "Mul(y, MinPool3(p))"]
     points = [Surrogate().point(task, {"loss": parse(text)}) for text in names]
-    alike = [[(one * two).sum().item() > evolve.RELATED for one in points] for two in points]
-    assert alike == [
-        [True, True, False, False],
-        [True, True, False, False],
-        [False] * 2 + [True, False],
-        [False] * 3 + [True],
-    ]
+    near = [[(one - two).square().sum().item() / 2 < 1 - evolve.RELATED for one in points] for two in points]
+    assert near == [[j == k or j + k == 1 for j in range(4)] for k in range(4)], "the first two are alike"
 
     def finalists(scores, baseline, number=4):
         state = begin(task, "--without", "surrogate", baseline=baseline)

@@ -874,7 +874,8 @@ def test_tensorboard_shows_what_the_readme_explains(finished):
     }
     glossary = (REPOSITORY / "tests/RESULTS.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
     explained = set(re.findall(r"^\| `([^`]+)` \|", glossary, re.M))
-    explained = {tag for tag in explained if not tag.startswith(("asl/", "retrain/"))}
+    later = ("asl/", "retrain/", "surrogate/", "search/converged")  # not in so short a run
+    explained = {tag for tag in explained if not tag.startswith(later)}
     assert {tag for tag in general if not tag.startswith("_hparams_")} == explained
     assert {"predictions/found", "predictions/baseline"} <= set(kinds["images"])
 

@@ -1149,7 +1149,8 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
         tree = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = guide.point(task, result.losses) if tree else None
         related = tree and any((point - other).square().sum(1).mean() < 2 - 2 * RELATED for other in points)
-        worse = state.baseline is not None and result.score < state.baseline
+        known = state.converged(result.text) is not None  # then its merit tells more than its proxy score
+        worse = not known and state.baseline is not None and result.score < state.baseline
         if related or worse or result.score == last:
             others.append(texts(result.losses))
         else:

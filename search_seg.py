@@ -161,13 +161,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--proxy-steps",
         type=evolve.at_least(1),
         metavar="N",
-        help="steps of a proxy training (shapes 80, others 1000)",
+        help=f"steps of a proxy training (shapes {PROXY['shapes'].steps}, others {PROXY['voc'].steps})",
     )
     task.add_argument(
         "--retrain-steps",
         type=evolve.at_least(1),
         metavar="N",
-        help="steps of a re-training (shapes 130, others 10000)",
+        help=f"steps of a re-training (shapes {RETRAIN['shapes'].steps}, others {RETRAIN['voc'].steps})",
     )
     task.add_argument(
         "--crop",

@@ -1347,6 +1347,8 @@ class Worker(Journal):
         return self.earlier + time.time() - self.start
 
     def hear(self, state: State) -> list[dict]:
+        if STOPPED:
+            raise KeyboardInterrupt(STOPPED[0])
         heard = super().hear(state)
         self.report()
         return heard
@@ -1679,7 +1681,8 @@ def main(args, make_task: Callable[..., Task]) -> None:
     """What every script does with its arguments: search, or train losses by name."""
     torch.set_num_threads(1)  # a second thread of one process gains less than a second process
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
     try:
         task = make_task(args)
         compare(args, task) if args.wanted else run(args, task)
@@ -1689,7 +1692,12 @@ def main(args, make_task: Callable[..., Task]) -> None:
         raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 
 
+STOPPED: list[int] = []  # signals
+
+
 def interrupt(number: int, frame) -> None:
+    """Ctrl-C and SIGTERM. Should some library swallow the exception, the next turn of the search raises it again."""
+    STOPPED.append(number)
     raise KeyboardInterrupt(number)
 
 

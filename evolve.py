@@ -1140,12 +1140,15 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
 def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
     """The best few, no two with nearly the same gradient as long as others beat the baseline [D].
 
+    First come those that have shown it in a converged training, for half of the places, then those that promise it.
     Near relatives train alike: a few of them would be one candidate, trained a few times. So does an equal score.
     """
     guide = state.surrogate and state.surrogate.fit(task, state, [])
     guide = guide or Surrogate()
     chosen, others, points, last = [], [], [], None
-    for result in state.ranking()[: 20 * RUNGS[0][0]]:
+    proven = [result for result in hall_of_fame(state) if state.converged(result.text) is not None]
+    candidates = [*proven[: RUNGS[0][0] // 2], *state.ranking()[: 20 * RUNGS[0][0]]]
+    for result in {result.text: result for result in candidates}.values():
         tree = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = guide.point(task, result.losses) if tree else None
         related = tree and any((point - other).square().sum(1).mean() < 2 - 2 * RELATED for other in points)

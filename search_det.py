@@ -516,11 +516,11 @@ def warn(message: str) -> None:
         evolve.warn(message)
 
 
-def check_mask(entry: dict, size: tuple[int, int] | None) -> dict:
+def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False) -> dict:
     """The mask of an annotation: its polygons of three points and more, or run lengths that add up."""
     code = entry.get("segmentation")
     if isinstance(code, dict):
-        return {"segmentation": check_runs(code, size)}
+        return {"segmentation": check_runs(code, size, scoring)}
     if not isinstance(code, (list, tuple, type(None))):
         raise DataError(f"'segmentation' is {code!r:.40}; it must be polygons or run lengths")
     if size is None:
@@ -535,7 +535,7 @@ def check_mask(entry: dict, size: tuple[int, int] | None) -> dict:
             )
         if len(places) >= 6:  # points and lines are left out
             polygons.append(places)
-    if not any(overlaps(places, size) for places in polygons):
+    if not scoring and not any(overlaps(places, size) for places in polygons):
         raise EmptyObject(f"empty mask {entry.get('segmentation')!r:.60}")
     return {"segmentation": polygons}
 
@@ -546,7 +546,7 @@ def overlaps(places: list[float], size: tuple[int, int]) -> bool:
     return min(size[1], max(x)) > max(0, min(x)) and min(size[0], max(y)) > max(0, min(y))
 
 
-def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
+def check_runs(code: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     """A run-length code, compressed or not, that has been found to fill its picture; pycocotools would not look."""
     own, counts = floats(code.get("size", ()), 2), code.get("counts")
     if own is None or min(own) < 1:
@@ -559,7 +559,7 @@ def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
         runs = floats(counts, len(counts)) if isinstance(counts, (list, tuple)) else None
     if not runs or min(runs) < 0 or any(run % 1 for run in runs) or sum(runs) != own[0] * own[1]:
         raise DataError(f"its run lengths {counts!r:.40} do not fill {own[1]:.0f}x{own[0]:.0f} pixels; export it again")
-    if not sum(runs[1::2]):
+    if not scoring and not sum(runs[1::2]):
         raise EmptyObject("mask of no pixel")
     counts = counts if isinstance(counts, (str, bytes)) else [int(run) for run in runs]
     return {"size": [int(side) for side in own], "counts": counts}
@@ -591,6 +591,8 @@ def no_mask(entry: dict, size: tuple[int, int] | None) -> dict:
 
 def run_lengths(code: list | dict, size: tuple[int, int]) -> dict:
     """The compressed run-length code of polygons, of an uncompressed or of a compressed mask."""
+    if code == []:
+        return rle.encode(np.zeros(size, np.uint8, order="F"))
     if isinstance(code, list):
         return rle.merge(rle.frPyObjects(code, *size))
     return rle.frPyObjects(code, *size) if isinstance(code["counts"], list) else code
@@ -1612,9 +1614,7 @@ def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | N
     try:
         if isinstance(code, dict) and isinstance(code["counts"], (str, bytes)):
             return rle.area(code) >= 0 and code  # not looked at any further: there are many
-        return run_lengths(check_mask({"segmentation": code}, size)["segmentation"], size or code["size"])
-    except EmptyObject:
-        return rle.encode(np.zeros(size, np.uint8, order="F"))
+        return run_lengths(check_mask({"segmentation": code}, size, True)["segmentation"], size or code["size"])
     except (DataError, KeyError, TypeError, ValueError) as problem:
         raise ValueError(f"its mask {code!r:.60} is damaged ({problem})") from None
 
@@ -1638,7 +1638,8 @@ def coco_eval(
     masks = iou_type == "segm"
     given = isinstance(ground_truth, (str, Path))
     path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
-    coco = check_coco(coco, path, check_mask if masks else no_mask, scoring=True)
+    own = functools.partial(check_mask, scoring=True) if masks else no_mask
+    coco = check_coco(coco, path, own, scoring=True)
     truth = read_objects(coco, masks)
     found = read_results(detections, coco, masks)
     return coco_metrics(truth, found, device or ("cuda" if torch.cuda.is_available() else "cpu"))

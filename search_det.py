@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import ExifTags, Image  # comes with torchvision
+from PIL import Image  # comes with torchvision
 from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchvision.models.detection import _utils as detection_utils
@@ -383,9 +383,8 @@ def picture_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture as it is meant to be seen, from its first bytes."""
     try:
         with Image.open(path) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return picture.size if turned else picture.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return turning(picture)[1]
+    except BROKEN as error:
         raise unreadable(path) from error
 
 

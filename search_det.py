@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import ExifTags, Image  # comes with torchvision
+from PIL import Image  # comes with torchvision
 from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchvision.models.detection import _utils as detection_utils
@@ -383,9 +383,8 @@ def picture_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture as it is meant to be seen, from its first bytes."""
     try:
         with Image.open(path) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return picture.size if turned else picture.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return turning(picture)[1]
+    except BROKEN as error:
         raise unreadable(path) from error
 
 
@@ -516,11 +515,11 @@ def warn(message: str) -> None:
         evolve.warn(message)
 
 
-def check_mask(entry: dict, size: tuple[int, int] | None) -> dict:
+def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False) -> dict:
     """The mask of an annotation: its polygons of three points and more, or run lengths that add up."""
     code = entry.get("segmentation")
     if isinstance(code, dict):
-        return {"segmentation": check_runs(code, size)}
+        return {"segmentation": check_runs(code, size, scoring)}
     if not isinstance(code, (list, tuple, type(None))):
         raise DataError(f"'segmentation' is {code!r:.40}; it must be polygons or run lengths")
     if size is None:
@@ -535,7 +534,7 @@ def check_mask(entry: dict, size: tuple[int, int] | None) -> dict:
             )
         if len(places) >= 6:  # points and lines are left out
             polygons.append(places)
-    if not any(overlaps(places, size) for places in polygons):
+    if not scoring and not any(overlaps(places, size) for places in polygons):
         raise EmptyObject(f"empty mask {entry.get('segmentation')!r:.60}")
     return {"segmentation": polygons}
 
@@ -546,7 +545,7 @@ def overlaps(places: list[float], size: tuple[int, int]) -> bool:
     return min(size[1], max(x)) > max(0, min(x)) and min(size[0], max(y)) > max(0, min(y))
 
 
-def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
+def check_runs(code: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     """A run-length code, compressed or not, that has been found to fill its picture; pycocotools would not look."""
     own, counts = floats(code.get("size", ()), 2), code.get("counts")
     if own is None or min(own) < 1:
@@ -559,7 +558,7 @@ def check_runs(code: dict, size: tuple[int, int] | None) -> dict:
         runs = floats(counts, len(counts)) if isinstance(counts, (list, tuple)) else None
     if not runs or min(runs) < 0 or any(run % 1 for run in runs) or sum(runs) != own[0] * own[1]:
         raise DataError(f"its run lengths {counts!r:.40} do not fill {own[1]:.0f}x{own[0]:.0f} pixels; export it again")
-    if not sum(runs[1::2]):
+    if not scoring and not sum(runs[1::2]):
         raise EmptyObject("mask of no pixel")
     counts = counts if isinstance(counts, (str, bytes)) else [int(run) for run in runs]
     return {"size": [int(side) for side in own], "counts": counts}
@@ -591,6 +590,8 @@ def no_mask(entry: dict, size: tuple[int, int] | None) -> dict:
 
 def run_lengths(code: list | dict, size: tuple[int, int]) -> dict:
     """The compressed run-length code of polygons, of an uncompressed or of a compressed mask."""
+    if code == []:
+        return rle.encode(np.zeros(size, np.uint8, order="F"))
     if isinstance(code, list):
         return rle.merge(rle.frPyObjects(code, *size))
     return rle.frPyObjects(code, *size) if isinstance(code["counts"], list) else code
@@ -1441,20 +1442,28 @@ def accumulate(
     """
     (A, K), T, M, R = positives.shape, len(LIMITS), len(label), len(RECALLS)
     order = best_first(score, label)
-    first = torch.searchsorted(label[order], torch.arange(K, device=label.device))  # of each category
     column = torch.empty_like(order).scatter_(0, order, torch.arange(M, device=label.device))
-    order_of_pairs = column[matches[0]].argsort()
-    f, chosen, right = (x[order_of_pairs] for x in matches)
-    line, pair = chosen.flatten(1).T.nonzero().unbind(1)  # limit and area range as one number, and columns that rise
-    right = right[pair, line % A]
-    counted = ~outside[order].T.repeat(T, 1)  # (T*A, M)
-    counted[line, column[f[pair]]] = right
-    seen = counted.cumsum(1, dtype=torch.int32)
+    first = torch.searchsorted(label[order], torch.arange(K, device=label.device))  # column of each category
+    regular = F.pad((~outside)[order].T.cumsum(1), (1, 0)).flatten()  # (A * (M + 1)), what counts if nothing is matched
+    by_column = column[matches[0]].argsort()
+    f, chosen, right = (x[by_column] for x in matches)
+    line, pair = chosen.flatten(1).T.nonzero().unbind(1)  # of each match; limit and area range are one number
+    area, k = line % A, label[f][pair]
+    right, out = (x.flatten()[pair * A + area].long() for x in (right, outside[f]))
+    part = line * K + k
+    start = torch.arange(len(part), device=part.device) - ranks_within(part)
 
-    line, f = line[right], f[pair[right]]
-    part, last, first = line * K + label[f], column[f], first[label[f]]  # a line of a category
-    hits = (1 + ranks_within(part)).double()  # up to each one; at hits alone recall rises and precision peaks
-    precision = hits / (seen[line, last] - seen[line, first] + counted[line, first] + np.spacing(1))
+    def up_to_here(values: Tensor) -> Tensor:
+        """Their sum within a line and a category."""
+        total = values.cumsum(0)
+        return total - (total - values)[start]
+
+    hits = up_to_here(right).double()
+    area = area * (M + 1)
+    seen = regular[area + column[f][pair] + 1] - regular[area + first[k]] + up_to_here(right + out - 1)
+    precision = hits / (seen + np.spacing(1))
+    # At hits alone recall rises and precision peaks.
+    hits, precision, part, pair = (x[right > 0] for x in (hits, precision, part, pair))
 
     wanted = positives.double().repeat(T, 1).flatten()  # (T*A*K,)
     reached = torch.searchsorted(RECALLS.to(label.device), hits / wanted[part], right=True) - 1
@@ -1462,7 +1471,7 @@ def accumulate(
     best = best.scatter_reduce_(0, part * R + reached, precision, "amax").view(-1, R)
     best = best.flip(1).cummax(1).values.flip(1)  # the best precision at this recall or a higher one
     ap = torch.where(wanted > 0, best.mean(1), torch.nan)
-    recall = torch.stack([torch.bincount(part[rank[f] < most], minlength=len(wanted)) / wanted for most in MOST])
+    recall = torch.stack([torch.bincount(part[rank[f][pair] < most], minlength=len(wanted)) / wanted for most in MOST])
     return ap.view(T, A, K), recall.view(-1, T, A, K)
 
 
@@ -1522,12 +1531,12 @@ def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
     """(M,) int64, where among the `known` entries the id stands that each result has under `key`; -1 if nowhere."""
     row = {entry["id"]: k for k, entry in enumerate(known)}
     try:
-        found = [row.get(result[key], -1) for result in results]
+        found = np.fromiter(map(row.get, [result[key] for result in results], itertools.repeat(-1)), np.int64)
     except (KeyError, TypeError):
-        found = [-1] * len(results)
-    if -1 in found:  # or the id is written in another way
-        found = [row.get(identity(result.get(key)), -1) if k < 0 else k for k, result in zip(found, results)]
-    return torch.tensor(found, dtype=torch.long)
+        found = np.full(len(results), -1)
+    for k in np.flatnonzero(found < 0):  # or the id is written in another way
+        found[k] = row.get(identity(results[k].get(key)), -1)
+    return torch.from_numpy(found)
 
 
 def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
@@ -1546,10 +1555,14 @@ def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan:
     def read(some: Sequence[dict]) -> Tensor:
         values = [result[key] for result in some]
         if width == 1:
-            values = np.fromiter(map(float, values), np.float64, len(values))  # None is no number
+            flat = map(float, values)  # None is no number, to NumPy it is NaN
+        elif {*map(len, values)} != {width} or {str, dict} & {*map(type, values)}:
+            raise ValueError(f"not {width} numbers")
         elif isinstance(values[0], Tensor):
-            values = torch.stack(values).cpu().numpy()
-        values = torch.from_numpy(np.array(values, np.float64).reshape(len(some), width))
+            flat = torch.stack(values).flatten().tolist()
+        else:
+            flat = itertools.chain.from_iterable(values)
+        values = torch.from_numpy(np.fromiter(flat, np.float64, width * len(some))).view(-1, width)
         if not (nan or values.isfinite().all()):
             raise ValueError("not finite")
         return values
@@ -1612,9 +1625,7 @@ def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | N
     try:
         if isinstance(code, dict) and isinstance(code["counts"], (str, bytes)):
             return rle.area(code) >= 0 and code  # not looked at any further: there are many
-        return run_lengths(check_mask({"segmentation": code}, size)["segmentation"], size or code["size"])
-    except EmptyObject:
-        return rle.encode(np.zeros(size, np.uint8, order="F"))
+        return run_lengths(check_mask({"segmentation": code}, size, True)["segmentation"], size or code["size"])
     except (DataError, KeyError, TypeError, ValueError) as problem:
         raise ValueError(f"its mask {code!r:.60} is damaged ({problem})") from None
 
@@ -1638,7 +1649,8 @@ def coco_eval(
     masks = iou_type == "segm"
     given = isinstance(ground_truth, (str, Path))
     path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
-    coco = check_coco(coco, path, check_mask if masks else no_mask, scoring=True)
+    own = functools.partial(check_mask, scoring=True) if masks else no_mask
+    coco = check_coco(coco, path, own, scoring=True)
     truth = read_objects(coco, masks)
     found = read_results(detections, coco, masks)
     return coco_metrics(truth, found, device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import ExifTags, Image  # comes with torchvision
+from PIL import Image  # comes with torchvision
 from torch import Tensor, nn
 
 import evolve
@@ -349,9 +349,8 @@ def picture_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture as it is meant to be seen, from its first bytes."""
     try:
         with Image.open(path) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return picture.size if turned else picture.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return turning(picture)[1]
+    except BROKEN as error:
         raise unreadable(path) from error
 
 
@@ -1230,12 +1229,12 @@ def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
     """(M,) int64, where among the `known` entries the id stands that each result has under `key`; -1 if nowhere."""
     row = {entry["id"]: k for k, entry in enumerate(known)}
     try:
-        found = [row.get(result[key], -1) for result in results]
+        found = np.fromiter(map(row.get, [result[key] for result in results], itertools.repeat(-1)), np.int64)
     except (KeyError, TypeError):
-        found = [-1] * len(results)
-    if -1 in found:  # or the id is written in another way
-        found = [row.get(identity(result.get(key)), -1) if k < 0 else k for k, result in zip(found, results)]
-    return torch.tensor(found, dtype=torch.long)
+        found = np.full(len(results), -1)
+    for k in np.flatnonzero(found < 0):  # or the id is written in another way
+        found[k] = row.get(identity(results[k].get(key)), -1)
+    return torch.from_numpy(found)
 
 
 def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
@@ -1254,10 +1253,14 @@ def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan:
     def read(some: Sequence[dict]) -> Tensor:
         values = [result[key] for result in some]
         if width == 1:
-            values = np.fromiter(map(float, values), np.float64, len(values))  # None is no number
+            flat = map(float, values)  # None is no number, to NumPy it is NaN
+        elif {*map(len, values)} != {width} or {str, dict} & {*map(type, values)}:
+            raise ValueError(f"not {width} numbers")
         elif isinstance(values[0], Tensor):
-            values = torch.stack(values).cpu().numpy()
-        values = torch.from_numpy(np.array(values, np.float64).reshape(len(some), width))
+            flat = torch.stack(values).flatten().tolist()
+        else:
+            flat = itertools.chain.from_iterable(values)
+        values = torch.from_numpy(np.fromiter(flat, np.float64, width * len(some))).view(-1, width)
         if not (nan or values.isfinite().all()):
             raise ValueError("not finite")
         return values
@@ -1393,20 +1396,28 @@ def accumulate(
     """
     (A, K), T, M, R = positives.shape, len(LIMITS), len(label), len(RECALLS)
     order = best_first(score, label)
-    first = torch.searchsorted(label[order], torch.arange(K, device=label.device))  # of each category
     column = torch.empty_like(order).scatter_(0, order, torch.arange(M, device=label.device))
-    order_of_pairs = column[matches[0]].argsort()
-    f, chosen, right = (x[order_of_pairs] for x in matches)
-    line, pair = chosen.flatten(1).T.nonzero().unbind(1)  # limit and area range as one number, and columns that rise
-    right = right[pair, line % A]
-    counted = ~outside[order].T.repeat(T, 1)  # (T*A, M)
-    counted[line, column[f[pair]]] = right
-    seen = counted.cumsum(1, dtype=torch.int32)
+    first = torch.searchsorted(label[order], torch.arange(K, device=label.device))  # column of each category
+    regular = F.pad((~outside)[order].T.cumsum(1), (1, 0)).flatten()  # (A * (M + 1)), what counts if nothing is matched
+    by_column = column[matches[0]].argsort()
+    f, chosen, right = (x[by_column] for x in matches)
+    line, pair = chosen.flatten(1).T.nonzero().unbind(1)  # of each match; limit and area range are one number
+    area, k = line % A, label[f][pair]
+    right, out = (x.flatten()[pair * A + area].long() for x in (right, outside[f]))
+    part = line * K + k
+    start = torch.arange(len(part), device=part.device) - ranks_within(part)
 
-    line, f = line[right], f[pair[right]]
-    part, last, first = line * K + label[f], column[f], first[label[f]]  # a line of a category
-    hits = (1 + ranks_within(part)).double()  # up to each one; at hits alone recall rises and precision peaks
-    precision = hits / (seen[line, last] - seen[line, first] + counted[line, first] + np.spacing(1))
+    def up_to_here(values: Tensor) -> Tensor:
+        """Their sum within a line and a category."""
+        total = values.cumsum(0)
+        return total - (total - values)[start]
+
+    hits = up_to_here(right).double()
+    area = area * (M + 1)
+    seen = regular[area + column[f][pair] + 1] - regular[area + first[k]] + up_to_here(right + out - 1)
+    precision = hits / (seen + np.spacing(1))
+    # At hits alone recall rises and precision peaks.
+    hits, precision, part, pair = (x[right > 0] for x in (hits, precision, part, pair))
 
     wanted = positives.double().repeat(T, 1).flatten()  # (T*A*K,)
     reached = torch.searchsorted(RECALLS.to(label.device), hits / wanted[part], right=True) - 1
@@ -1414,7 +1425,7 @@ def accumulate(
     best = best.scatter_reduce_(0, part * R + reached, precision, "amax").view(-1, R)
     best = best.flip(1).cummax(1).values.flip(1)  # the best precision at this recall or a higher one
     ap = torch.where(wanted > 0, best.mean(1), torch.nan)
-    recall = torch.stack([torch.bincount(part[rank[f] < most], minlength=len(wanted)) / wanted for most in MOST])
+    recall = torch.stack([torch.bincount(part[rank[f][pair] < most], minlength=len(wanted)) / wanted for most in MOST])
     return ap.view(T, A, K), recall.view(-1, T, A, K)
 
 

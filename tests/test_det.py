@@ -139,6 +139,19 @@ def test_evaluator_equals_pycocotools(seed, iou_type):
         assert got == pytest.approx(oracle(truth, found, iou_type), rel=0, abs=1e-12)
 
 
+def test_empty_masks_stay_in_the_truth():
+    """A mask of no pixel cannot be found, and is missed; as in pycocotools."""
+    truth, found = random_case(4, "segm")
+    truth["annotations"][0]["segmentation"] = {
+        "size": truth["annotations"][0]["segmentation"]["size"],
+        "counts": [300**2],
+    }
+    found[0]["segmentation"] = rle.encode(np.zeros((300, 300), np.uint8, order="F"))
+    assert coco_eval(truth, found, "segm") == pytest.approx(oracle(truth, found, "segm"), rel=0, abs=1e-12)
+    whole = {**truth, "annotations": [e | {"iscrowd": 0, "id": 1 + k} for k, e in enumerate(truth["annotations"][:1])]}
+    assert coco_eval(whole, [], "segm")["AP"] == 0, "-1 if nothing were there"
+
+
 def test_of_equal_ious_the_later_one_is_taken():
     about = {"image_id": 1, "category_id": 1}
     boxes = [[0, 0, 10, 10], [4, 0, 10, 10]]

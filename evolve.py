@@ -1691,6 +1691,11 @@ def main(args, make_task: Callable[..., Task]) -> None:
         compare(args, task) if args.wanted else run(args, task)
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
+    except OSError as error:  # no right to write, no space, a folder that has gone
+        if error.filename is None or error.strerror is None:
+            raise
+        cure = "mend it and go on with --resume, or choose other folders by --data-root and --runs"
+        fail(f"{error.filename}: {error.strerror}; {cure}")
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 

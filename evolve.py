@@ -877,6 +877,7 @@ class State:
     programs: dict[str, list] = field(default_factory=dict)  # the latest one that computes a tree
     baseline: float | None = None  # its proxy score
     simulated: float | None = None  # its score in the short training of CSE
+    table: float = math.inf  # the first seed of the closing table
     leaders: int = 0  # converged trainings in the middle of the search
     broken: int = 0  # lines of the journal that could not be read
     elapsed: float = 0.0  # seconds of searching
@@ -964,9 +965,13 @@ class State:
         if self.sampler:
             self.sampler.learn(record)
 
+    def chosen_by(self, text: str) -> dict[int, dict | None]:
+        """Its converged trainings by seed, but for those of the closing table: nothing is ever selected by them."""
+        return {seed: run for seed, run in self.again.get(text, {}).items() if seed < self.table}
+
     def converged(self, text: str, seeds: Sequence[int] | None = None) -> float | None:
         """The mean over its converged trainings, search-validation split: None without any, -inf if one was invalid."""
-        runs = [run for seed, run in self.again.get(text, {}).items() if seeds is None or seed in seeds]
+        runs = [run for seed, run in self.chosen_by(text).items() if seeds is None or seed in seeds]
         if not runs:
             return None
         return -math.inf if None in runs else sum(run["val"][self.metric] for run in runs) / len(runs)
@@ -1549,7 +1554,7 @@ class Reporter:
             again = state.converged(result.text)
             again = "" if again is None else "invalid" if again == -math.inf else round(again, 6)
             gain = "" if result.gain is None else result.gain
-            writer.writerow([rank, result.score, again, len(state.again.get(result.text, {})), gain, result.text])
+            writer.writerow([rank, result.score, again, len(state.chosen_by(result.text)), gain, result.text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
 
     def found(self) -> dict | None:
@@ -1604,11 +1609,12 @@ class Reporter:
         )
         for result in hall_of_fame(state)[:8]:
             again = state.converged(result.text)
-            number = len(state.again.get(result.text, {}))
+            number = len(state.chosen_by(result.text))
             mark = ">>>>" if result.text == text else "    "
             print(f"{mark}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}")
         if text and text not in state.results:
-            print(f">>>>  {'':7} {shown(state.converged(text)):>10} {len(state.again[text]):>6}  {text}  (in short)")
+            number = len(state.chosen_by(text))
+            print(f">>>>  {'':7} {shown(state.converged(text)):>10} {number:>6}  {text}  (in short)")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
         show_table(named, task.metrics, args.metric, ahead, "" if task.converged else ", not converged")
         print("\n" + verdict_in_words(task, args.metric, ahead))
@@ -1660,8 +1666,10 @@ def paired_difference(runs: dict[str, list], metric: str) -> list[float | None]:
 
 def verdict_in_words(task: Task, metric: str, ahead: dict) -> str:
     """What the table says of the searched metric, in a sentence."""
-    if not ahead.get(metric):
+    if not ahead:
         return "no valid loss was found; give the search more --minutes or --evals"
+    if not ahead[metric]:
+        return f"a loss was found, but with no seed both it and {task.baseline} stayed valid"
     mean, error = ahead[metric]
     size = f"{metric} {difference_text(mean, error)}"
     if mean <= 0:
@@ -1726,7 +1734,9 @@ def run(args, task: Task) -> None:
     try:
         watch(children, reporter) if children else work(args, task, directory, reporter.hear)
         reporter.hear()
-        reporter.finish(reporter.found()["losses"])
+        if (found := reporter.found()) is None:  # a worker that nobody had waited for has come back
+            raise ChildProcessError("a training came in after the closing round had begun")
+        reporter.finish(found["losses"])
     except KeyboardInterrupt:
         reporter.hear()
         print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}", flush=True)
@@ -1770,7 +1780,7 @@ def make_state(args, task: Task, reporting: bool = False) -> State:
     sampler = task.samplers[args.search]() if args.search in task.samplers else None
     surrogate = Surrogate() if "surrogate" in gates and not reporting else None
     batch = GPU_BATCH if args.device.startswith("cuda") else 1
-    return State(task, method, args.metric, gates, surrogate, sampler, batch)
+    return State(task, method, args.metric, gates, surrogate, sampler, batch, table=args.seed + TABLE_SEEDS)
 
 
 def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda: None) -> None:

@@ -1385,6 +1385,9 @@ def test_converged_scores_are_means_over_seeds_on_the_search_validation_split():
     assert state.converged("p") == pytest.approx(0.5) and state.converged("p", range(1)) == 0.9
     assert state.converged("y") == -math.inf and state.converged("1") is None
     assert state.converged("y", range(1)) == 0.6
+    again = {"retrained": {"loss": "p"}, "seed": state.table, "elapsed": 0}
+    state.absorb(again | {"scores": {"val": {"toy": 0.0}, "test": {"toy": 0.0}}})
+    assert state.converged("p") == pytest.approx(0.5), "nothing is selected by the seeds of the closing table"
 
 
 def runs_of(*values):
@@ -1400,7 +1403,7 @@ def runs_of(*values):
         ((0.4, 0.5), (0.5, 0.5), (-0.05, 0.05), "nothing better than ce was found: toy -0.050 (0.050)"),
         ((0.7,), (0.5,), (0.2, None), "too little to be sure"),
         ((0.4,), (0.5,), (-0.1, None), "nothing better than ce"),
-        ((None,), (0.5,), (), "no valid loss was found"),
+        ((None,), (0.5,), (), "with no seed both it and ce stayed valid"),
     ],
 )
 def test_difference_over_paired_seeds_and_its_words(found, baseline, wanted, words):

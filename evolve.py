@@ -14,8 +14,8 @@ This module knows no task: what a script hands over is a `Task`, a handful of te
 The journal is all that workers share. Each appends its records to a file of its own in the run directory and tails the
 files of the others; a search is a fold over these records, live as well as on resume.
 
-From top to bottom: The algorithm, Task, Trees, Gates, Surrogate, State, Several branches, Closing round, Journal,
-Workers, Report, The whole run, Command line, Losses by name, Other searches.
+From top to bottom: The algorithm, Task, Trees, Gates, Surrogate, State, Several branches, Closing round, Journal and
+workers, Report, The whole run, Command line, Losses by name, Tables, Other searches.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_high
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -652,7 +653,8 @@ class Surrogate:
         rows = list(dict.fromkeys(ranking[-self.ROWS // 2 :] + list(state.results)[-self.ROWS // 2 :]))
         self.rows = [state.results[text] for text in rows]
         proxy = [row.score or 0.0 for row in self.rows]
-        floor = min(0.7 * (state.baseline or 0.0), median(proxy))  # how bad a bad loss is says nothing of the good ones
+        # How bad a bad loss is says nothing of the good ones.
+        floor = min(0.7 * (state.baseline or 0.0), median_high(proxy))
         again = {k: state.converged(text) for k, text in enumerate(rows)}
         again = {k: score for k, score in again.items() if score is not None}
         good = [score - proxy[k] for k, score in again.items() if min(score, proxy[k]) > floor]
@@ -799,10 +801,6 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
     z = (mean - best) / deviation
     density = (-z * z / 2).exp() / (2 * math.pi) ** 0.5
     return deviation * (z * torch.special.ndtr(z) + density)
-
-
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict[str, Expr] | None:
@@ -988,10 +986,10 @@ class State:
     def best(self) -> Result | None:
         """The best by converged trainings; as long as there is none, by the proxy."""
         valid = [result for result in self.results.values() if result.score is not None and result.whole]
-        again = [result for result in valid if (self.converged(result.text) or -math.inf) > -math.inf]
-        return max(again, key=lambda r: self.converged(r.text), default=None) or max(
-            valid, key=lambda r: r.score, default=None
-        )
+        again = [result for result in valid if self.converged(result.text) not in (None, -math.inf)]
+        if again:
+            return max(again, key=lambda result: self.converged(result.text))
+        return max(valid, key=lambda result: result.score, default=None)
 
 
 def finite(score) -> float | None:
@@ -1151,14 +1149,15 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
     guide = state.surrogate and state.surrogate.fit(task, state, [])
     guide = guide or Surrogate()
     chosen, others, points, last = [], [], [], None
-    proven = [result for result in hall_of_fame(state) if state.converged(result.text) is not None]
+    proven = [result for result in hall_of_fame(state) if state.converged(result.text) not in (None, -math.inf)]
     candidates = [*proven[: RUNGS[0][0] // 2], *state.ranking()[: 20 * RUNGS[0][0]]]
     for result in {result.text: result for result in candidates}.values():
         tree = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = guide.point(task, result.losses) if tree else None
         related = tree and any((point - other).square().sum(1).mean() < 2 - 2 * RELATED for other in points)
-        known = state.converged(result.text) is not None  # then its merit tells more than its proxy score
-        worse = not known and state.baseline is not None and result.score < state.baseline
+        known = state.converged(result.text)  # if there is one, it tells more than the proxy score
+        worse = known is None and state.baseline is not None and result.score < state.baseline
+        worse = worse or known == -math.inf
         if related or worse or result.score == last:
             others.append(texts(result.losses))
         else:
@@ -1221,29 +1220,22 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def write_once(path: Path, text: str) -> str:
-    """Write a file unless somebody else has; what then stands in it."""
+def make_once(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written unless somebody else has, whoever comes first."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    write(part)
     try:
         os.link(part, path)  # fails if the file is there, in one step
     except FileExistsError:
         pass
     finally:
         part.unlink()
+
+
+def write_once(path: Path, text: str) -> str:
+    """Write a text unless somebody else has; what then stands there."""
+    make_once(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path.read_text(encoding="utf-8")
-
-
-def save_once(path: Path, content) -> None:
-    """As `write_once`, by torch.save."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(content, part)
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        pass
-    finally:
-        part.unlink()
 
 
 def warn(message: str) -> None:
@@ -1448,9 +1440,8 @@ class Reporter:
         self.journal = Journal(directory)
         self.journal.hear(state)
         self.board = SummaryWriter(str(directory))
-        self.start, self.earlier, self.explored_earlier = time.time(), state.elapsed, state.explored
+        self.start, self.explored_earlier = time.time(), state.explored
         self.best = state.best()
-        self.told: set[str] = set()  # of workers that have been named
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
@@ -1674,9 +1665,9 @@ def verdict_in_words(task: Task, metric: str, ahead: dict) -> str:
     size = f"{metric} {difference_text(mean, error)}"
     if mean <= 0:
         return f"nothing better than {task.baseline} was found: {size}"
-    sure = error is not None and mean > 2 * error
-    return f"found a loss ahead of {task.baseline}: {size}" + "; too little to be sure, more --seeds would tell" * (
-        not sure
+    unsure = error is None or mean <= 2 * error
+    return (
+        f"found a loss ahead of {task.baseline}: {size}" + "; too little to be sure, more --seeds would tell" * unsure
     )
 
 
@@ -1742,8 +1733,9 @@ def run(args, task: Task) -> None:
         print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}", flush=True)
         raise
     except ChildProcessError as error:
-        if all(child.returncode == 2 for child in children) and not reporter.state.evaluated:
-            shutil.rmtree(directory)  # the data set was broken; a worker has said so
+        if children and all(child.returncode == 2 for child in children):  # what was given is wrong; a worker said so
+            if not reporter.state.evaluated and not args.resume:
+                shutil.rmtree(directory)
             raise SystemExit(2) from None
         print(f"error: {error}; go on with: python search_{task.name}.py --resume {directory}", file=sys.stderr)
         raise SystemExit(1) from None

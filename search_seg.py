@@ -1800,7 +1800,7 @@ class SegTask(evolve.Task):
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
         if not base.exists():
-            evolve.save_once(base, self.train_base())
+            evolve.make_once(base, functools.partial(torch.save, self.train_base()))
         self.states = torch.load(base, map_location=self.device, weights_only=True)
         self.branches = {"loss": self.branch()}
 

@@ -19,6 +19,7 @@ workers, Report, The whole run, Command line, Losses by name, Tables, Other sear
 """
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import functools
@@ -63,8 +64,8 @@ REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softm
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known
-LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
-RUNGS = ((8, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
+LEADER_EVERY = 6  # [D] proxy trainings between two converged trainings of the most promising candidate so far
+RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] finalists have gradients of less than this mean cosine
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
@@ -87,7 +88,7 @@ def search(task: "Task", state: "State", worker: "Worker", args) -> None:
         turn = state.next_turn(worker.rank)
         rng = random.Random(f"{args.seed}/{worker.rank}/{turn}")
         guide = state.surrogate.fit(task, state, worker.others_at_work(state)) if state.surrogate else None
-        if guide and (leader := next_leader(state, guide, worker, args.seed)):
+        if guide and (leader := next_leader(task, state, guide, worker, args.seed)):
             worker.tell(retrain(task, worker, leader, args.seed, leader=True))
             continue
         child = next_child(task, state, rng, guide, deadline)
@@ -630,8 +631,9 @@ class Surrogate:
 
     Covariance of two candidates: exp(-d^2 / 2 length^2), averaged over branches, with d^2 the mean squared distance of
     their unit gradients over samples and states. It learns from proxy scores and from converged ones: a converged
-    score is the proxy score plus a deviation, a process of the same kind with `drift` times the variance. Length, noise
-    and drift have the greatest marginal likelihood on a grid; so has the variance of the scores, in closed form.
+    score is the proxy score plus a deviation, a process of the same kind with `drift` times the variance; the baseline
+    has none, so that a family of losses that starts fast and does not last is no better than it is. Length, noise and
+    drift have the greatest marginal likelihood on a grid; so has the variance of the scores, in closed form.
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
@@ -655,11 +657,11 @@ class Surrogate:
         proxy = [row.score or 0.0 for row in self.rows]
         # How bad a bad loss is says nothing of the good ones.
         floor = min(0.7 * (state.baseline or 0.0), median_high(proxy))
-        again = {k: state.converged(text) for k, text in enumerate(rows)}
+        anchor = state.converged(task.baseline)  # where converged scores and proxy scores are the same by definition
+        anchored = state.baseline is not None and anchor not in (None, -math.inf)
+        again = {k: state.converged(text) for k, text in enumerate(rows)} if anchored else {}
         again = {k: score for k, score in again.items() if score is not None}
-        good = [score - proxy[k] for k, score in again.items() if min(score, proxy[k]) > floor]
-        shift = sum(good) / len(good) if good else 0.0  # of converged scores against proxy scores
-        values = proxy + [score - shift for score in again.values()]
+        values = proxy + [score - anchor + state.baseline for score in again.values()]
         values = torch.tensor(values, dtype=torch.float64).clamp(min=floor)
         self.centre, self.spread = values.mean().item(), max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
@@ -803,22 +805,28 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
     return deviation * (z * torch.special.ndtr(z) + density)
 
 
-def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict[str, Expr] | None:
+def next_leader(
+    task: Task, state: "State", guide: Surrogate, worker: "Worker", seed: int
+) -> dict[str, Expr] | str | None:
     """What to train to convergence in the middle of a search: the most promising one so far, every LEADER_EVERY turns.
 
-    A proxy is one thing, what it stands for another: the surrogate learns from both.
+    A proxy is one thing, what it stands for another: the surrogate learns from both. The baseline comes first, to
+    measure the others by.
     """
     others = worker.others().values()
-    if (state.evaluated - INITIAL) // LEADER_EVERY <= state.leaders + sum(other["leader"] for other in others):
+    due = 1 + (state.evaluated - INITIAL) // LEADER_EVERY
+    if due <= state.leaders + sum(other["leader"] for other in others):
         return None
     busy = [losses_text(losses) for losses in worker.others_at_work(state)]
     able = [
-        (promise, row)
+        (promise, row.losses)
         for promise, row in zip(guide.promise, guide.rows)
         if row.score is not None and row.whole and state.converged(row.text) is None and row.text not in busy
     ]
-    ranked = sorted(able, key=lambda pair: -pair[0])
-    return next((row.losses for _, row in ranked if worker.claim(f"{row.text} {seed}")), None)
+    ranked = [losses for _, losses in sorted(able, key=lambda pair: -pair[0])]
+    if state.converged(task.baseline) is None:
+        ranked.insert(0, task.baseline)
+    return next((losses for losses in ranked if worker.claim(f"{losses_name(losses)} {seed}")), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1902,71 +1910,76 @@ def one_of(names):
     return convert
 
 
-def add_search_arguments(parser: argparse.ArgumentParser, own: dict[str, str] | None = None) -> None:
+def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
+    """A function that adds a flag to a group of the help text; a default is shown with it."""
+    group = parser.add_argument_group(title)
+
+    def flag(name: str, metavar: str | None, about: str, kind=None, default=None, **more) -> None:
+        more |= {"metavar": metavar, "type": kind} if metavar else {}
+        group.add_argument(name, default=default, help=about + " (%(default)s)" * bool(default), **more)
+
+    return flag
+
+
+def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str, data, models) -> Callable[..., None]:
+    """The flags that mean the same in every script; what it gives adds those of the task's own to them."""
+    flag, where = flags(parser, "task"), "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--metric", "NAME", "what to search for: " + " ".join(metrics), one_of(metrics), metrics[0])
+    flag("--loss", "LOSS", f"train and evaluate this loss instead of searching: {' '.join(losses)}, {others}")
+    flag("--compare", "LOSSES", "the same for several, comma-separated, as one table: losses x metrics")
+    flag("--data", "NAME", "data set: " + " ".join(data), one_of(data), data[0])
+    flag(
+        "--data-root", "DIR", "where the data set lies; shapes are drawn there if need be (data/generated/shapes)", Path
+    )
+    about = (
+        "splits that fit into so many GiB are decoded once, others for each batch; by default an eighth of the machine"
+    )
+    flag("--memory", "GIB", about, at_least(0, float), round(machine_memory() / 8, 1))
+    flag("--model", "NAME", f"network: {' '.join(models)}; by default the data set's own", one_of(models))
+    about = "start ResNets from ImageNet weights: those in FILE, or torchvision's, downloaded on first use"
+    flag("--pretrained", "FILE", about, default=False, nargs="?", const=True)
+    flag("--device", "NAME", "where to compute: cpu, cuda or cuda:1", default=where)
+    return flag
+
+
+def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None) -> None:
     """The flags of the search itself, the same in every script but for the task's `own` kinds of search."""
     kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
-    group = parser.add_argument_group("search")
-    group.add_argument(
-        "--search",
-        type=one_of(tuple(kinds)),
-        default="evolve",
-        metavar="NAME",
-        help="; ".join(f"{name}: {about}" for name, about in kinds.items()) + " (%(default)s)",
-    )
-    group.add_argument(
-        "--without",
-        type=gate_list,
-        default=[],
-        metavar="GATES",
-        help="gates to switch off, comma-separated, for ablations: " + ",".join(SWITCHABLE),
-    )
-    group.add_argument(
-        "--evals", type=at_least(1), default=500, metavar="N", help="budget: proxy trainings (%(default)s)"
-    )
-    group.add_argument(
-        "--minutes",
-        type=at_least(0.01, float),
-        default=10.0,
-        metavar="M",
-        help="budget: minutes of searching, before the closing round (%(default)s)",
-    )
-    group.add_argument(
-        "--workers",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="processes that search; 0: one per core on the CPU, one per GPU on CUDA (%(default)s)",
-    )
-    group.add_argument(
-        "--checkpoint-steps",
-        type=at_least(1),
-        default=500,
-        metavar="N",
-        help="steps between two checkpoints of a --loss or --compare training (%(default)s)",
-    )
-    group.add_argument(
-        "--seeds", type=at_least(1), default=3, metavar="N", help="re-training seeds of the closing table (%(default)s)"
-    )
-    group.add_argument(
-        "--seed",
-        type=at_least(0),
-        default=0,
-        metavar="S",
-        help="seed of the search; one worker on the CPU with the same seed gives the same journal (%(default)s)",
-    )
-    group.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs"),
-        metavar="DIR",
-        help="folder in which the run directory is made (%(default)s)",
-    )
-    group.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN_DIR",
-        help="go on with a run, or join one that is running; --evals, --minutes, --workers and --device may differ",
-    )
+    flag = flags(parser, "search")
+    about = "; ".join(f"{name}: {about}" for name, about in kinds.items())
+    flag("--search", "NAME", about, one_of(tuple(kinds)), "evolve")
+    about = "gates to switch off, comma-separated, for ablations: " + ",".join(SWITCHABLE)
+    flag("--without", "GATES", about, gate_list, [])
+    flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
+    flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), 8.0)
+    flag("--workers", "N", "processes that search; by default one per core, on CUDA one per GPU", at_least(0), 0)
+    about = "steps between two checkpoints of a --loss or --compare training"
+    flag("--checkpoint-steps", "N", about, at_least(1), 500)
+    flag("--seeds", "N", "re-training seeds of the closing table", at_least(1), 3)
+    about = "seed of the search; one worker on the CPU with the same seed gives the same journal"
+    flag("--seed", "S", about, at_least(0), 0)
+    flag("--runs", "DIR", "folder in which the run directory is made", Path, Path("runs"))
+    about = "go on with a run, or join one that is running; --evals, --minutes, --workers and --device may differ"
+    flag("--resume", "RUN_DIR", about, Path)
+
+
+def told(schedules: dict[str, NamedTuple], number: str) -> str:
+    """A number of several schedules in words: 120 (shapes), 1000 (voc cityscapes)."""
+    names: dict = {}
+    for name, plan in schedules.items():
+        names.setdefault(getattr(plan, number), []).append(name)
+    return ", ".join(f"{value} ({' '.join(those)})" for value, those in names.items())
+
+
+def machine_memory() -> float:
+    """GiB of this machine, or of the container where that has less."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        size = 2**34  # not to be had on Windows
+    with contextlib.suppress(OSError, ValueError):
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size / 2**30
 
 
 def gate_list(text: str) -> list[str]:

@@ -92,103 +92,20 @@ RETRAIN = {
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = evolve.Parser(description=__doc__.split("\n")[0], usage="python search_det.py --metric bbox [flags]")
-    task = parser.add_argument_group("task")
-    task.add_argument(
-        "--metric",
-        type=evolve.one_of(tuple(METRICS)),
-        default="bbox",
-        metavar="NAME",
-        help="what to search for, COCO's AP of boxes or of masks: " + " ".join(METRICS) + " (%(default)s)",
-    )
-    task.add_argument(
-        "--branches",
-        type=branch_list,
-        metavar="NAMES",
-        help="losses to search, comma-separated; the others stay as in the baseline: "
-        + " ".join(BRANCHES)
-        + " (all; mask with --metric segm)",
-    )
-    task.add_argument(
-        "--loss",
-        metavar="LOSS",
-        help="train and evaluate this loss instead of searching: "
-        + " ".join(LOSSES)
-        + ", a run directory, or BRANCH=NAME and BRANCH=FORMULA, comma-separated",
-    )
-    task.add_argument(
-        "--compare",
-        metavar="LOSSES",
-        help="the same for several, comma-separated, as one table; semicolons between the branches of one",
-    )
-    task.add_argument(
-        "--data",
-        type=evolve.one_of(DATA),
-        default="shapes",
-        metavar="NAME",
-        help="data set: " + " ".join(DATA) + " (%(default)s)",
-    )
-    task.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
-    )
-    task.add_argument(
-        "--memory",
-        type=evolve.at_least(0, float),
-        default=machine_memory() / 8,
-        metavar="GIB",
-        help="splits that fit into so much memory are decoded once, others for each batch (%(default).1f, an eighth)",
-    )
-    task.add_argument(
-        "--skip-empty",
-        action="store_true",
-        help="leave out annotations with an empty box or mask instead of complaining",
-    )
-    task.add_argument(
-        "--model",
-        type=evolve.one_of(MODELS),
-        metavar="NAME",
-        help="network: " + " ".join(MODELS) + " (the data set's own, for proxy and re-training)",
-    )
-    task.add_argument(
-        "--pretrained",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="FILE",
-        help="start ResNets from ImageNet weights: those in FILE, or torchvision's (downloaded on first use)",
-    )
-    task.add_argument(
-        "--proxy-steps",
-        type=evolve.at_least(1),
-        metavar="N",
-        help=f"steps of a proxy training (shapes {PROXY['shapes'].steps}, coco {PROXY['coco'].steps})",
-    )
-    task.add_argument(
-        "--retrain-steps",
-        type=evolve.at_least(1),
-        metavar="N",
-        help=f"steps of a re-training (shapes {RETRAIN['shapes'].steps}, coco {RETRAIN['coco'].steps})",
-    )
-    task.add_argument(
-        "--size",
-        type=evolve.at_least(64),
-        metavar="PIXELS",
-        help="side of a training window, to which the longer side of a picture is scaled "
-        f"(shapes {PROXY['shapes'].size}, coco {PROXY['coco'].size}; {RETRAIN['coco'].size} in re-training)",
-    )
-    task.add_argument("--batch", type=evolve.at_least(1), metavar="N", help="images in a batch (shapes 8, coco 16)")
-    task.add_argument(
-        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (shapes 0.003, coco 0.02)"
-    )
-    task.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        metavar="NAME",
-        help="where to compute: cpu, cuda or cuda:1 (%(default)s here)",
-    )
-    evolve.add_search_arguments(parser)
+    others = "a run directory, or BRANCH=NAME and BRANCH=FORMULA, comma-separated, with semicolons in --compare"
+    flag = evolve.add_task_flags(parser, tuple(METRICS), LOSSES, others, DATA, MODELS)
+    about = f"losses to search, comma-separated, of {' '.join(BRANCHES)}; by default all, mask with --metric segm"
+    flag("--branches", "NAMES", about, branch_list)
+    about = "leave out annotations with an empty box or mask instead of complaining"
+    flag("--skip-empty", None, about, action="store_true")
+    flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
+    flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
+    about = "side of a training window, to which the longer side of a picture is scaled: "
+    about += f"{evolve.told(PROXY, 'size')}; in re-training {evolve.told(RETRAIN, 'size')}"
+    flag("--size", "PIXELS", about, evolve.at_least(64))
+    flag("--batch", "N", f"images in a batch: {evolve.told(PROXY, 'batch')}", evolve.at_least(1))
+    flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
+    evolve.add_search_flags(parser)
     parser.set_defaults(minutes=11.0)  # four losses at once, and a training is ten times that of segmentation
     args = parser.parse_args(argv)
     if args.resume:
@@ -935,17 +852,6 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
     except OSError:
         remove_unused(path, number)
         return None
-
-
-def machine_memory() -> float:
-    """GiB of this machine, or of the container where that has less."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        size = 2**34  # not to be had on Windows
-    with contextlib.suppress(OSError, ValueError):
-        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return size / 2**30
 
 
 def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:

@@ -82,112 +82,22 @@ RETRAIN = {
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = evolve.Parser(description=__doc__.split("\n")[0], usage="python search_pose.py --metric ap [flags]")
-    task = parser.add_argument_group("task")
-    task.add_argument(
-        "--metric",
-        type=evolve.one_of(METRICS),
-        default="ap",
-        metavar="NAME",
-        help="what to search for: " + " ".join(METRICS) + " (%(default)s)",
+    others = "a formula or a run directory"
+    flag = evolve.add_task_flags(parser, METRICS, LOSSES, others, tuple(DATA), MODELS)
+    about = (
+        "tolerance of each joint in OKS, comma-separated, or one for all; by default COCO's for 17 joints, else .067"
     )
-    task.add_argument(
-        "--loss",
-        metavar="LOSS",
-        help="train and evaluate this loss instead of searching: "
-        + " ".join(LOSSES)
-        + ", a formula or a run directory",
-    )
-    task.add_argument(
-        "--compare",
-        metavar="LOSSES",
-        help="the same for several, comma-separated, as one table: losses x metrics",
-    )
-    task.add_argument(
-        "--data",
-        type=evolve.one_of(tuple(DATA)),
-        default="shapes",
-        metavar="NAME",
-        help="data set: " + " ".join(DATA) + " (%(default)s)",
-    )
-    task.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
-    )
-    task.add_argument(
-        "--memory",
-        type=evolve.at_least(0, float),
-        default=machine_memory() / 8,
-        metavar="GIB",
-        help="splits that fit into so much memory are decoded once, others for each batch (%(default).1f, an eighth)",
-    )
-    task.add_argument(
-        "--model",
-        type=evolve.one_of(MODELS),
-        metavar="NAME",
-        help="network: " + " ".join(MODELS) + " (the data set's own, for proxy and re-training)",
-    )
-    task.add_argument(
-        "--pretrained",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="FILE",
-        help="start ResNets from ImageNet weights: those in FILE, or torchvision's (downloaded on first use)",
-    )
-    task.add_argument(
-        "--sigmas",
-        type=sigma_list,
-        metavar="NUMBERS",
-        help="tolerance of each joint in OKS, comma-separated, or one for all (COCO's for 17 joints, else .067)",
-    )
-    task.add_argument(
-        "--flip-test",
-        action="store_true",
-        help="average the heatmaps of each crop and of its mirror image before decoding",
-    )
-    task.add_argument(
-        "--proxy-steps",
-        type=evolve.at_least(1),
-        metavar="N",
-        help="steps of a proxy training (small 100, r50 3200)",
-    )
-    task.add_argument(
-        "--retrain-steps",
-        type=evolve.at_least(1),
-        metavar="N",
-        help="steps of a re-training (small 200, r50 160000)",
-    )
-    task.add_argument(
-        "--crop",
-        type=evolve.at_least(8),
-        metavar="PIXELS",
-        help="height of a person's crop (small 64, r50 256)",
-    )
-    task.add_argument(
-        "--aspect",
-        type=evolve.at_least(0.1, float),
-        default=0.75,
-        metavar="RATIO",
-        help="width of a crop by its height; 1 suits most animals (%(default)s)",
-    )
-    task.add_argument(
-        "--batch",
-        type=evolve.at_least(2),
-        metavar="N",
-        help="images in a batch (small 16, r50 64 in the proxy and 128 in re-training)",
-    )
-    task.add_argument(
-        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (small 0.003, r50 0.001)"
-    )
-    task.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        metavar="NAME",
-        help="where to compute: cpu, cuda or cuda:1 (%(default)s here)",
-    )
-    evolve.add_search_arguments(parser)
+    flag("--sigmas", "NUMBERS", about, sigma_list)
+    about = "average the heatmaps of each crop and of its mirror image before decoding"
+    flag("--flip-test", None, about, action="store_true")
+    flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
+    flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
+    flag("--crop", "PIXELS", f"height of a person's crop: {evolve.told(PROXY, 'crop')}", evolve.at_least(8))
+    flag("--aspect", "RATIO", "width of a crop by its height; 1 suits most animals", evolve.at_least(0.1, float), 0.75)
+    about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
+    flag("--batch", "N", about, evolve.at_least(2))
+    flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
+    evolve.add_search_flags(parser)
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "pose")
@@ -880,17 +790,6 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
     except OSError:
         remove_unused(path, number)
         return None
-
-
-def machine_memory() -> float:
-    """GiB of this machine, or of the container where that has less."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        size = 2**34  # not to be had on Windows
-    with contextlib.suppress(OSError, ValueError):
-        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return size / 2**30
 
 
 def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:

@@ -95,101 +95,19 @@ RETRAIN["folder"] = RETRAIN["voc"]
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = evolve.Parser(description=__doc__.split("\n")[0], usage="python search_seg.py --metric miou [flags]")
-    task = parser.add_argument_group("task")
-    task.add_argument(
-        "--metric",
-        type=evolve.one_of(METRICS),
-        default="miou",
-        metavar="NAME",
-        help="what to search for: " + " ".join(METRICS) + " (%(default)s)",
-    )
-    task.add_argument(
-        "--loss",
-        metavar="LOSS",
-        help="train and evaluate this loss instead of searching: "
-        + " ".join(LOSSES)
-        + ", a formula or a run directory",
-    )
-    task.add_argument(
-        "--compare",
-        metavar="LOSSES",
-        help="the same for several, comma-separated, as one table: losses x metrics",
-    )
-    task.add_argument(
-        "--data",
-        type=evolve.one_of(tuple(CLASSES)),
-        default="shapes",
-        metavar="NAME",
-        help="data set: " + " ".join(CLASSES) + " (%(default)s)",
-    )
-    task.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="where the data set lies; shapes are drawn there if need be (data/generated/shapes)",
-    )
-    task.add_argument(
-        "--memory",
-        type=evolve.at_least(0, float),
-        default=machine_memory() / 8,
-        metavar="GIB",
-        help="splits that fit into so much memory are decoded once, others for each batch (%(default).1f, an eighth)",
-    )
-    task.add_argument(
-        "--classes",
-        type=class_list,
-        metavar="N",
-        help="number of classes in own masks, or a file with their names (--data folder: what is found in the masks)",
-    )
-    task.add_argument("--download", action="store_true", help="fetch VOC 2012 into --data-root through torchvision")
-    task.add_argument(
-        "--model",
-        type=evolve.one_of(MODELS),
-        metavar="NAME",
-        help="network: " + " ".join(MODELS) + " (the data set's own, for proxy and re-training)",
-    )
-    task.add_argument(
-        "--pretrained",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="FILE",
-        help="start ResNets from ImageNet weights: those in FILE, or torchvision's (downloaded on first use)",
-    )
-    task.add_argument(
-        "--proxy-steps",
-        type=evolve.at_least(1),
-        metavar="N",
-        help=f"steps of a proxy training (shapes {PROXY['shapes'].steps}, others {PROXY['voc'].steps})",
-    )
-    task.add_argument(
-        "--retrain-steps",
-        type=evolve.at_least(1),
-        metavar="N",
-        help=f"steps of a re-training (shapes {RETRAIN['shapes'].steps}, others {RETRAIN['voc'].steps})",
-    )
-    task.add_argument(
-        "--crop",
-        type=evolve.at_least(8),
-        metavar="PIXELS",
-        help="side of a training window (shapes 48, others 128 in the proxy and 512 in re-training)",
-    )
-    task.add_argument(
-        "--batch",
-        type=evolve.at_least(2),
-        metavar="N",
-        help="images in a batch (shapes 16, others 32 in the proxy and 16 in re-training)",
-    )
-    task.add_argument(
-        "--lr", type=evolve.at_least(1e-6, float), metavar="RATE", help="learning rate (small 0.01, others 0.02)"
-    )
-    task.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        metavar="NAME",
-        help="where to compute: cpu, cuda or cuda:1 (%(default)s here)",
-    )
-    evolve.add_search_arguments(parser, {"asl": "the parameters of Auto Seg-Loss"})
+    others = "a formula or a run directory"
+    flag = evolve.add_task_flags(parser, METRICS, LOSSES, others, tuple(CLASSES), MODELS)
+    about = "number of classes in own masks, or a file with their names; by default those found in the masks"
+    flag("--classes", "N", about, class_list)
+    flag("--download", None, "fetch VOC 2012 into --data-root through torchvision", action="store_true")
+    flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
+    flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
+    about = f"side of a training window: {evolve.told(PROXY, 'crop')}; in re-training {evolve.told(RETRAIN, 'crop')}"
+    flag("--crop", "PIXELS", about, evolve.at_least(8))
+    about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
+    flag("--batch", "N", about, evolve.at_least(2))
+    flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
+    evolve.add_search_flags(parser, {"asl": "the parameters of Auto Seg-Loss"})
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "seg")
@@ -888,17 +806,6 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
     except OSError:
         remove_unused(path, number)
         return None
-
-
-def machine_memory() -> float:
-    """GiB of this machine, or of the container where that has less."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        size = 2**34  # not to be had on Windows
-    with contextlib.suppress(OSError, ValueError):
-        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return size / 2**30
 
 
 def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:

@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate_batch, fits, is_dead, latex, parse
+from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate_batch, fits, is_dead, latex, leaves_of, parse
 
 POPULATION = 2500  # [P] the newest P candidates stay
 INITIAL = 20  # [P] random candidates to begin with
@@ -1985,6 +1985,48 @@ def machine_memory() -> float:
 def gate_list(text: str) -> list[str]:
     """An argparse type: gates, comma-separated."""
     return [one_of(SWITCHABLE)(name) for name in text.split(",") if name]
+
+
+def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
+    """Fill in what depends on other flags, in all scripts alike; end with one line where something is wrong.
+
+    `args.wanted`: what --loss or --compare asks for, by its text, as read_loss(text, flag) reads it.
+    """
+    settle_device_and_workers(args)
+    if args.data_root is None and args.data != "shapes":
+        fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
+    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
+    if args.loss and args.compare:
+        fail(f"--compare {args.compare}: not together with --loss; give one of them")
+    if args.compare:
+        args.wanted = {text: read_loss(text, "--compare") for text in split_outside_brackets(args.compare, ",")}
+    else:
+        args.wanted = {args.loss: read_loss(args.loss, "--loss")} if args.loss else {}
+
+
+def split_outside_brackets(text: str, separators: str) -> list[str]:
+    """The parts between the separators that are not inside of a formula."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character in separators and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_formula(text: str, shown: str, symbols: Sequence[str]) -> Expr:
+    """A formula that can teach; else the program ends with a line that begins with `shown`."""
+    try:
+        expr = parse(text)
+    except ValueError as error:
+        fail(f"{shown}: {error}")
+    if foreign := leaves_of(expr) - {*symbols}:
+        fail(f"{shown}: '{min(foreign)}' has no meaning here; use {', '.join(symbols)}")
+    if is_dead(expr):
+        fail(f"{shown}: its gradient knows nothing of prediction and target together; it cannot teach")
+    return expr
 
 
 def settle_device_and_workers(args) -> None:

@@ -52,7 +52,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 import evolve
 from data import shapes
 from evolve import Branch, DataError, InvalidLoss, fail
-from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_module, softmax_leaves, sources, wide
+from loss_ops import Expr, evaluate, parse, python_module, softmax_leaves, sources, wide
 
 METRICS = {
     "bbox": ("bbox", "bbox50", "bbox75"),
@@ -120,35 +120,15 @@ def branch_list(text: str) -> list[str]:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other flags; end the program with one line where something is wrong."""
-    evolve.settle_device_and_workers(args)
-    if args.data_root is None and args.data != "shapes":
-        fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
-    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
+    evolve.settle_arguments(args, read_loss)
     possible = [name for name in BRANCHES if name != "mask" or args.metric == "segm"]
     args.branches = args.branches or possible
     if "mask" in args.branches and args.metric != "segm":
         fail("--branches mask: there are no masks to train; give --metric segm with it")
-    if args.loss and args.compare:
-        fail(f"--compare {args.compare}: not together with --loss; give one of them")
-    listed = split_outside_brackets(args.compare, ",") if args.compare else [args.loss] if args.loss else []
-    flag = "--compare" if args.compare else "--loss"
-    args.wanted = {text: read_loss(text, flag) for text in listed}
     if args.pretrained:  # what is missing shows before the search, not after it
         for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
             build_model(model, 2, False, args.pretrained)
     return args
-
-
-def split_outside_brackets(text: str, separators: str) -> list[str]:
-    """The parts between the separators that are not inside of a formula."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character in separators and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
 
 
 def read_loss(text: str, flag: str) -> str | dict[str, Expr | str]:
@@ -163,7 +143,7 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr | str]:
             f"of {' '.join(BRANCHES)}"
         )
     losses = {}
-    for part in split_outside_brackets(text, ",;"):
+    for part in evolve.split_outside_brackets(text, ",;"):
         branch, _, term = (piece.strip() for piece in part.partition("="))
         if branch not in BRANCHES:
             fail(f"{flag} {text:.80}: unknown branch {branch!r}; choose one of {' '.join(BRANCHES)}")
@@ -178,15 +158,7 @@ def read_term(branch: str, text: str, shown: str) -> Expr | str:
         return text
     if "(" not in text:
         fail(f"{shown}: unknown; give one of {' '.join(known)} or a formula")
-    try:
-        expr = parse(text)
-    except ValueError as error:
-        fail(f"{shown}: {error}")
-    if foreign := leaves_of(expr) - set(symbols):
-        fail(f"{shown}: '{min(foreign)}' has no meaning in {branch}; use {', '.join(symbols)}")
-    if is_dead(expr):
-        fail(f"{shown}: its gradient knows nothing of prediction and target together; it cannot teach")
-    return expr
+    return evolve.read_formula(text, shown, symbols)
 
 
 # =====================================================================================================================

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import evolve
 from data import shapes
 from evolve import Branch, DataError, InvalidLoss, fail
-from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source, sources, wide
+from loss_ops import Expr, evaluate, python_source, sources, wide
 
 METRICS = ("ap", "ap50", "ap75", "ar", "pck")
 DATA = {"shapes": "small", "coco": "r50"}  # and the network that goes with each by default
@@ -111,35 +111,15 @@ def sigma_list(text: str) -> list[float]:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other flags; end the program with one line where something is wrong."""
-    evolve.settle_device_and_workers(args)
-    if args.data_root is None and args.data != "shapes":
-        fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
-    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
+    evolve.settle_arguments(args, read_loss)
     args.model = args.model or DATA[args.data]
     args.crop = args.crop or PROXY[args.model].crop
     width, multiple = round(args.crop * args.aspect), COARSEST[args.model]
     if args.crop % multiple or width % multiple:
         fail(f"--crop {args.crop}: height and width ({width}) of a crop must be multiples of {multiple}")
-    if args.loss and args.compare:
-        fail(f"--compare {args.compare}: not together with --loss; give one of them")
-    listed = split_outside_brackets(args.compare) if args.compare else [args.loss] if args.loss else []
-    flag = "--compare" if args.compare else "--loss"
-    args.wanted = {text: read_loss(text, flag) for text in listed}
     if args.pretrained:  # what is missing shows before the search, not after it
         build_model(args.model, 1, args.pretrained)
     return args
-
-
-def split_outside_brackets(text: str) -> list[str]:
-    """The parts between the commas that are not inside of a formula."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
 
 
 def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
@@ -150,15 +130,7 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
         if Path(text).is_dir():
             return evolve.read_found(Path(text), "pose", flag)
         fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
-    try:
-        expr = parse(text)
-    except ValueError as error:
-        fail(f"{flag} {text:.80}: {error}")
-    if foreign := leaves_of(expr) - set("yp1"):
-        fail(f"{flag} {text:.80}: '{min(foreign)}' has no meaning in pose estimation; use y, p and 1")
-    if is_dead(expr):
-        fail(f"{flag} {text:.80}: its gradient knows nothing of prediction and target together; it cannot teach")
-    return {"loss": expr}
+    return {"loss": evolve.read_formula(text, f"{flag} {text:.80}", "yp1")}
 
 
 # =====================================================================================================================

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 import evolve
 from data import shapes
 from evolve import Branch, Child, DataError, InvalidLoss, fail
-from loss_ops import Expr, evaluate, is_dead, leaves_of, parse, python_source, softmax_leaves, sources, standalone, wide
+from loss_ops import Expr, evaluate, parse, python_source, softmax_leaves, sources, standalone, wide
 
 IGNORE = 255
 METRICS = ("miou", "fwiou", "macc", "gacc", "biou", "bf1")
@@ -121,35 +121,15 @@ def class_list(text: str) -> int | str:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other flags; end the program with one line where something is wrong."""
-    evolve.settle_device_and_workers(args)
+    evolve.settle_arguments(args, read_loss)
     if args.classes is not None and args.data in ("shapes", "cityscapes"):
         fail(f"--classes {args.classes}: {args.data} has its own {CLASSES[args.data]}; leave the flag out")
     if isinstance(args.classes, int) and args.classes > 255:
         fail(f"--classes {args.classes}: too many; a label map has a byte a pixel, 255 classes at most")
-    if args.data_root is None and args.data != "shapes":
-        fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
-    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
-    if args.loss and args.compare:
-        fail(f"--compare {args.compare}: not together with --loss; give one of them")
-    listed = split_outside_brackets(args.compare) if args.compare else [args.loss] if args.loss else []
-    flag = "--compare" if args.compare else "--loss"
-    args.wanted = {text: read_loss(text, flag) for text in listed}
     if args.pretrained:  # what is missing shows before the search, not after it
         for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
             build_model(model, 2, args.pretrained)
     return args
-
-
-def split_outside_brackets(text: str) -> list[str]:
-    """The parts between the commas that are not inside of a formula."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
 
 
 def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
@@ -165,15 +145,7 @@ def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
         if Path(text).is_dir():
             return evolve.read_found(Path(text), "seg", flag, read_searched)
         fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
-    try:
-        expr = parse(text)
-    except ValueError as error:
-        fail(f"{flag} {text:.80}: {error}")
-    if foreign := leaves_of(expr) - set("yp1"):
-        fail(f"{flag} {text:.80}: '{min(foreign)}' has no meaning in segmentation; use y, p and 1")
-    if is_dead(expr):
-        fail(f"{flag} {text:.80}: its gradient knows nothing of prediction and target together; it cannot teach")
-    return {"loss": expr}
+    return {"loss": evolve.read_formula(text, f"{flag} {text:.80}", "yp1")}
 
 
 # =====================================================================================================================

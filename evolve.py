@@ -44,6 +44,7 @@ from statistics import median_high
 from typing import NamedTuple, Protocol
 
 import cv2
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -64,9 +65,9 @@ REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softm
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known
-LEADER_EVERY = 6  # [D] proxy trainings between two converged trainings of the most promising candidate so far
+LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
-RELATED = 0.95  # [D] finalists have gradients of less than this mean cosine
+RELATED = 0.95  # [D] parents, and finalists, have gradients of less than this mean cosine
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
 
@@ -118,7 +119,7 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
         for k in range(0, len(pool), state.batch):
             for child in judge(task, state, pool[k : k + state.batch], DEAR, tried):
                 tried.counts["surrogate"] += len(pool) - k - 1 if guide else 0
-                return tried.close(state, child)
+                return tried.close(state, briefly(task, state, child) if guide else child)
     return None
 
 
@@ -185,6 +186,7 @@ class Branch:
     leaves: Callable[[Tensor, Tensor], dict[str, Tensor]]
     score: Callable[[Tensor, Tensor], Tensor]
     eta: float = ETA
+    baseline: str = ""  # the baseline's loss as a formula, where it is one
     scale_free: bool = False  # the task trains with an optimiser that a factor before the loss does not change
     ideal: Tensor | None = None
     known: tuple[str, ...] = ()
@@ -626,14 +628,60 @@ COUNTERS = (*CHEAP, "surrogate", *DEAR)
 # Surrogate: losses with nearly the same gradient train nearly alike [D]
 
 
+def in_short(task: Task, name: str, expr: Expr) -> Expr:
+    """The tree of a branch without the operators that all its gradients do not need [D]; no training is needed for it.
+
+    Where the scale of a loss counts, the norms must stay the same, too.
+    """
+    branch = task.branches[name]
+    (wanted,) = gradients(branch, [expr])
+    free = branch.scale_free and len(task.branches) == 1
+
+    def same(candidate: Expr) -> bool:
+        (slope,) = gradients(branch, [candidate])
+        if slope is None or wanted is None:
+            return False
+        norms = slope.norm(dim=-1), wanted.norm(dim=-1)
+        cosine = (slope * wanted).sum(-1) / (norms[0] * norms[1]).clamp(min=1e-300)
+        alike = (cosine >= SAME) | ((norms[0] == 0) & (norms[1] == 0))
+        return bool(alike.all()) and (free or bool(((norms[0] - norms[1]).abs() <= 0.01 * norms[1]).all()))
+
+    while True:
+        cuts = {replace_node(expr, k, arg) for k, node in enumerate(nodes(expr)) for arg in node.args}
+        living = sorted(
+            (cut for cut in cuts if not is_dead(canonical(cut))), key=lambda cut: (len(nodes(cut)), str(cut))
+        )
+        cut = next((cut for cut in living if same(cut)), None)
+        if cut is None:
+            return expr
+        expr = cut
+
+
+def briefly(task: Task, state: "State", child: Child) -> Child:
+    """The child with its new trees in short: cheaper to train, and no mutation of it is wasted on idle operators.
+
+    It stays as it is where the short one is known already.
+    """
+    trees = [state.tree(tree.branch, in_short(task, tree.branch, tree.expr)) for tree in child.trees]
+    useful = all(describe(task, trees))
+    for tree, long in zip(trees, child.trees):
+        tree.gain = long.gain
+    losses = child.losses | {tree.branch: tree.expr for tree in trees}
+    short = Child(losses, child.parent, trees, (), child.predicted, more=child.more)
+    short.identity = state.identity(short)
+    known = any((tree.branch, tree.text) in state.verdicts for tree in trees) or short.identity in state.scores
+    return child if known or not useful else short
+
+
 class Surrogate:
     """A Gaussian process over the gradients of losses that predicts what a converged training would score.
 
     Covariance of two candidates: exp(-d^2 / 2 length^2), averaged over branches, with d^2 the mean squared distance of
     their unit gradients over samples and states. It learns from proxy scores and from converged ones: a converged
-    score is the proxy score plus a deviation, a process of the same kind with `drift` times the variance; the baseline
-    has none, so that a family of losses that starts fast and does not last is no better than it is. Length, noise and
-    drift have the greatest marginal likelihood on a grid; so has the variance of the scores, in closed form.
+    score is the proxy score plus a deviation, a process of the same kind with `drift` times the variance. The baseline,
+    which is trained anyway, is part of what it learns from, and the deviation is measured from the baseline's own: a
+    family of losses that starts fast and does not last is no better than it is. Length, noise and drift have the
+    greatest marginal likelihood on a grid; so has the variance of the scores, in closed form.
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
@@ -643,6 +691,7 @@ class Surrogate:
     def __init__(self):
         self.known: dict[str, Tensor] = {}  # points of what was trained, by text
         self.merits: dict[tuple[str, ...], float] = {}  # predicted converged scores of what was trained, by identity
+        self.niches: set[tuple[str, ...]] = set()  # the best ones of which no two are near relatives
 
     def fit(self, task: Task, state: "State", at_work: list[dict[str, Expr]]) -> "Surrogate | None":
         """Learn all that is known; None while that is too little.
@@ -654,32 +703,38 @@ class Surrogate:
         ranking = sorted(state.results, key=lambda text: state.results[text].score or 0.0)
         rows = list(dict.fromkeys(ranking[-self.ROWS // 2 :] + list(state.results)[-self.ROWS // 2 :]))
         self.rows = [state.results[text] for text in rows]
-        proxy = [row.score or 0.0 for row in self.rows]
+        losses, proxy = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows]
+        again, anchor = {}, state.converged(task.baseline)
+        if state.baseline is not None:
+            losses, proxy = [*losses, {}], [*proxy, state.baseline]
+            if anchor not in (None, -math.inf):
+                again = {k: state.converged(text) for k, text in enumerate(rows)} | {len(rows): anchor}
+        again = {k: score - anchor + state.baseline for k, score in again.items() if score is not None}
         # How bad a bad loss is says nothing of the good ones.
         floor = min(0.7 * (state.baseline or 0.0), median_high(proxy))
-        anchor = state.converged(task.baseline)  # where converged scores and proxy scores are the same by definition
-        anchored = state.baseline is not None and anchor not in (None, -math.inf)
-        again = {k: state.converged(text) for k, text in enumerate(rows)} if anchored else {}
-        again = {k: score for k, score in again.items() if score is not None}
-        values = proxy + [score - anchor + state.baseline for score in again.values()]
-        values = torch.tensor(values, dtype=torch.float64).clamp(min=floor)
+        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=floor)
         self.centre, self.spread = values.mean().item(), max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
-        self.points = torch.stack([self.point(task, row.losses) for row in self.rows])
-        self.index = torch.tensor([*range(len(rows)), *again])  # row of each value
-        self.late = torch.tensor([0.0] * len(rows) + [1.0] * len(again), dtype=torch.float64)
+        self.points = torch.stack([self.point(task, those) for those in losses])
+        self.index = torch.tensor([*range(len(losses)), *again])  # row of each value
+        self.late = torch.tensor([0.0] * len(losses) + [1.0] * len(again), dtype=torch.float64)
         self.squared = squared_distances(self.points, self.points)
         self.solve(*max(self.GRID, key=self.evidence))
-        for losses in at_work:
-            self.expect(self.point(task, losses))
-        mean, deviation = self.predict(self.points[: len(rows)], late=1.0)
+        for those in at_work:
+            self.expect(self.point(task, those))
+        mean, deviation = self.predict(self.points[: len(losses)], late=1.0)
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
         self.promise = expected_improvement(mean, deviation, self.best).tolist()
+        apart, best = self.squared[:, : len(rows), : len(rows)].mean(0) >= 2 - 2 * RELATED, []
+        for k in mean[: len(rows)].argsort(descending=True).tolist():
+            if self.rows[k].score is not None and apart[k, best].all():
+                best.append(k)
+        self.niches = {self.rows[k].identity for k in best}
         return self
 
     def point(self, task: Task, losses: dict[str, Expr], trees: Sequence[Tree] = ()) -> Tensor:
-        """(branches, size): the sketches of a candidate; the baseline's own loss is a direction by itself."""
+        """(branches, size): the sketches of a candidate. A baseline that is no tree is a direction by itself."""
         text = losses_text(losses)
         if text in self.known:
             return self.known[text]
@@ -687,11 +742,12 @@ class Surrogate:
         rows = []
         for name, branch in task.branches.items():
             own = torch.zeros(1 + SKETCH * math.prod(branch.prediction.shape[:2]))
-            if name not in losses:
+            expr = losses.get(name) or (parse(branch.baseline) if branch.baseline else None)
+            if expr is None:
                 own[-1] = 1.0
             elif (found := sketches.get(name)) is not None:
                 own[:-1] = found
-            elif (slope := gradients(branch, [losses[name]])[0]) is not None:
+            elif (slope := gradients(branch, [expr])[0]) is not None:
                 own[:-1] = sketch(slope)
             rows.append(own)
         if not trees:
@@ -1026,10 +1082,13 @@ def select_parent(
 ) -> Member | None:
     """The best of a random 5 % of the population; None while no candidate of it has all `branches` and is valid.
 
-    Equivalent losses share their score to the last digit; the newest stands for all of them [D]. Otherwise copies of
-    the best so far soon fill the population, win every tournament, and the search never leaves them.
+    Equivalent losses share their score to the last digit; the newest stands for all of them [D], and of near relatives
+    (by the surrogate) the best one. Otherwise variants of the best so far soon fill the population, win every
+    tournament, and the search never leaves them.
     """
     able = [member for member in state.population if member.score is not None and member.losses.keys() >= {*branches}]
+    if state.surrogate:
+        able = [member for member in able if member.identity in state.surrogate.niches] or able
     distinct = list({member.score: member for member in able}.values())
     if not distinct:
         return None
@@ -1141,6 +1200,8 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
         )
         found = short if score(short, 1) >= worst else found
     found = worker.agree("found", state, lambda: found)
+    if found:
+        make_once(worker.directory / "gradients.png", lambda part: part.write_bytes(draw_gradients(task, found)))
     table = [(task.baseline, "baseline"), *([(found, "found")] if found else [])]
     for k in range(args.seeds):
         pictures = [worker.directory / f"{name}.png" if k == 0 else None for _, name in table]
@@ -1182,40 +1243,46 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
 
 
 def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
-    """The same losses in short: operators are deleted as long as all gradients keep their directions [D].
+    """The same losses in short, see `in_short`."""
+    exprs = {name: task.read(text) for name, text in losses.items()}
+    return losses | {n: str(in_short(task, n, expr)) for n, expr in exprs.items() if isinstance(expr, Expr)}
 
-    Where the scale of a loss counts, the norms must stay the same, too. No training is needed for it.
+
+def draw_gradients(task: Task, losses: dict[str, str]) -> bytes:
+    """What the found losses pull at, as a PNG: a plot per branch, found (blue) on top of the baseline (grey).
+
+    A point per position of the gates' samples, at all their states: dL/d(prediction) over the probability that is given
+    to what is right; of boxes, the length of the gradient over their IoU. In units of each loss's own root mean square.
     """
-    short = dict(losses)
+    plots = []
     for name, branch in task.branches.items():
-        expr = task.read(losses[name]) if name in losses else None
+        expr, shape = task.read(losses[name]) if name in losses else None, branch.prediction.shape
         if not isinstance(expr, Expr):
             continue
-        (wanted,) = gradients(branch, [expr])
-        free = branch.scale_free and len(task.branches) == 1
-
-        def same(candidate: Expr, branch=branch, wanted=wanted, free=free) -> bool:
-            (slope,) = gradients(branch, [candidate])
-            if slope is None or wanted is None:
-                return False
-            norms = slope.norm(dim=-1), wanted.norm(dim=-1)
-            cosine = (slope * wanted).sum(-1) / (norms[0] * norms[1]).clamp(min=1e-300)
-            alike = (cosine >= SAME) | ((norms[0] == 0) & (norms[1] == 0))
-            return bool(alike.all()) and (free or bool(((norms[0] - norms[1]).abs() <= 0.01 * norms[1]).all()))
-
-        while True:
-            cuts = {
-                replace_node(expr, k, arg)
-                for k, node in enumerate(nodes(expr))
-                for arg in node.args
-                if not is_dead(canonical(replace_node(expr, k, arg)))
-            }
-            cut = next((cut for cut in sorted(cuts, key=lambda tree: (len(nodes(tree)), str(tree))) if same(cut)), None)
-            if cut is None:
-                break
-            expr = cut
-        short[name] = str(expr)
-    return short
+        leaves, boxes = branch.leaves(branch.prediction, branch.target), "i" in branch.symbols
+        over = leaves["i"] / leaves["u"] if boxes else leaves["p"]
+        right = torch.ones_like(over) if boxes else leaves["y"] / leaves["y"].amax((-3, -2, -1), keepdim=True)
+        plot = np.full((360, 480, 3), 255, np.uint8)
+        for tree, colour in (
+            (branch.baseline and parse(branch.baseline), (170, 170, 170)),
+            (expr, (200, 80, 0)),
+        ):  # BGR
+            (slope,) = gradients(branch, [tree]) if tree else [None]
+            if slope is None:
+                continue
+            slope = slope.view(shape).norm(dim=-3, keepdim=True) if boxes else slope.view(shape)
+            x, y = over[right > 0.9], slope.expand_as(over)[right > 0.9]
+            y = y / y.square().mean().sqrt().clamp(min=1e-300)
+            rows, columns = (180 - 40 * y.clamp(-4, 4)).long().tolist(), (20 + 440 * x.clamp(0, 1)).long().tolist()
+            for row, column in zip(rows, columns):
+                cv2.circle(plot, (column, row), 1, colour, -1)
+        cv2.line(plot, (20, 180), (460, 180), (0, 0, 0))
+        words = "gradient over IoU" if boxes else "gradient over probability of what is right"
+        cv2.putText(plot, f"{name}: {words}", (20, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        legend = "blue: found" + f"   grey: {branch.baseline}" * bool(branch.baseline)
+        cv2.putText(plot, legend, (20, 345), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+        plots.append(plot)
+    return cv2.imencode(".png", np.concatenate(plots or [np.full((1, 1, 3), 255, np.uint8)], 1))[1].tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1445,16 +1512,32 @@ class Reporter:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
         self.directory, self.task, self.state, self.args = directory, task, state, args
-        self.journal = Journal(directory)
-        self.journal.hear(state)
+        self.journal, self.parents = Journal(directory), {}
+        self.remember(self.journal.hear(state))
         self.board = SummaryWriter(str(directory))
         self.start, self.explored_earlier = time.time(), state.explored
         self.best = state.best()
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
+    def remember(self, records: list[dict]) -> list[dict]:
+        """Whose child each candidate is."""
+        for record in records:
+            if record.get("parent"):
+                self.parents.setdefault(losses_text(record["losses"]), losses_text(record["parent"]))
+        return records
+
+    def lineage(self, text: str) -> str:
+        """A candidate and its ancestors, the newest first, with their scores."""
+        lines = ["| proxy | converged | loss |", "|---|---|---|"]
+        while text in self.state.results and len(lines) < 100:
+            score, again = shown(self.state.results[text].score), shown(self.state.converged(text))
+            lines.append(f"| {score} | {again} | `{text}` |")
+            text = self.parents.get(text)
+        return "\n".join(lines)
+
     def hear(self) -> None:
-        for record in self.journal.hear(self.state):
+        for record in self.remember(self.journal.hear(self.state)):
             if "baseline" in record:
                 score = "invalid" if self.state.baseline is None else f"{self.state.baseline:.3f}"
                 print(
@@ -1624,11 +1707,14 @@ class Reporter:
             for metric, values in column.items():
                 if values:
                     self.board.add_scalar(f"test/{metric}/{name}", sum(values) / len(values), state.explored)
-        for name in ("found", "baseline"):
-            picture = self.directory / f"{name}.png"
+        for tag in ("predictions/found", "predictions/baseline", "search/gradients"):
+            picture = self.directory / f"{Path(tag).name}.png"
             if picture.exists():
                 pixels = cv2.imread(str(picture))[..., ::-1]  # BGR to RGB
-                self.board.add_image(f"predictions/{name}", pixels, state.explored, dataformats="HWC")
+                self.board.add_image(tag, pixels, state.explored, dataformats="HWC")
+        origin = state.results.get(text) or (state.best() if text else None)  # the found loss may be one in short
+        if origin:
+            self.board.add_text("search/lineage", self.lineage(origin.text), state.explored)
         flags = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
         final = test["found"][args.metric] if losses else []
         self.board.add_hparams(flags, {"hparam/test": sum(final) / len(final) if final else 0.0}, run_name=".")

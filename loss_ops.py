@@ -380,7 +380,7 @@ def softmax_leaves(
     if len(shape) > 4:
         logits, label = logits.flatten(2), label.flatten(1)
     N, C, H, W = (*logits.shape, 1, 1)[:4]
-    logits, label = wide(logits).reshape(N, C, H, W), label.long().reshape(N, 1, H, W)
+    logits, label = wide(logits).reshape(N, C, H, W).contiguous(), label.long().reshape(N, 1, H, W)
     mask = label != ignore_index
     y = torch.zeros_like(logits).scatter_(1, label * mask, 1.0)
     return {"y": y, "p": logits.softmax(1)}, mask

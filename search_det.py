@@ -2053,8 +2053,17 @@ class DetTask(evolve.Task):
         else:
             prediction, target = (alike(column).unsqueeze(2) for column in zip(*seen))
             ideal, leaves, score = 20 * target - 10, mask_gate_leaves, mask_score
+        baseline = "" if kind == "reg" else KNOWN[kind][0]  # smooth L1 is no tree
         return Branch(
-            BRANCHES[branch][0], prediction[None], target, leaves, score, ETA[branch], ideal=ideal, known=KNOWN[kind]
+            BRANCHES[branch][0],
+            prediction[None],
+            target,
+            leaves,
+            score,
+            ETA[branch],
+            baseline,
+            ideal=ideal,
+            known=KNOWN[kind],
         )
 
     def simulate(self, losses: dict[str, Expr] | str) -> float:

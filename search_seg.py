@@ -1718,6 +1718,7 @@ class SegTask(evolve.Task):
             self.gate_leaves,
             self.gate_score,
             ETA[self.args.metric],
+            KNOWN[0],
             scale_free=self.proxy.optimizer == "adamw",
             ideal=10 * onehot.unsqueeze(1),
             known=KNOWN,

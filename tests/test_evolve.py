@@ -101,7 +101,7 @@ def small_pool(monkeypatch):
 
 def arguments(tmp_path, *argv):
     parser = evolve.Parser()
-    evolve.add_search_arguments(parser)
+    evolve.add_search_flags(parser)
     args = parser.parse_args(["--runs", str(tmp_path), "--minutes", "5", "--workers", "1", *argv])
     args.metric, args.data, args.device = "toy", "none", "cpu"
     return args
@@ -162,7 +162,8 @@ def again(state, text, *values, first=0):
     """Absorb converged trainings with these scores; None: invalid."""
     for k, value in enumerate(values):
         scores = value if value is None else {split: {"toy": value} for split in ("val", "test")}
-        state.absorb({"retrained": {"loss": text}, "seed": first + k, "scores": scores, "elapsed": 0})
+        named = text if text == "ce" else {"loss": text}
+        state.absorb({"retrained": named, "seed": first + k, "scores": scores, "elapsed": 0})
 
 
 # Trees and mutations
@@ -614,16 +615,19 @@ def test_surrogate_learns_from_converged_scores():
     best = sorted(known, key=known.get)[-8:]
     (before, *_), strangers = (guide.scores(predicted(task, guide, names)[0]) for names in (RELATIVES[3:], best))
     assert before > max(strangers)
+    state.baseline = 0.5
     for text in RELATIVES[:3]:
-        again(state, text, 0.2)
-    for text in best[:3]:
-        again(state, text, known[text])
+        again(state, text, 0.3)
+    guide = state.surrogate.fit(task, state, [])
+    assert abs(guide.scores(predicted(task, guide, RELATIVES[3:])[0])[0] - before) < 0.01, "by what, as yet?"
+    again(state, "ce", 0.6)  # a tenth more than by the proxy: so it is worth 0.2 what was trained to 0.3
     guide = state.surrogate.fit(task, state, [])
     (after, *_), strangers = (guide.scores(predicted(task, guide, names)[0]) for names in (RELATIVES[3:], best))
     assert after < min(strangers) and after < before - 0.2
     family = [result.text for result in state.ranking()].index(RELATIVES[0])
     assert family > 5, "parents and finalists are chosen by that"
     state.again.clear()
+    again(state, "ce", 0.6)
     for text in RELATIVES[:3]:
         again(state, text, None)
     guide = state.surrogate.fit(task, state, [])
@@ -672,6 +676,41 @@ def test_the_most_promising_child_is_trained(monkeypatch):
     assert child.tried["counts"]["surrogate"] > 0
 
 
+def test_relatives_of_the_best_do_not_win_every_tournament():
+    task, known, _ = spread(60)
+    state, guide = guided(task, {**known, **dict(zip(RELATIVES, (0.95, 0.94, 0.96, 0.93)))})
+    apart = {text: guide.point(task, {"loss": parse(text)}) for text in state.results}
+    niches = list({r.identity: r.text for r in state.results.values() if r.identity in guide.niches}.values())
+    assert 5 < len(niches) < len(state.results) and len([text for text in RELATIVES if text in niches]) < 3
+    near = 2 - 2 * evolve.RELATED
+    for one, other in itertools.combinations(niches, 2):
+        assert (apart[one] - apart[other]).square().sum() >= 0.99 * near
+    for text in state.results:
+        assert any((apart[text] - apart[niche]).square().sum() <= 1.01 * near for niche in niches), (
+            "somebody's relative"
+        )
+    drawn = [evolve.select_parent(state, random.Random(k), ["loss"]) for k in range(200)]
+    assert {member.identity for member in drawn} <= guide.niches
+
+
+def test_children_are_trained_in_short():
+    task = ToyTask()
+    task.branches["loss"].scale_free = True
+    state = begin(task)
+    (long,) = evolve.judge(
+        task, state, [make_child(state, "Neg(Mul(y, Log(Abs(Mul(1, Abs(p))))))")], evolve.CHEAP, Tried()
+    )
+    long.predicted = [0.5, 0.1]
+    brief = evolve.briefly(task, state, long)
+    assert str(brief.losses["loss"]) == str(CE) and brief.predicted == [0.5, 0.1]
+    (plain,) = evolve.judge(task, state, [make_child(state, str(CE))], ("gradient",), Tried())
+    assert brief.identity == plain.identity, "and known by what it is"
+    tried = Tried()
+    tried.close(state, brief)
+    assert [(text, verdict) for _, text, verdict, *_ in tried.verdicts] == [(state.text(CE), evolve.PASSED)]
+    assert evolve.briefly(task, state, long) is long, "the short one is known by now"
+
+
 def test_without_surrogate_is_the_plain_algorithm(tmp_path):
     directory = run(tmp_path, "--evals", "25", "--without", "surrogate,rejected", planted=PLANTED)
     lines = journal(directory)
@@ -686,13 +725,15 @@ def test_with_surrogate_leaders_are_trained_in_mid_search(tmp_path, monkeypatch)
     monkeypatch.setattr(evolve, "LEADER_EVERY", 4)
     directory = run(tmp_path, "--evals", "16", "--without", "rejected", planted=PLANTED)
     lines = [record for record in records(directory) if "baseline" not in record]
-    first = next(k for k, line in enumerate(lines) if line.get("leader"))
-    assert first == 10 and all(line["predicted"] is None for line in lines[:6])
-    assert all(line["predicted"] for line in journal(directory)[6:])
+    assert all(line["predicted"] is None for line in lines[:6]) and all(
+        line["predicted"] for line in journal(directory)[6:]
+    )
     at = [sum("losses" in line for line in lines[:k]) for k, line in enumerate(lines) if line.get("leader")]
-    assert at == [10, 14]
+    assert at == [6, 10, 14]
+    baseline, *leaders = [line["retrained"] for line in lines if line.get("leader")]
+    assert baseline == "ce", "what the others are measured by comes first"
     scores = {evolve.losses_text(line["losses"]): line["score"] for line in journal(directory)}
-    leaders = [evolve.losses_text(line["retrained"]) for line in lines if line.get("leader")]
+    leaders = [evolve.losses_text(losses) for losses in leaders]
     assert len(set(leaders)) == 2 and all(scores[text] is not None for text in leaders)
     assert not any(line["tried"]["reused"] for line in lines if "losses" in line)
     assert result_of(directory)["gates"]["surrogate"] > 0
@@ -1214,13 +1255,17 @@ def test_others_at_work_are_seen(two):
 def test_no_leader_is_trained_twice_at_a_time(two, short):
     task = ToyTask(planted=PLANTED)
     state = begin(task, "--without", "rejected")
-    explore(task, state, 6, state.surrogate)
+    explore(task, state, 4, state.surrogate)
     guide = state.surrogate.fit(task, state, [])
-    one = evolve.next_leader(state, guide, two[0], 0)
-    two[0].works_on(one, leader=True)
-    assert evolve.next_leader(state, guide, two[1], 0) is None, "one leader every so many trainings"
-    two[0].works_on(one)
-    assert one != evolve.next_leader(state, guide, two[1], 0)
+    assert evolve.next_leader(task, state, guide, two[0], 0) == "ce"
+    two[0].works_on("ce", leader=True)
+    assert evolve.next_leader(task, state, guide, two[1], 0) is None, "one every so many trainings"
+    two[0].works_on("ce")
+    one = evolve.next_leader(task, state, guide, two[1], 0)
+    assert one in [result.losses for result in state.results.values()], "the baseline is claimed by the first"
+    again(state, "ce", 0.5)
+    two[1].works_on(one)
+    assert evolve.next_leader(task, state, guide, two[0], 0) not in (one, "ce")
 
 
 def test_minutes_end_a_search_that_nothing_passes(tmp_path):

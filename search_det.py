@@ -74,14 +74,15 @@ class Schedule(NamedTuple):
     weight_decay: float
     warmup: int = 0  # steps until the learning rate is reached
     model: str = "small"
+    base: int = 0  # steps with the baseline's losses that go before
 
 
 PROXY = {
-    "shapes": Schedule(150, 8, 64, (0.8, 1.25), "adamw", 0.003, 1e-4, 10),
+    "shapes": Schedule(100, 8, 64, (0.8, 1.25), "adamw", 0.003, 1e-4, 10, base=150),
     "coco": Schedule(2000, 16, 512, (0.8, 1.25), "sgd", 0.02, 1e-4, 500, "r50-fpn"),
 }
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=250),
+    "shapes": PROXY["shapes"]._replace(steps=600, base=0),
     "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, 500, "r50-fpn"),
 }
 
@@ -1936,12 +1937,19 @@ class DetTask(evolve.Task):
     def load(self) -> None:
         if not self.data:
             self.data = self.read_data()
-            self.branches = self.make_branches()
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
         args = self.args
-        flags = {"steps": steps, "size": args.size, "batch": args.batch, "lr": args.lr, "model": args.model}
+        base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
+        flags = {
+            "steps": steps,
+            "size": args.size,
+            "batch": args.batch,
+            "lr": args.lr,
+            "model": args.model,
+            "base": base,
+        }
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def read_data(self) -> dict[str, Split]:
@@ -1989,12 +1997,35 @@ class DetTask(evolve.Task):
             return list(itertools.islice(self.batches(plan, self.args.seed), plan.steps))
         return None
 
+    def prepare(self, base: Path) -> None:
+        """The base network: the baseline's losses for the first steps of the converged schedule.
+
+        Proxy trainings go on from it. The gates look at losses at the predictions of a random network alone: those of
+        another state would be of other proposals, with targets of their own.
+        """
+        if not base.exists():
+            evolve.make_once(base, functools.partial(torch.save, self.train_base()))
+        self.state = torch.load(base, map_location=self.device, weights_only=True)
+        self.branches = self.make_branches()
+
+    def train_base(self) -> dict[str, Tensor]:
+        plan = self.proxy._replace(steps=RETRAIN[self.args.data].steps)
+        net = self.network(plan, self.args.seed)
+        batches = itertools.islice(self.batches(plan, 500 + self.args.seed), plan.base)
+        train_network(net, self.losses(BASELINE), batches, plan)
+        return net.state_dict()
+
     def train(self, losses: dict[str, Expr | str] | str) -> float:
-        data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
+        return round(self.proxy_scores(losses)[self.args.metric], 6)
+
+    def proxy_scores(self, losses: dict[str, Expr | str] | str) -> dict[str, float]:
+        """All metrics on the search-validation split after a proxy training."""
         net = self.network(self.proxy, self.args.seed)
+        net.load_state_dict(self.state)
+        data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.losses(losses), data, self.proxy, "invalid" not in self.args.without)
-        return round(test_network(net, self.data["val"], self.proxy.size, self.device)[self.args.metric], 6)
+        return test_network(net, self.data["val"], self.proxy.size, self.device)
 
     def retrain(
         self, losses: dict[str, Expr | str] | str, seed: int, picture: Path | None = None, checkpoint=None

@@ -14,6 +14,7 @@ The whole task is in this file: arguments, data, networks, metrics, hand-made lo
 import argparse
 import atexit
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -62,16 +63,17 @@ class Schedule(NamedTuple):
     rotation: float  # standard deviation of the random rotation in degrees, cut off at twice this
     lr: float  # decays to 0 as (1 - step / steps) ** 0.9 (poly)
     weight_decay: float = 5e-4
+    base: int = 0  # steps with the baseline's loss that go before
 
 
 # The small network's learning rate is the best for squared error, its proxy as long as the ranking needs (README) [D].
 # ResNet-50: crops, Gaussians, ranges of augmentation, batch and 140 epochs as published [S], the proxy a fiftieth [D].
 PROXY = {
-    "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003),
+    "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=100),
     "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001),
 }
 RETRAIN = {
-    "small": PROXY["small"]._replace(steps=200),
+    "small": PROXY["small"]._replace(steps=600, base=0),
     "r50": PROXY["r50"]._replace(steps=160_000, batch=128),
 }
 
@@ -1649,6 +1651,7 @@ def draw_skeleton(picture: np.ndarray, pose: Tensor, known: list[bool], limbs: l
 
 GATE_SIZE = 16  # height of the rejection samples in pixels of a heatmap [D]
 GATE_SAMPLES = 5  # [P]
+STATES = (0, 0.15, 1)  # shares of the base training after which the gates look at its predictions [D]
 
 
 class PoseTask(evolve.Task):
@@ -1669,28 +1672,60 @@ class PoseTask(evolve.Task):
     def load(self) -> None:
         if not self.data:
             self.data, self.skeleton = read_data(self.args)
-            self.branches = {"loss": self.branch()}
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
-        flags = {"steps": steps, "batch": self.args.batch, "lr": self.args.lr}
+        base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
+        flags = {"steps": steps, "batch": self.args.batch, "lr": self.args.lr, "base": base}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
-    def branch(self) -> Branch:
-        """The training persons with most labelled joints, small, and random logits as their predictions.
+    def prepare(self, base: Path) -> None:
+        """The base network: the baseline's loss for the first steps of the converged schedule.
 
-        Not those of a random network: it starts at zero, where losses that differ everywhere else look the same [D].
+        Proxy trainings go on from its last state; the gates look at losses at all of STATES.
+        """
+        if not base.exists():
+            evolve.make_once(base, functools.partial(torch.save, self.train_base()))
+        self.states = torch.load(base, map_location=self.device, weights_only=True)
+        self.branches = {"loss": self.branch()}
+
+    def train_base(self) -> list[dict[str, Tensor]]:
+        plan = self.proxy._replace(steps=RETRAIN[self.args.model].steps)
+        steps = [round(plan.base * share) for share in STATES]
+        net, states = self.network(self.args.seed), []
+
+        def batches() -> Iterator[tuple[Tensor, ...]]:
+            for step, batch in enumerate(self.batches(plan, 500 + self.args.seed)):
+                states.extend(copy.deepcopy(net.state_dict()) for _ in range(steps.count(step)))
+                if step == steps[-1]:
+                    return
+                yield batch
+
+        train_network(net, LOSSES[BASELINE], batches(), plan)
+        return states
+
+    def branch(self) -> Branch:
+        """The training persons with most labelled joints, small, and what the base network makes of them on its way.
+
+        But for the first state, which is random logits: an untrained network starts at zero, where losses that differ
+        everywhere else look the same [D].
         """
         train = self.data["train"]
         self.few = index = train.labelled.sum(1).sort(descending=True, stable=True).indices[:GATE_SAMPLES]
         size = (GATE_SIZE, round(GATE_SIZE * self.args.aspect))
-        corner = torch.tensor([(n - m) / 2 for n, m in zip(train.images.shape[-2:], self.size)]).flip(0)
-        joints = (train.joints[index] - corner.to(self.device)) * (size[0] / self.size[0])
-        target = batch_heatmaps(joints, size, 1.0) * train.labelled[index, :, None, None]
+        corner = [(n - m) // 2 for n, m in zip(train.images.shape[-2:], self.size)]
+        joints = train.joints[index] - torch.tensor(corner).flip(0).to(self.device)
+        target = batch_heatmaps(joints * (size[0] / self.size[0]), size, 1.0) * train.labelled[index, :, None, None]
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
+        images = normalise(middle(train.images[index], self.size).to(self.device).float())
+        net, logits = self.network(self.args.seed), [noise.to(self.device)]
+        for state in self.states[1:]:
+            net.load_state_dict(state)
+            with torch.no_grad():
+                logits.append(F.interpolate(SHARPNESS * net(images), size, mode="bilinear"))
         return Branch(
             ("y", "p", "1"),
-            noise[None].unsqueeze(3).to(self.device),  # (S = 1, B, J, 1, H, W)
+            torch.stack(logits).unsqueeze(3),  # (S, B, J, 1, H, W)
             target.unsqueeze(2),  # (B, J, 1, H, W): each joint is a sample, as in training
             self.gate_leaves,
             self.gate_score,
@@ -1736,11 +1771,16 @@ class PoseTask(evolve.Task):
         return test_network(net, split, self.skeleton, self.size, self.device, self.args.flip_test)
 
     def train(self, losses: dict[str, Expr] | str) -> float:
+        return round(self.proxy_scores(losses)[self.args.metric], 6)
+
+    def proxy_scores(self, losses: dict[str, Expr] | str) -> dict[str, float]:
+        """All metrics on the search-validation split after a proxy training."""
         net = self.network(self.args.seed)
+        net.load_state_dict(self.states[-1])
         data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
-        return round(self.test(net, self.data["val"])[self.args.metric], 6)
+        return self.test(net, self.data["val"])
 
     def simulate(self, losses: dict[str, Expr] | str) -> float:
         """A short training on the persons of the gates: PCK on these.

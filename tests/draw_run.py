@@ -1,0 +1,81 @@
+"""A run as a picture: what its trainings scored over the minutes, and what the found loss pulls at.
+
+    python tests/draw_run.py RUN_DIR .github/search.png
+
+On the left, over minutes of searching: proxy scores (grey), the best so far (line), and converged scores on the
+search-validation split (orange), all minus those of the baseline. On the right `gradients.png` of the run, see
+`evolve.draw_gradients`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+GREY, BLUE, ORANGE, BLACK = (170, 170, 170), (200, 80, 0), (0, 120, 240), (0, 0, 0)  # in BGR
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 360, 60, 20, 50, 45
+
+
+def write(canvas: np.ndarray, text: str, corner: tuple[int, int], colour=BLACK, size: float = 0.42) -> None:
+    cv2.putText(canvas, text, corner, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
+
+
+def draw_scores(records: list[dict], baseline: str, metric: str) -> np.ndarray:
+    proxy = next(record["baseline"] for record in records if "baseline" in record)
+    again = [r for r in records if r.get("leader") and r["scores"]]
+    anchor = next((r["scores"]["val"][metric] for r in again if r["retrained"] == baseline), None)
+    dots = [(r["elapsed"] / 60, r["score"] - proxy) for r in records if r.get("score") is not None and "losses" in r]
+    late = [(r["elapsed"] / 60, r["scores"]["val"][metric] - anchor) for r in again if r["retrained"] != baseline]
+    points = np.array(dots + late)
+    low, high = max(-0.15, points[:, 1].min()) - 0.01, points[:, 1].max() + 0.01
+    end = points[:, 0].max()
+
+    def place(minute: float, value: float) -> tuple[int, int]:
+        x = LEFT + minute / end * (WIDTH - LEFT - RIGHT)
+        y = TOP + (high - max(value, low)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return round(x), round(y)
+
+    canvas = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    for value in np.arange(np.ceil(low / 0.05) * 0.05, high, 0.05):
+        cv2.line(canvas, place(0, value), place(end, value), BLACK if abs(value) < 1e-9 else (225, 225, 225), 1)
+        write(canvas, f"{value:+.2f}", (8, place(0, value)[1] + 4))
+    for minute in range(0, int(end) + 1, 2):
+        write(canvas, str(minute), (place(minute, low)[0] - 4, HEIGHT - 25))
+    best = -np.inf
+    for minute, value in dots:
+        cv2.circle(canvas, place(minute, value), 2, GREY, -1, cv2.LINE_AA)
+        if value > best:
+            if np.isfinite(best):
+                cv2.line(canvas, place(minute, best), place(minute, value), BLUE, 1)
+            best, since = value, minute
+        later = [m for m, _ in dots if m > minute]
+        cv2.line(canvas, place(since, best), place(min(later, default=end), best), BLUE, 1)
+    for minute, value in late:
+        cv2.circle(canvas, place(minute, value), 4, ORANGE, -1, cv2.LINE_AA)
+    write(canvas, f"{metric} minus that of {baseline}, over minutes of searching", (LEFT, 18))
+    write(canvas, "proxy", (LEFT, 36), GREY)
+    write(canvas, "best proxy so far", (LEFT + 60, 36), BLUE)
+    write(canvas, "converged", (LEFT + 200, 36), ORANGE)
+    return canvas
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    lines = [line for path in sorted(args.run.glob("journal-*.jsonl")) for line in path.read_text().splitlines()]
+    records = sorted(map(json.loads, lines), key=lambda record: record["elapsed"])
+    about = json.loads((args.run / "args.json").read_text())
+    baseline = {"seg": "ce", "det": "ce+l1", "pose": "mse"}[about["task"]]
+    canvas = draw_scores(records, baseline, about["arguments"]["metric"])
+    gradients = args.run / "gradients.png"
+    if gradients.exists():
+        canvas = np.concatenate([canvas, cv2.imread(str(gradients))[:HEIGHT]], 1)
+    cv2.imwrite(str(args.picture), canvas)
+
+
+if __name__ == "__main__":
+    main()

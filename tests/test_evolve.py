@@ -9,6 +9,8 @@ import shutil
 from collections import Counter
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1475,6 +1477,37 @@ def test_files_of_a_run(tmp_path, short):
     head, first, *_ = (directory / "hall_of_fame.csv").read_text().splitlines()
     assert head == "rank,proxy_toy,converged_toy,seeds,gain,loss" and first.startswith("1,")
     assert evolve.read_found(directory, "toy", "--loss") == {k: parse(v) for k, v in result["losses"].items()}
+
+
+def test_lineage_goes_back_to_a_random_tree(tmp_path, short):
+    directory = run(tmp_path, "--evals", "14", "--without", "rejected", planted=PLANTED)
+    args = arguments(tmp_path)
+    parents = {line["losses"]["loss"]: line["parent"] and line["parent"]["loss"] for line in journal(directory)}
+    reporter = evolve.Reporter(directory, ToyTask(), evolve.make_state(args, ToyTask(), reporting=True), args)
+    youngest = max(parents, key=lambda text: parents[text] is not None)
+    rows = [line.split("`")[1] for line in reporter.lineage(youngest).splitlines()[2:]]
+    assert len(rows) > 1 and rows[0] == youngest and parents[rows[-1]] is None
+    assert all(parents[child] == parent for child, parent in itertools.pairwise(rows))
+    reporter.board.close()
+
+
+def test_gradients_are_drawn():
+    task = ToyTask()
+    task.branches["loss"].baseline = str(CE)
+
+    def points(loss):
+        plot = cv2.imdecode(np.frombuffer(evolve.draw_gradients(task, {"loss": loss}), np.uint8), cv2.IMREAD_COLOR)
+        return [set(zip(*np.nonzero((plot[30:330] == colour).all(-1)))) for colour in ((200, 80, 0), (170, 170, 170))]
+
+    blue, grey = points(str(CE))
+    assert blue and not grey, "on top of each other"
+    rows, columns = np.array(sorted(blue)).T
+    assert np.corrcoef(rows, columns)[0, 1] < -0.99, "p - 1, upwards"
+    blue, grey = points("Neg(Mul(y, p))")
+    assert blue and grey
+    rows, columns = np.array(sorted(blue)).T
+    lowest = columns[rows == rows.max()].mean()
+    assert 200 < lowest < 280, "p (p - 1): the pull is strongest in the middle"
 
 
 def test_an_unfinished_run_gives_its_best_so_far(tmp_path, short):

@@ -1,11 +1,11 @@
 """Detection: is the proxy's ranking worth something, where its seconds go, the loader, and AP against pycocotools.
 
-    python tests/bench_det.py [--proxy-steps 100 150]
+    python tests/bench_det.py [--proxies 0+150 150+100]
 
-Ranking: losses of all qualities, trained with the proxy schedule (for each number of steps) and with the re-training
-schedule (other weights, other batches), both scored on the search-validation split of the embedded data. Seconds: a
-training with the baseline, part by part. Loader: batches of 8 augmented 64 x 64 windows with boxes, with and without
-masks. Metric: 1,000 images with 100 detections each over 80 classes. One thread; ratios within one run.
+Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by the
+converged schedule (other weights, other batches), both scored on the search-validation split of the embedded data.
+Seconds: a training with the baseline, part by part. Loader: batches of 8 augmented 64 x 64 windows with boxes, with and
+without masks. Metric: 1,000 images with 100 detections each over 80 classes. One thread; ratios within one run.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
-from bench_proxy import spearman  # noqa: E402
+from bench_proxy import show_ranking  # noqa: E402
 
 import search_det  # noqa: E402
 
@@ -45,36 +45,6 @@ LOSSES = (
     "rpn_cls=Neg(Mul(y, Sqrt(p))), rpn_reg=iou, rcnn_cls=Square(Add(p, Neg(y))), rcnn_reg=Exp(Neg(Mul(i, Inv(u))))",
     "rpn_cls=Mul(Neg(p), Exp(y)), rpn_reg=Mul(Inv(Exp(i)), u), rcnn_cls=Abs(Mul(Log(p), y)), rcnn_reg=Add(e, Neg(i))",
 )
-
-
-def score(task: search_det.DetTask, losses, plan: search_det.Schedule, seed: int) -> dict[str, float]:
-    net = task.network(plan, seed)
-    try:
-        search_det.train_network(net, task.losses(losses), task.batches(plan, seed), plan)
-    except search_det.InvalidLoss:
-        return dict.fromkeys(search_det.METRICS["bbox"], 0.0)
-    return search_det.test_network(net, task.data["val"], plan.size, task.device)
-
-
-def show_ranking(task: search_det.DetTask, steps: list[int]) -> None:
-    plans = {f"proxy{n}": task.proxy._replace(steps=n) for n in steps} | {"retrain": task.retraining}
-    table, seconds = {}, dict.fromkeys(plans, 0.0)
-    print("bbox bbox50 by " + ", ".join(plans))
-    for name in LOSSES:
-        losses = search_det.read_loss(name, "--loss")
-        for plan_name, plan in plans.items():
-            start = time.process_time()
-            table[name, plan_name] = score(task, losses, plan, 1000 if plan_name == "retrain" else 0)
-            seconds[plan_name] += time.process_time() - start
-        cells = ["{bbox:.3f} {bbox50:.3f}".format(**table[name, plan]) for plan in plans]
-        print(" | ".join(cells), name, flush=True)
-    metrics = search_det.METRICS["bbox"]
-    print(f"\n{'':12}{'s/eval':>8}" + "".join(f"{metric:>8}" for metric in metrics))
-    for plan in plans:
-        columns = [[[table[name, p][m] for name in LOSSES] for p in (plan, "retrain")] for m in metrics]
-        cells = "".join(f"{spearman(*pair):>8.2f}" for pair in columns)
-        print(f"{plan:<12}{seconds[plan] / len(LOSSES):>8.1f}{cells}")
-    print(f"Spearman with re-training over {len(LOSSES)} losses; s/eval is the processor's time\n")
 
 
 def seconds(work) -> float:
@@ -159,12 +129,13 @@ def show_seconds(task: search_det.DetTask) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--proxy-steps", type=int, nargs="+", default=[search_det.PROXY["shapes"].steps])
+    own = search_det.PROXY["shapes"]
+    parser.add_argument("--proxies", nargs="+", default=[f"{own.base}+{own.steps}"], metavar="BASE+STEPS")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_det.DetTask(search_det.parse_arguments(["--device", "cpu"]))
     task.load()
-    show_ranking(task, args.proxy_steps)
+    show_ranking(task, {name: search_det.read_loss(name, "--loss") for name in LOSSES}, args.proxies)
     show_seconds(task)
     show_loader()
     show_evaluator()

@@ -1,10 +1,10 @@
 """Pose: is the proxy's ranking worth something, where its seconds go, and OKS AP against pycocotools.
 
-    python tests/bench_pose.py [--proxy-steps 60 100]
+    python tests/bench_pose.py [--proxies 0+100 100+100]
 
-Ranking: losses of all qualities, trained with the proxy schedule (for each number of steps) and with the re-training
-schedule (other weights, other batches), both scored on the search-validation split of the embedded data. Metric: random
-people in as many pictures as COCO's val2017 has with people in them. Ratios within one run; one torch thread.
+Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by the
+converged schedule (other weights, other batches), both scored on the search-validation split of the embedded data.
+Metric: random people in as many pictures as COCO's val2017 has with people in them. Ratios within one run; one thread.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench_proxy import spearman  # noqa: E402
+from bench_proxy import show_ranking  # noqa: E402
 
 import search_pose  # noqa: E402
 from loss_ops import parse  # noqa: E402
@@ -42,35 +42,6 @@ TREES = (
     "Add(Mul(Log(p), Neg(y)), Square(p))",
     "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))",
 )
-
-
-def score(task: search_pose.PoseTask, losses, plan: search_pose.Schedule, seed: int) -> dict[str, float]:
-    net = task.network(seed)
-    try:
-        search_pose.train_network(net, task.loss(losses), task.batches(plan, seed), plan)
-    except search_pose.InvalidLoss:
-        return dict.fromkeys(search_pose.METRICS, 0.0)
-    return task.test(net, task.data["val"])
-
-
-def show_ranking(task: search_pose.PoseTask, steps: list[int]) -> None:
-    plans = {f"proxy{n}": task.proxy._replace(steps=n) for n in steps} | {"retrain": task.retraining}
-    losses = {name: name for name in search_pose.LOSSES} | {text: {"loss": parse(text)} for text in TREES}
-    table, seconds = {}, dict.fromkeys(plans, 0.0)
-    print("ap pck by " + ", ".join(plans))
-    for name, loss in losses.items():
-        for plan_name, plan in plans.items():
-            start = time.process_time()
-            table[name, plan_name] = score(task, loss, plan, 1000 if plan_name == "retrain" else 0)
-            seconds[plan_name] += time.process_time() - start
-        cells = ["{ap:.3f} {pck:.3f}".format(**table[name, plan]) for plan in plans]
-        print(" | ".join(cells), name, flush=True)
-    print(f"\n{'':12}{'s/eval':>8}" + "".join(f"{metric:>8}" for metric in search_pose.METRICS))
-    for plan in plans:
-        columns = [[[table[n, p][m] for n in losses] for p in (plan, "retrain")] for m in search_pose.METRICS]
-        cells = "".join(f"{spearman(*pair):>8.2f}" for pair in columns)
-        print(f"{plan:<12}{seconds[plan] / len(losses):>8.1f}{cells}")
-    print(f"Spearman with re-training over {len(losses)} losses; s/eval is the processor's time")
 
 
 def people(pictures: int, rng: np.random.Generator) -> tuple[dict, list[dict]]:
@@ -133,12 +104,17 @@ def show_seconds(task: search_pose.PoseTask) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--proxy-steps", type=int, nargs="+", default=[search_pose.PROXY["small"].steps])
+    own = search_pose.PROXY["small"]
+    parser.add_argument("--proxies", nargs="+", default=[f"{own.base}+{own.steps}"], metavar="BASE+STEPS")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_pose.PoseTask(search_pose.parse_arguments(["--device", "cpu"]))
     task.load()
-    show_ranking(task, args.proxy_steps)
+    show_ranking(
+        task,
+        {name: name for name in search_pose.LOSSES} | {text: {"loss": parse(text)} for text in TREES},
+        args.proxies,
+    )
     show_seconds(task)
     show_metric()
     print(f"\ntorch {torch.__version__}, CPU")

@@ -28,12 +28,14 @@ import copy
 import itertools
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import evolve  # noqa: E402
 import search_seg  # noqa: E402
 
 LOSSES = (
@@ -96,6 +98,36 @@ def ranks(values: list[float]) -> torch.Tensor:
 
 def spearman(a: list[float], b: list[float]) -> float:
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+def show_ranking(task, losses: dict, proxies: list[str]) -> None:
+    """For the other tasks: proxies such as "100+80", steps of the base and of the loss, against one converged seed."""
+    table, spent = {}, {}
+    for proxy in ("converged", *proxies):
+        if proxy != "converged":
+            base, steps = map(int, proxy.split("+"))
+            task.proxy = task.proxy._replace(base=base, steps=steps)
+            vars(task).pop("proxy_batches", None)
+            with tempfile.TemporaryDirectory() as folder:
+                task.prepare(Path(folder) / "base.pt")
+        start = time.process_time()
+        for name, loss in losses.items():
+            try:
+                table[proxy, name] = task.retrain(loss, 0)["val"] if proxy == "converged" else task.proxy_scores(loss)
+            except evolve.InvalidLoss:
+                table[proxy, name] = dict.fromkeys(task.metrics, 0.0)
+            print(f"{proxy:<12}" + " ".join(f"{value:.3f}" for value in table[proxy, name].values()), name, flush=True)
+        spent[proxy] = (time.process_time() - start) / len(losses)
+    print(f"\n{'Spearman, all and the better half':<38}{'s':>7}" + "".join(f"{m:>12}" for m in task.metrics))
+    for proxy in proxies:
+        cells = ""
+        for metric in task.metrics:
+            again, short = ({name: table[p, name][metric] for name in losses} for p in ("converged", proxy))
+            better = sorted(losses, key=lambda name: -again[name])[: (len(losses) + 1) // 2]
+            pairs = ([[scores[name] for name in names] for scores in (again, short)] for names in (losses, better))
+            cells += f"{' '.join(f'{spearman(*pair):.2f}' for pair in pairs):>12}"
+        print(f"{proxy:<38}{spent[proxy]:>7.1f}{cells}")
+    print(f"{len(losses)} losses; a converged training takes {spent['converged']:.1f} s; s is the processor's time")
 
 
 class Bench:

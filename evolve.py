@@ -64,6 +64,7 @@ REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
 POOL = 200  # [D] children from which the surrogate chooses ...
+ELITE = 0.5  # share of them that are children of the most promising ones before them [D]
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known
 LEADER_EVERY = 8  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
@@ -829,7 +830,7 @@ def breed(
             break
         parents, children = [], []
         for _ in range(state.batch):
-            parents.append(rng.choice(elite) if elite and whole and rng.random() < 0.5 else None)
+            parents.append(rng.choice(elite) if elite and whole and rng.random() < ELITE else None)
             known = parents[-1] or (None if fresh else select_parent(state, rng, task.branches))
             children.append(propose(task, state, rng, known, tried))
         passing = {id(child) for child in judge(task, state, children, CHEAP, tried)}

@@ -21,6 +21,7 @@ workers, Report, The whole run, Command line, Losses by name, Tables, Other sear
 import argparse
 import contextlib
 import csv
+import errno
 import fcntl
 import functools
 import hashlib
@@ -507,7 +508,7 @@ def describe(task: Task, trees: list[Tree]) -> list[str]:
         here = [tree for tree in trees if tree.branch == name and tree.key is None]
         for tree, slope in zip(here, gradients(branch, [tree.expr for tree in here]) if here else ()):
             tree.key = "" if slope is None else equivalence_key(slope, branch.scale_free)
-            tree.sketch = None if slope is None else sketch(slope)
+            tree.sketch = None if slope is None else sketch(branch, slope)
     return [tree.key for tree in trees]
 
 
@@ -562,15 +563,26 @@ def directions(size: int) -> Tensor:
     return torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(0))
 
 
-def sketch(slope: Tensor) -> Tensor:
+def sketch(branch: Branch, slope: Tensor) -> Tensor:
     """Directions of the gradients (S, B, D) in few numbers, (S * B * SKETCH,) float32 on the CPU.
 
     Random projections keep distances (Johnson & Lindenstrauss): the squared distance of two sketches is the mean over
-    the S * B gradients of that of the unit gradients, 2 - 2 cosine, to a few percent.
+    the S * B gradients of that of the bounded unit gradients, 2 - 2 cosine, to a few percent.
     """
-    unit = slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-    projected = unit.float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
+    projected = bounded(branch, slope).float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
     return (projected / math.prod(slope.shape[:2]) ** 0.5).flatten().cpu()
+
+
+def bounded(branch: Branch, slope: Tensor) -> Tensor:
+    """Unit gradients (S, B, D) that no few positions rule: their length m there, over C, becomes m / (m + mean) [D].
+
+    Where a loss pulls most is soon learned, and then the rest decides. In seven searches each score, left out, was
+    likelier by a quarter of a nat than without.
+    """
+    field = slope.view(*slope.shape[:2], *branch.prediction.shape[2:4], -1)  # (S, B, N, C, H * W)
+    length = field.norm(dim=3, keepdim=True)
+    field = (field / (length + length.mean((2, 4), keepdim=True)).clamp(min=1e-300)).flatten(2)
+    return field / field.norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
 
 # Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
@@ -752,7 +764,7 @@ class Surrogate:
             elif (found := sketches.get(name)) is not None:
                 own[:-1] = found
             elif (slope := gradients(branch, [expr])[0]) is not None:
-                own[:-1] = sketch(slope)
+                own[:-1] = sketch(branch, slope)
             rows.append(own)
         if not trees:
             self.known[text] = torch.stack(rows)
@@ -1302,13 +1314,13 @@ def write_atomically(path: Path, text: str) -> None:
 def make_once(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written unless somebody else has, whoever comes first."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(part)
     try:
+        write(part)
         os.link(part, path)  # fails if the file is there, in one step
     except FileExistsError:
         pass
     finally:
-        part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def write_once(path: Path, text: str) -> str:
@@ -1387,11 +1399,11 @@ class Worker(Journal):
         self.gone = threading.Event()
         threading.Thread(target=self.live, daemon=True).start()
 
-    def enlist(self) -> tuple[int, io.BufferedRandom]:
+    def enlist(self) -> tuple[int, io.FileIO]:
         rank = 0
         while True:
             path = self.directory / f"journal-{rank}.jsonl"
-            file = path.open("ab+")
+            file = path.open("ab+", buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -1435,8 +1447,9 @@ class Worker(Journal):
     def tell(self, record: dict) -> None:
         """Append a record: one write, which a kill leaves whole or torn at the end."""
         record |= {"worker": self.rank, "elapsed": round(self.elapsed, 3)}
-        self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self.file.flush()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        if self.file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
         self.works_on(None)
 
     def works_on(self, losses: dict | str | None, leader: bool = False) -> None:

@@ -1,5 +1,7 @@
 """The search, on a toy task that needs no data: mutations, gates, surrogate, state, journal, closing round, workers."""
 
+import errno
+import io
 import itertools
 import json
 import math
@@ -7,6 +9,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -389,13 +392,29 @@ def test_sketches_keep_distances():
     assert len(slopes) > 10
     errors = []
     for one, two in itertools.combinations(slopes, 2):
-        apart = F.normalize(one, dim=-1) - F.normalize(two, dim=-1)
+        apart = evolve.bounded(branch, one) - evolve.bounded(branch, two)
         exact = apart.square().sum(-1).mean().item()
-        sketched = (evolve.sketch(one) - evolve.sketch(two)).square().sum().item()
+        sketched = (evolve.sketch(branch, one) - evolve.sketch(branch, two)).square().sum().item()
         errors.append(abs(sketched - exact) / max(exact, 0.05))
     assert sorted(errors)[len(errors) // 2] < 0.1 and max(errors) < 0.5
-    assert evolve.sketch(slopes[0]).square().sum().item() == pytest.approx(1, abs=0.1)
-    assert torch.equal(evolve.sketch(slopes[0]), evolve.sketch(4 * slopes[0])), "directions, not norms"
+    assert evolve.sketch(branch, slopes[0]).square().sum().item() == pytest.approx(1, abs=0.1)
+    once, four_times = (evolve.sketch(branch, factor * slopes[0]) for factor in (1, 4))
+    assert torch.equal(once, four_times), "directions, not norms"
+
+
+def test_no_few_positions_rule_a_direction():
+    branch = toy_branch(states=1)
+    C, size = branch.prediction.shape[3], math.prod(branch.prediction.shape[4:])
+    slope = torch.randn(1, branch.prediction.shape[1], C * size, generator=torch.Generator().manual_seed(0)).double()
+    loud = slope.clone().view(1, -1, C, size)
+    loud[..., 0] *= 1000  # one position
+    one, two = evolve.bounded(branch, slope), evolve.bounded(branch, loud.view_as(slope))
+    field = two.view(1, -1, C, size).norm(dim=2)
+    assert (field[..., 0] < 0.7).all() and (field[..., 0] > field[..., 1:].amax(-1)).all(), "in the same order"
+    assert torch.allclose(two.norm(dim=-1), torch.ones(()).double())
+    assert (F.cosine_similarity(slope, loud.view_as(slope), dim=-1) < (one * two).sum(-1)).all()
+    zero = evolve.bounded(branch, torch.zeros_like(slope))
+    assert not zero.any(), "and nothing stays nothing"
 
 
 def gain(expr, **limits):
@@ -983,6 +1002,57 @@ def test_killed_once_and_resumed(tmp_path, short, n, without):
         file.write('{"turn": 24, "losses": {"lo')  # the kill came in the middle of a line
     run(tmp_path / "part", *SHORT, without, resume=stopped, planted=PLANTED)
     assert records(stopped) == records(straight)
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full for one write, number `at` of all: half of it is written."""
+
+    at = done = 0
+
+    def write(self, data):
+        Full.done += 1
+        if Full.done - 1 != Full.at:
+            return super().write(data)
+        super().write(bytes(data)[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", self.name)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Everything that a run writes but TensorBoard's events goes through `Full`."""
+    keep = io.open
+
+    def opened(path, mode="r", *args, **options):
+        if not set(mode) & set("wa+") or "tfevents" in str(path) or not isinstance(path, os.PathLike):
+            return keep(path, mode, *args, **options)
+        raw = Full(path, mode.replace("b", "").replace("t", ""))
+        if 0 in (*args, *options.values()):
+            return raw
+        buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
+
+    monkeypatch.setattr(io, "open", opened)
+
+
+def test_every_failed_write(tmp_path, short, full_disk):
+    """The n-th write of a run fails, for every n: one error that names the file, and a resume that loses nothing."""
+    Full.at, Full.done = -1, 0
+    straight = run(tmp_path / "straight", *SHORT, "rejected", planted=PLANTED)
+    number, failed = Full.done, Counter()
+    assert number > 40
+    for n in range(number):
+        Full.at, Full.done = n, 0
+        folder = tmp_path / str(n)
+        with pytest.raises(OSError, match="No space left") as error:
+            run(folder, *SHORT, "rejected", planted=PLANTED)
+        failed[Path(error.value.filename).name.split(".")[0].rstrip("0123456789")] += 1
+        del error
+        (stopped,) = folder.iterdir()
+        if (stopped / "args.json").exists():
+            run(folder, *SHORT, "rejected", resume=stopped, planted=PLANTED)
+            assert records(stopped) == records(straight), n
+            assert {**result_of(stopped), "seconds": 0} == {**result_of(straight), "seconds": 0}, n
+    assert {"journal-", "hall_of_fame", "best_loss", "result", "args", "finalists-"} <= set(failed)
 
 
 def test_same_seed_same_journal(tmp_path, short):

@@ -1624,7 +1624,8 @@ class Reporter:
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
         print(f"converged, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
         if scores and record.get("leader"):
-            self.board.add_scalar("search/converged", scores["val"][metric], self.state.explored)
+            tag = "search/converged" + "_baseline" * (name == self.task.baseline)
+            self.board.add_scalar(tag, scores["val"][metric], self.state.explored)
         best = self.state.best()
         if best and (self.best is None or best.text != self.best.text):
             self.best = best
@@ -2126,7 +2127,7 @@ def read_formula(text: str, shown: str, symbols: Sequence[str]) -> Expr:
     except ValueError as error:
         fail(f"{shown}: {error}")
     if foreign := leaves_of(expr) - {*symbols}:
-        fail(f"{shown}: '{min(foreign)}' has no meaning here; use {', '.join(symbols)}")
+        fail(f"{shown}: '{min(foreign)}' has no meaning here; use {', '.join(symbols[:-1])} and {symbols[-1]}")
     if is_dead(expr):
         fail(f"{shown}: its gradient knows nothing of prediction and target together; it cannot teach")
     return expr

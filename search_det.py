@@ -107,7 +107,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--batch", "N", f"images in a batch: {evolve.told(PROXY, 'batch')}", evolve.at_least(1))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
     evolve.add_search_flags(parser)
-    parser.set_defaults(minutes=11.0)  # four losses at once, and a training is ten times that of segmentation
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "det")

@@ -979,7 +979,7 @@ bad = functools.partial(refused, search_det)
         (["--loss", "rcnn_reg=ciou"], ["--loss rcnn_reg=ciou", "l1 iou giou cse-a"]),
         (["--loss", "rpn_cls=cse-a"], ["--loss rpn_cls=cse-a", "ce"]),
         (["--loss", "rcnn_reg=Neg(Mul(i, Inf(u)))"], ["--loss", "position 11", "Inv"]),
-        (["--loss", "rcnn_reg=Neg(Mul(y, Log(p)))"], ["--loss", "'p'", "i, u, e, 1"]),
+        (["--loss", "rcnn_reg=Neg(Mul(y, Log(p)))"], ["--loss", "'p'", "i, u, e and 1"]),
         (["--loss", "rcnn_cls=Add(p, y)"], ["--loss", "cannot teach"]),
         (["--compare", "iou,focal"], ["--compare focal"]),
         (["--loss", "iou", "--compare", "iou"], ["--compare iou", "--loss"]),

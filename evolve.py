@@ -576,8 +576,8 @@ def sketch(branch: Branch, slope: Tensor) -> Tensor:
 def bounded(branch: Branch, slope: Tensor) -> Tensor:
     """Unit gradients (S, B, D) that no few positions rule: their length m there, over C, becomes m / (m + mean) [D].
 
-    Where a loss pulls most is soon learned, and then the rest decides. In seven searches each score, left out, was
-    likelier by a quarter of a nat than without.
+    Where a loss pulls most is soon learned, and then the rest decides: in seven searches each score, left out, was
+    likelier by a tenth of a nat than without (tests/bench_surrogate.py).
     """
     field = slope.view(*slope.shape[:2], *branch.prediction.shape[2:4], -1)  # (S, B, N, C, H * W)
     length = field.norm(dim=3, keepdim=True)
@@ -641,57 +641,12 @@ COUNTERS = (*CHEAP, "surrogate", *DEAR)
 # Surrogate: losses with nearly the same gradient train nearly alike [D]
 
 
-def in_short(task: Task, name: str, expr: Expr) -> Expr:
-    """The tree of a branch without the operators that all its gradients do not need [D]; no training is needed for it.
-
-    Where the scale of a loss counts, the norms must stay the same, too.
-    """
-    branch = task.branches[name]
-    (wanted,) = gradients(branch, [expr])
-    free = branch.scale_free and len(task.branches) == 1
-
-    def same(candidate: Expr) -> bool:
-        (slope,) = gradients(branch, [candidate])
-        if slope is None or wanted is None:
-            return False
-        norms = slope.norm(dim=-1), wanted.norm(dim=-1)
-        cosine = (slope * wanted).sum(-1) / (norms[0] * norms[1]).clamp(min=1e-300)
-        alike = (cosine >= SAME) | ((norms[0] == 0) & (norms[1] == 0))
-        return bool(alike.all()) and (free or bool(((norms[0] - norms[1]).abs() <= 0.01 * norms[1]).all()))
-
-    while True:
-        cuts = {replace_node(expr, k, arg) for k, node in enumerate(nodes(expr)) for arg in node.args}
-        living = sorted(
-            (cut for cut in cuts if not is_dead(canonical(cut))), key=lambda cut: (len(nodes(cut)), str(cut))
-        )
-        cut = next((cut for cut in living if same(cut)), None)
-        if cut is None:
-            return expr
-        expr = cut
-
-
-def briefly(task: Task, state: "State", child: Child) -> Child:
-    """The child with its new trees in short: cheaper to train, and no mutation of it is wasted on idle operators.
-
-    It stays as it is where the short one is known already.
-    """
-    trees = [state.tree(tree.branch, in_short(task, tree.branch, tree.expr)) for tree in child.trees]
-    useful = all(describe(task, trees))
-    for tree, long in zip(trees, child.trees):
-        tree.gain = long.gain
-    losses = child.losses | {tree.branch: tree.expr for tree in trees}
-    short = Child(losses, child.parent, trees, (), child.predicted, more=child.more)
-    short.identity = state.identity(short)
-    known = any((tree.branch, tree.text) in state.verdicts for tree in trees) or short.identity in state.scores
-    return child if known or not useful else short
-
-
 class Surrogate:
     """A Gaussian process over the gradients of losses that predicts what a converged training would score.
 
     Covariance of two candidates: (1 + d^2 / length^2)^(-1/2), averaged over branches, d^2 the mean squared distance of
-    their unit gradients over samples and states. It is a mixture of squared exponentials of all lengths; in five
-    searches each candidate, left out, was likelier by a tenth of a nat than under the best single one [D].
+    their unit gradients over samples and states. It is a mixture of squared exponentials of all lengths; in
+    seven searches each score, left out, was likelier by a tenth of a nat than under the best single one [D].
 
     It learns from proxy scores and from converged ones: a converged score is the proxy score plus a deviation, a
     process of the same kind with `drift` times the variance. The baseline, which is trained anyway, is part of what it
@@ -857,6 +812,51 @@ def breed(
                     child.parent, child.identity = parent.parent, state.identity(child)
                 pool[child.identity] = child
     return guide.rank(task, list(pool.values()))
+
+
+def in_short(task: Task, name: str, expr: Expr) -> Expr:
+    """The tree of a branch without the operators that all its gradients do not need [D]; no training is needed for it.
+
+    Where the scale of a loss counts, the norms must stay the same, too.
+    """
+    branch = task.branches[name]
+    (wanted,) = gradients(branch, [expr])
+    free = branch.scale_free and len(task.branches) == 1
+
+    def same(candidate: Expr) -> bool:
+        (slope,) = gradients(branch, [candidate])
+        if slope is None or wanted is None:
+            return False
+        norms = slope.norm(dim=-1), wanted.norm(dim=-1)
+        cosine = (slope * wanted).sum(-1) / (norms[0] * norms[1]).clamp(min=1e-300)
+        alike = (cosine >= SAME) | ((norms[0] == 0) & (norms[1] == 0))
+        return bool(alike.all()) and (free or bool(((norms[0] - norms[1]).abs() <= 0.01 * norms[1]).all()))
+
+    while True:
+        cuts = {replace_node(expr, k, arg) for k, node in enumerate(nodes(expr)) for arg in node.args}
+        living = sorted(
+            (cut for cut in cuts if not is_dead(canonical(cut))), key=lambda cut: (len(nodes(cut)), str(cut))
+        )
+        cut = next((cut for cut in living if same(cut)), None)
+        if cut is None:
+            return expr
+        expr = cut
+
+
+def briefly(task: Task, state: "State", child: Child) -> Child:
+    """The child with its new trees in short: cheaper to train, and no mutation of it is wasted on idle operators.
+
+    It stays as it is where the short one is known already.
+    """
+    trees = [state.tree(tree.branch, in_short(task, tree.branch, tree.expr)) for tree in child.trees]
+    useful = all(describe(task, trees))
+    for tree, long in zip(trees, child.trees):
+        tree.gain = long.gain
+    losses = child.losses | {tree.branch: tree.expr for tree in trees}
+    short = Child(losses, child.parent, trees, (), child.predicted, more=child.more)
+    short.identity = state.identity(short)
+    known = any((tree.branch, tree.text) in state.verdicts for tree in trees) or short.identity in state.scores
+    return child if known or not useful else short
 
 
 def tree_size(losses: dict[str, Expr]) -> int:

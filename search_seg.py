@@ -72,7 +72,7 @@ class Schedule(NamedTuple):
     base: int = 0  # steps with the baseline's loss that go before
 
 
-# The proxy on shapes was chosen by its rank correlation with re-training and by its cost (README, "The proxy") [D].
+# The proxy on shapes was chosen by its rank correlation with re-training and by its cost (tests/bench_proxy.py) [D].
 # AdamW makes it blind to the scale of a loss, so that its ranking is about the shape of the loss alone. On the real
 # data sets: the published settings [A]; the batch of re-training and the crops of Cityscapes are ours [D].
 PROXY = {
@@ -1225,7 +1225,7 @@ class SegMetrics:
 
 
 def seg_metrics(pred: Tensor, label: Tensor, num_classes: int) -> dict[str, float]:
-    """The six segmentation metrics of label maps (N, H, W); definitions in README, "Metrics".
+    """The six segmentation metrics of label maps (N, H, W).
 
     pred: integers 0..num_classes-1; label: the same, or 255 where a pixel does not count. Keys: miou (mean IoU), fwiou
     (IoU weighted by class frequency), macc (mean class accuracy), gacc (pixel accuracy), biou (mean IoU over the pixels

@@ -65,8 +65,8 @@ REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
 POOL = 200  # [D] children from which the surrogate chooses ...
-ELITE = 0.5  # share of them that are children of the most promising ones before them [D]
-ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known
+ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
+ELITE = 0.5  # [D] ... this share of them from the most promising children before them
 LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] parents, and finalists, have gradients of less than this mean cosine
@@ -769,7 +769,7 @@ class Surrogate:
     def rank(self, task: Task, children: Sequence[Child]) -> list[Child]:
         """The greatest expected improvement per second first; each child is told what is predicted of it.
 
-        Ten operators cost a third of what the rest of a training step costs (measured on the embedded data) [D].
+        On the embedded data a node costs some three hundredths of what the rest of a training step costs [D].
         """
         if not children:
             return []
@@ -1216,8 +1216,9 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
         )
         found = short if score(short, 1) >= worst else found
     found = worker.agree("found", state, lambda: found)
-    if found:
-        make_once(worker.directory / "gradients.png", lambda part: part.write_bytes(draw_gradients(task, found)))
+    picture = draw_gradients(task, found) if found else None
+    if picture:
+        make_once(worker.directory / "gradients.png", lambda part: part.write_bytes(picture))
     table = [(task.baseline, "baseline"), *([(found, "found")] if found else [])]
     for k in range(args.seeds):
         pictures = [worker.directory / f"{name}.png" if k == 0 else None for _, name in table]
@@ -1240,9 +1241,10 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
         tree = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = guide.point(task, result.losses) if tree else None
         related = tree and any((point - other).square().sum(1).mean() < 2 - 2 * RELATED for other in points)
-        known = state.converged(result.text)  # if there is one, it tells more than the proxy score
-        worse = known is None and state.baseline is not None and result.score < state.baseline
-        worse = worse or known == -math.inf
+        score, bar = state.converged(result.text), state.converged(task.baseline)
+        if score is None:  # the proxy has to do
+            score, bar = result.score, state.baseline
+        worse = score == -math.inf or (bar is not None and score < bar)
         if related or worse or result.score == last:
             others.append(texts(result.losses))
         else:
@@ -1262,43 +1264,6 @@ def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
     """The same losses in short, see `in_short`."""
     exprs = {name: task.read(text) for name, text in losses.items()}
     return losses | {n: str(in_short(task, n, expr)) for n, expr in exprs.items() if isinstance(expr, Expr)}
-
-
-def draw_gradients(task: Task, losses: dict[str, str]) -> bytes:
-    """What the found losses pull at, as a PNG: a plot per branch, found (blue) on top of the baseline (grey).
-
-    A point per position of the gates' samples, at all their states: dL/d(prediction) over the probability that is given
-    to what is right; of boxes, the length of the gradient over their IoU. In units of each loss's own root mean square.
-    """
-    plots = []
-    for name, branch in task.branches.items():
-        expr, shape = task.read(losses[name]) if name in losses else None, branch.prediction.shape
-        if not isinstance(expr, Expr):
-            continue
-        leaves, boxes = branch.leaves(branch.prediction, branch.target), "i" in branch.symbols
-        over = leaves["i"] / leaves["u"] if boxes else leaves["p"]
-        right = torch.ones_like(over) if boxes else leaves["y"] / leaves["y"].amax((-3, -2, -1), keepdim=True)
-        plot = np.full((360, 480, 3), 255, np.uint8)
-        for tree, colour in (
-            (branch.baseline and parse(branch.baseline), (170, 170, 170)),
-            (expr, (200, 80, 0)),
-        ):  # BGR
-            (slope,) = gradients(branch, [tree]) if tree else [None]
-            if slope is None:
-                continue
-            slope = slope.view(shape).norm(dim=-3, keepdim=True) if boxes else slope.view(shape)
-            x, y = over[right > 0.9], slope.expand_as(over)[right > 0.9]
-            y = y / y.square().mean().sqrt().clamp(min=1e-300)
-            rows, columns = (180 - 40 * y.clamp(-4, 4)).long().tolist(), (20 + 440 * x.clamp(0, 1)).long().tolist()
-            for row, column in zip(rows, columns):
-                cv2.circle(plot, (column, row), 1, colour, -1)
-        cv2.line(plot, (20, 180), (460, 180), (0, 0, 0))
-        words = "gradient over IoU" if boxes else "gradient over probability of what is right"
-        cv2.putText(plot, f"{name}: {words}", (20, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
-        legend = "blue: found" + f"   grey: {branch.baseline}" * bool(branch.baseline)
-        cv2.putText(plot, legend, (20, 345), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-        plots.append(plot)
-    return cv2.imencode(".png", np.concatenate(plots or [np.full((1, 1, 3), 255, np.uint8)], 1))[1].tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1540,14 +1505,15 @@ class Reporter:
     def remember(self, records: list[dict]) -> list[dict]:
         """Whose child each candidate is."""
         for record in records:
-            if record.get("parent"):
-                self.parents.setdefault(losses_text(record["losses"]), losses_text(record["parent"]))
+            if "losses" in record:
+                parent = record["parent"] and losses_text(record["parent"])
+                self.parents.setdefault(losses_text(record["losses"]), parent)
         return records
 
     def lineage(self, text: str) -> str:
         """A candidate and its ancestors, the newest first, with their scores."""
         lines = ["| proxy | converged | loss |", "|---|---|---|"]
-        while text in self.state.results and len(lines) < 100:
+        while text in self.state.results and len(lines) < 100:  # two workers may have made each other's children
             score, again = shown(self.state.results[text].score), shown(self.state.converged(text))
             lines.append(f"| {score} | {again} | `{text}` |")
             text = self.parents.get(text)
@@ -1736,6 +1702,41 @@ class Reporter:
         flags = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
         final = test["found"][args.metric] if losses else []
         self.board.add_hparams(flags, {"hparam/test": sum(final) / len(final) if final else 0.0}, run_name=".")
+
+
+def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
+    """What found trees pull at, as a PNG: a plot per branch, found (blue) on top of the baseline (grey).
+
+    A point per position of the gates' samples, at all their states: dL/d(prediction) over the probability that is given
+    to what is right; of boxes, the length of the gradient over their IoU. In units of each loss's own root mean square.
+    """
+    plots = []
+    for name, branch in task.branches.items():
+        expr, shape = task.read(losses[name]) if name in losses else None, branch.prediction.shape
+        if not isinstance(expr, Expr):
+            continue
+        leaves, boxes = branch.leaves(branch.prediction, branch.target), "i" in branch.symbols
+        over = leaves["i"] / leaves["u"] if boxes else leaves["p"]
+        right = torch.ones_like(over) if boxes else leaves["y"] / leaves["y"].amax((-3, -2, -1), keepdim=True)
+        plot = np.full((360, 480, 3), 255, np.uint8)
+        baseline = [parse(branch.baseline)] if branch.baseline else []
+        for tree in (*baseline, expr):
+            (slope,) = gradients(branch, [tree])
+            if slope is None:
+                continue
+            slope = slope.view(shape).norm(dim=-3, keepdim=True) if boxes else slope.view(shape)
+            x, y = over[right > 0.9], slope.expand_as(over)[right > 0.9]
+            y = y / y.square().mean().sqrt().clamp(min=1e-300)
+            rows, columns = (180 - 40 * y.clamp(-4, 4)).long().tolist(), (20 + 440 * x.clamp(0, 1)).long().tolist()
+            for row, column in zip(rows, columns):
+                cv2.circle(plot, (column, row), 1, (200, 80, 0) if tree is expr else (170, 170, 170), -1)  # BGR
+        cv2.line(plot, (20, 180), (460, 180), (0, 0, 0))
+        words = "gradient over IoU" if boxes else "gradient over probability of what is right"
+        cv2.putText(plot, f"{name}: {words}", (20, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        legend = "blue: found" + f"   grey: {branch.baseline}" * bool(branch.baseline)
+        cv2.putText(plot, legend, (20, 345), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+        plots.append(plot)
+    return cv2.imencode(".png", np.concatenate(plots, 1))[1].tobytes() if plots else None
 
 
 def shown(score: float | None) -> str:
@@ -2032,12 +2033,9 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     flag("--loss", "LOSS", f"train and evaluate this loss instead of searching: {' '.join(losses)}, {others}")
     flag("--compare", "LOSSES", "the same for several, comma-separated, as one table: losses x metrics")
     flag("--data", "NAME", "data set: " + " ".join(data), one_of(data), data[0])
-    flag(
-        "--data-root", "DIR", "where the data set lies; shapes are drawn there if need be (data/generated/shapes)", Path
-    )
-    about = (
-        "splits that fit into so many GiB are decoded once, others for each batch; by default an eighth of the machine"
-    )
+    about = "where the data set lies; shapes are drawn there if need be (data/generated/shapes)"
+    flag("--data-root", "DIR", about, Path)
+    about = "splits that fit into so much are decoded once, others for each batch; by default an eighth of the machine"
     flag("--memory", "GIB", about, at_least(0, float), round(machine_memory() / 8, 1))
     flag("--model", "NAME", f"network: {' '.join(models)}; by default the data set's own", one_of(models))
     about = "start ResNets from ImageNet weights: those in FILE, or torchvision's, downloaded on first use"
@@ -2060,7 +2058,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
     flag("--seeds", "N", "re-training seeds of the closing table", at_least(1), 3)
-    about = "seed of the search; one worker on the CPU with the same seed gives the same journal"
+    about = "seed of the search, 0 by default; one worker on the CPU with the same seed gives the same journal"
     flag("--seed", "S", about, at_least(0), 0)
     flag("--runs", "DIR", "folder in which the run directory is made", Path, Path("runs"))
     about = "go on with a run, or join one that is running; --evals, --minutes, --workers and --device may differ"

@@ -66,7 +66,7 @@ class Schedule(NamedTuple):
     base: int = 0  # steps with the baseline's loss that go before
 
 
-# The small network's learning rate is the best for squared error (tests/bench_pose.py ranks losses by proxies) [D].
+# The small network's learning rate is the best for squared error; tests/bench_pose.py says what its base is worth [D].
 # ResNet-50: crops, Gaussians, ranges of augmentation, batch and 140 epochs as published [S], the proxy a fiftieth [D].
 PROXY = {
     "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=100),

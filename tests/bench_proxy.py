@@ -100,6 +100,13 @@ def spearman(a: list[float], b: list[float]) -> float:
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
+def correlations(proxy: list[float], again: list[float]) -> str:
+    """Over all losses, and over those that are the better half by `again`."""
+    better = sorted(range(len(again)), key=lambda k: -again[k])[: (len(again) + 1) // 2]
+    half = spearman([proxy[k] for k in better], [again[k] for k in better])
+    return f"{spearman(proxy, again):.2f} {half:.2f}"
+
+
 def show_ranking(task, losses: dict, proxies: list[str]) -> None:
     """For the other tasks: proxies such as "100+80", steps of the base and of the loss, against one converged seed."""
     table, spent = {}, {}
@@ -122,10 +129,7 @@ def show_ranking(task, losses: dict, proxies: list[str]) -> None:
     for proxy in proxies:
         cells = ""
         for metric in task.metrics:
-            again, short = ({name: table[p, name][metric] for name in losses} for p in ("converged", proxy))
-            better = sorted(losses, key=lambda name: -again[name])[: (len(losses) + 1) // 2]
-            pairs = ([[scores[name] for name in names] for scores in (again, short)] for names in (losses, better))
-            cells += f"{' '.join(f'{spearman(*pair):.2f}' for pair in pairs):>12}"
+            cells += f"{correlations(*([table[p, name][metric] for name in losses] for p in (proxy, 'converged'))):>12}"
         print(f"{proxy:<38}{spent[proxy]:>7.1f}{cells}")
     print(f"{len(losses)} losses; a converged training takes {spent['converged']:.1f} s; s is the processor's time")
 
@@ -191,10 +195,7 @@ def main() -> None:
     def row(name: str, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
         cells = []
         for metric in search_seg.METRICS:
-            proxy, again = column(names, metric), column(wanted, metric)
-            better = sorted(range(len(LOSSES)), key=lambda k: -again[k])[: (len(LOSSES) + 1) // 2]
-            half = spearman([proxy[k] for k in better], [again[k] for k in better])
-            cells.append(f"{spearman(proxy, again):.2f} {half:.2f}")
+            cells.append(correlations(column(names, metric), column(wanted, metric)))
         seconds = sum(bench.done[n, loss]["seconds"] for n in names for loss in LOSSES) / len(LOSSES)
         print(f"{name:<38}{seconds:>7.1f}" + "".join(f"{cell:>12}" for cell in cells))
 

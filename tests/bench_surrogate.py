@@ -19,6 +19,7 @@ Measured on seven searches for mIoU and BIoU (70 to 93 candidates each):
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -42,13 +43,6 @@ def unit(branch: evolve.Branch, slope: Tensor) -> Tensor:
     return slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
 
-def squared_distances(points: Tensor) -> Tensor:
-    """(n, n), the mean over states and samples, of (n, S, B, D)."""
-    flat = points.flatten(1) / (points.shape[1] * points.shape[2]) ** 0.5
-    product = flat @ flat.T
-    return (product.diagonal()[:, None] + product.diagonal() - 2 * product).clamp(min=0)
-
-
 def left_out(covariance, squared: Tensor, values: Tensor) -> float:
     best = (-torch.inf, 0.0)
     for length in LENGTHS:
@@ -60,7 +54,7 @@ def left_out(covariance, squared: Tensor, values: Tensor) -> float:
             evidence = -(len(values) / 2 * variance.log() + factor.diagonal().log().sum()).item()
             precision = torch.cholesky_inverse(factor).diagonal() / variance
             error = weights / variance / precision
-            density = (0.5 * precision.log() - 0.5 * precision * error**2 - 0.919).mean().item()
+            density = (precision.log() - precision * error**2).mean().item() / 2 - math.log(2 * math.pi) / 2
             best = max(best, (evidence, density))
     return best[1]
 
@@ -84,7 +78,9 @@ def main() -> None:
         values = torch.tensor([row["score"] for row in rows], dtype=torch.float64).clamp(min=0.7 * baseline)
         values = (values - values.mean()) / values.std()
         for name, describe in {"unit": unit, "bounded": evolve.bounded}.items():
-            squared = squared_distances(torch.stack([describe(branch, slope) for slope in slopes]))
+            fields = torch.stack([describe(branch, slope) for slope in slopes])  # (n, S, B, D)
+            points = fields.flatten(1)[:, None] / math.prod(fields.shape[1:3]) ** 0.5
+            squared = evolve.squared_distances(points, points)[0]  # the mean over states and samples
             for text, covariance in COVARIANCES.items():
                 table.setdefault((text, name), []).append(left_out(covariance, squared, values))
     print(f"{'covariance':<24}{'gradients':<10}   each run, and their mean")

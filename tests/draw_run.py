@@ -22,10 +22,12 @@ def write(canvas: np.ndarray, text: str, corner: tuple[int, int], colour=BLACK, 
     cv2.putText(canvas, text, corner, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
-def draw_scores(records: list[dict], baseline: str, metric: str) -> np.ndarray:
+def draw_scores(records: list[dict], metric: str) -> np.ndarray:
     proxy = next(record["baseline"] for record in records if "baseline" in record)
     again = [r for r in records if r.get("leader") and r["scores"]]
-    anchor = next((r["scores"]["val"][metric] for r in again if r["retrained"] == baseline), None)
+    baseline, anchor = next(
+        (r["retrained"], r["scores"]["val"][metric]) for r in again if isinstance(r["retrained"], str)
+    )
     dots = [(r["elapsed"] / 60, r["score"] - proxy) for r in records if r.get("score") is not None and "losses" in r]
     late = [(r["elapsed"] / 60, r["scores"]["val"][metric] - anchor) for r in again if r["retrained"] != baseline]
     points = np.array(dots + late)
@@ -69,8 +71,7 @@ def main() -> None:
     lines = [line for path in sorted(args.run.glob("journal-*.jsonl")) for line in path.read_text().splitlines()]
     records = sorted(map(json.loads, lines), key=lambda record: record["elapsed"])
     about = json.loads((args.run / "args.json").read_text())
-    baseline = {"seg": "ce", "det": "ce+l1", "pose": "mse"}[about["task"]]
-    canvas = draw_scores(records, baseline, about["arguments"]["metric"])
+    canvas = draw_scores(records, about["arguments"]["metric"])
     gradients = args.run / "gradients.png"
     if gradients.exists():
         canvas = np.concatenate([canvas, cv2.imread(str(gradients))[:HEIGHT]], 1)

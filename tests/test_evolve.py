@@ -1005,16 +1005,22 @@ def test_killed_once_and_resumed(tmp_path, short, n, without):
 
 
 class Full(io.FileIO):
-    """A file on a disk that is full for one write, number `at` of all: half of it is written."""
+    """A file on a disk that is full for one write, number `at` of all: half of it is written.
+
+    Who writes without a buffer is told how much that was, as the system does; a buffer is told at once.
+    """
 
     at = done = 0
+    buffered = True
 
     def write(self, data):
         Full.done += 1
         if Full.done - 1 != Full.at:
             return super().write(data)
-        super().write(bytes(data)[: len(data) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device", self.name)
+        half = super().write(bytes(data)[: len(data) // 2])
+        if self.buffered:
+            raise OSError(errno.ENOSPC, "No space left on device", self.name)
+        return half
 
 
 @pytest.fixture
@@ -1027,6 +1033,7 @@ def full_disk(monkeypatch):
             return keep(path, mode, *args, **options)
         raw = Full(path, mode.replace("b", "").replace("t", ""))
         if 0 in (*args, *options.values()):
+            raw.buffered = False
             return raw
         buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
@@ -1492,6 +1499,14 @@ def test_finalists_are_no_relatives():
     ranking = {text: 0.9 - 0.1 * k for k, text in enumerate(names)}
     assert finalists(ranking, 0.5) == finalists(ranking, None) == [names[k] for k in (0, 2, 3, 1)], "relatives wait"
     assert finalists(ranking, 0.75) == names, "a stranger that loses to the baseline is no better than a relative"
+    state = begin(task, "--without", "surrogate", baseline=0.5)
+    scored(task, state, ranking)
+    again(state, "ce", 0.6)
+    again(state, names[0], 0.55)
+    chosen = [losses["loss"] for losses in evolve.select_finalists(task, state)]
+    assert chosen == [names[k] for k in (1, 2, 3, 0)], (
+        "who lost to the baseline at convergence comes last, its relative not"
+    )
     assert finalists({}, 0.5) == [] == finalists({names[0]: None}, 0.5)
     equal = dict(zip((names[0], names[2], names[3]), (0.9, 0.9, 0.8)))
     assert finalists(equal, 0.0) == [names[k] for k in (0, 3, 2)], "equal scores: equivalent losses"

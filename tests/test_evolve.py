@@ -645,6 +645,13 @@ def test_surrogate_learns_from_converged_scores():
     guide = state.surrogate.fit(task, state, [])
     (after, *_), strangers = (guide.scores(predicted(task, guide, names)[0]) for names in (RELATIVES[3:], best))
     assert after < min(strangers) and after < before - 0.2
+    shifted, _ = guided(task, {**known, **dict(zip(RELATIVES, (0.95, 0.94, 0.96)))})
+    shifted.baseline = 0.5
+    for text, score in {"ce": 0.7, **dict.fromkeys(RELATIVES[:3], 0.4)}.items():
+        again(shifted, text, score)
+    other = shifted.surrogate.fit(task, shifted, [])
+    same = other.scores(predicted(task, other, RELATIVES[3:])[0])[0]
+    assert same == pytest.approx(after, abs=1e-9), "only what is gained on the baseline counts"
     family = [result.text for result in state.ranking()].index(RELATIVES[0])
     assert family > 5, "parents and finalists are chosen by that"
     state.again.clear()
@@ -1058,6 +1065,7 @@ def test_every_failed_write(tmp_path, short, full_disk):
         failed[Path(error.value.filename).name.split(".")[0].rstrip("0123456789")] += 1
         del error
         (stopped,) = folder.iterdir()
+        assert not list((stopped / "workers").glob("claim-*.part")), "no half of what is written once"
         if (stopped / "args.json").exists():
             run(folder, *SHORT, "rejected", resume=stopped, planted=PLANTED)
             assert records(stopped) == records(straight), n

@@ -217,6 +217,7 @@ class Task:
     name: str  # seg, det, pose
     baseline: str  # the hand-made loss to beat, a name that `retrain` knows
     metrics: tuple[str, ...]
+    symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
     converged = True  # whether `retrain` follows the schedule at which the baseline has converged
     branches: dict[str, Branch]  # at the latest from `prepare` on
@@ -250,9 +251,22 @@ class Task:
         """The losses as one standalone Python file."""
         raise NotImplementedError
 
-    def read(self, text: str) -> object:
+    @staticmethod
+    def read(text: str) -> object:
         """A searched loss from its text. Raises ValueError."""
         return parse(text)
+
+    @classmethod
+    def read_losses(cls, texts: dict[str, str]) -> dict[str, object]:
+        """Searched losses from their texts. Raises ValueError where a branch or a symbol is none of this task."""
+        losses = {name: cls.read(text) for name, text in texts.items()}
+        for name, loss in losses.items():
+            leaves = leaves_of(loss) if isinstance(loss, Expr) else set()
+            if not leaves <= {*cls.symbols.get(name, ())} or name not in cls.symbols:
+                raise ValueError(f"{name}={loss!s:.60} is no loss of search_{cls.name}.py")
+        if not losses:
+            raise ValueError("there is no loss")
+        return losses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1000,46 +1014,43 @@ class State:
             self.keys[branch, verdict.key] = verdict
 
     def absorb(self, record: dict) -> None:
-        """Take in one record; raises what a broken one leads to before anything has changed."""
-        elapsed = float(record["elapsed"])
-        if "baseline" in record:
-            self.baseline = finite(record["baseline"])
-        elif "retrained" in record:
-            name, seed = record["retrained"], int(record["seed"])
-            key = name if isinstance(name, str) else losses_text({k: self.task.read(v) for k, v in name.items()})
-            scores = record["scores"] and {split: dict(record["scores"][split]) for split in ("val", "test")}
-            self.leaders += bool(record.get("leader"))
-            self.again.setdefault(key, {})[seed] = scores
+        """Take in one record. Raises ValueError, before anything has changed, where it is none."""
+        kind, record = next((kind for kind in RECORDS if kind in record), "losses"), UNSAID | record
+        checked(record, RECORDS[kind])
+        if kind == "baseline":
+            self.baseline = record["baseline"]
+        elif kind == "retrained":
+            named, scores = record["retrained"], record["scores"]
+            key = named if isinstance(named, str) else losses_text(self.task.read_losses(named))
+            if scores is not None:
+                checked(scores, dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), "scores")
+            self.leaders += record["leader"]
+            self.again.setdefault(key, {})[record["seed"]] = scores
         else:
             self.absorb_evaluation(record)
-        self.elapsed = max(self.elapsed, elapsed)
+        self.elapsed = max(self.elapsed, record["elapsed"])
 
     def absorb_evaluation(self, record: dict) -> None:
-        losses = {branch: self.task.read(text) for branch, text in record["losses"].items()}
-        score, tried, identity = finite(record["score"]), record["tried"], tuple(record["identity"])
+        losses, score, tried = self.task.read_losses(record["losses"]), record["score"], record["tried"]
+        identity, worker, turn = tuple(record["identity"]), record["worker"], record["turn"]
         gain = min((value for value in record["gain"].values() if value is not None), default=None)
-        whole = not record.get("trial")
-        reused = [({k: parse(v) for k, v in texts.items()}, tuple(known)) for texts, known in tried["reused"]]
-        verdicts = [(branch, text, Verdict(*verdict)) for branch, text, *verdict in tried["verdicts"]]
-        failed = {tuple(known) for known in tried["failed"]}
-        worker, turn = int(record["worker"]), int(record["turn"])
-        counts = Counter({gate: int(number) for gate, number in tried["counts"].items()})
+        reused = [(self.task.read_losses(losses), tuple(known)) for losses, known in tried["reused"]]
 
         if turn in self.turns.setdefault(worker, set()):  # a copy of a line
             return
         self.turns[worker].add(turn)
-        self.counts += counts
+        self.counts.update(tried["counts"])
         self.counts["invalid"] += score is None
-        for branch, tree, verdict in verdicts:
+        for branch, tree, *verdict in tried["verdicts"]:
             self.learn(branch, tree, *verdict)
-        self.failed |= failed
+        self.failed |= {tuple(known) for known in tried["failed"]}
         self.scores.setdefault(identity, score)
         for child, known in reused:
             self.population.append(Member(child, self.scores.get(known), known))
         self.population.append(Member(losses, score, identity))
         text = losses_text(losses)
-        self.results.setdefault(text, Result(text, losses, identity, score, gain, whole))
-        self.programs.update(record.get("programs", {}))
+        self.results.setdefault(text, Result(text, losses, identity, score, gain, not record["trial"]))
+        self.programs.update(record["programs"])
         if self.sampler:
             self.sampler.learn(record)
 
@@ -1262,8 +1273,112 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
 
 def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
     """The same losses in short, see `in_short`."""
-    exprs = {name: task.read(text) for name, text in losses.items()}
+    exprs = task.read_losses(losses)
     return losses | {n: str(in_short(task, n, expr)) for n, expr in exprs.items() if isinstance(expr, Expr)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the files of a run directory hold; checked as they are read
+#
+# A shape is a type (a float is any finite number), a list of one shape, a list of several that stand in this order, an
+# object with these keys, or with any ({str: shape}); in a tuple, one of these.
+
+TREES = {str: str}  # the text of a loss by branch
+SCORES = {"val": {str: float}, "test": {str: float}}
+STAMP = {"worker": int, "elapsed": float}
+RECORDS = {  # the lines of a journal, by the key that tells their kind
+    "baseline": {**STAMP, "baseline": (float, None)},
+    "retrained": {
+        **STAMP,
+        "retrained": (TREES, str),
+        "seed": int,
+        "leader": bool,
+        "scores": (SCORES, None),
+        "seconds": float,
+    },
+    "losses": {
+        **STAMP,
+        "turn": int,
+        "losses": TREES,
+        "parent": (TREES, None),
+        "trial": bool,
+        "score": (float, None),
+        "gain": {str: (float, None)},
+        "identity": [str],
+        "predicted": ([float, float], None),
+        "tried": {
+            "counts": {str: int},
+            "verdicts": [[str, str, str, str, (float, None)]],  # branch, text, and a Verdict
+            "reused": [[TREES, [str]]],
+            "failed": [[str]],
+        },
+        "programs": {str: [[str, int, int, int]]},
+        "curve": [[int, float]],
+        "seconds": float,
+    },
+}
+UNSAID = {"leader": False, "trial": False, "programs": {}}
+ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
+RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
+TRAINING = {"loss": str, "seed": int, "scores": (SCORES, None), "seconds": float}  # a line of retrain.jsonl
+ALIVE = {"losses": (TREES, str, None), "leader": bool, "searching": bool}  # a worker's sign of life
+AGREED = {"finalists": [TREES], "short": (TREES, None), "found": (TREES, None)}  # by the workers in the closing round
+
+
+def checked(value, shape, place: str = "it"):
+    """The value, if it has the shape. Raises ValueError that names the place in it where it has not."""
+    one = next((one for one in (shape if isinstance(shape, tuple) else (shape,)) if is_a(value, one)), checked)
+    if one is checked:
+        raise ValueError(f"{place} is {value!r:.40}")
+    if isinstance(one, list):
+        if len(one) > 1 and len(one) != len(value):
+            raise ValueError(f"{place} has {len(value)} entries in place of {len(one)}")
+        for k, part in enumerate(value):
+            checked(part, one[k % len(one)], f"{place}[{k}]")
+    elif isinstance(one, dict):
+        for key in value if str in one else one:
+            if key not in value:
+                raise ValueError(f"{place} has no {key!r}")
+            checked(value[key], one.get(str) or one[key], f"{place}.{key}")
+    return value
+
+
+def is_a(value, shape) -> bool:
+    """Whether a value is of the outer type of a shape."""
+    if shape in (int, float):
+        return isinstance(value, (int, shape)) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, shape if isinstance(shape, type) else type(shape))
+
+
+def read_json(path: Path, shape, cure: str, use: Callable = lambda document: document):
+    """What `use` makes of the document in a file; the program ends with one line where that has not the shape."""
+    try:
+        return use(checked(json.loads(path.read_text(encoding="utf-8")), shape))
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; {cure}")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: damaged, {error!s:.120}; {cure}")
+
+
+def read_weights(path: Path, device: str, use: Callable[[object], object], cure: str):
+    """What `use` makes of the tensors in a file; the program ends with one line where it cannot."""
+    try:
+        return use(torch.load(path, map_location=device, weights_only=True))
+    except Exception as error:  # a file of anything makes torch.load, and load_state_dict, raise anything
+        fail(f"{path}: damaged, {' '.join(str(error).split()) or type(error).__name__:.120}; {cure}")
+
+
+def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: torch.nn.Module) -> list[dict]:
+    """The weights of the base network at some of its steps, trained now or, once for all workers, in the past."""
+    if not path.exists():
+        make_once(path, functools.partial(torch.save, train()))
+
+    def use(states: list[dict]) -> list[dict]:
+        for state in checked(states, [{str: Tensor}]) or [{}]:
+            net.load_state_dict(state)
+        return states
+
+    return read_weights(path, device, use, "remove it, and --resume trains the base network anew")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1291,7 +1406,7 @@ def make_once(path: Path, write: Callable[[Path], object]) -> None:
 def write_once(path: Path, text: str) -> str:
     """Write a text unless somebody else has; what then stands there."""
     make_once(path, lambda part: part.write_text(text, encoding="utf-8"))
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def warn(message: str) -> None:
@@ -1310,7 +1425,7 @@ def read_records(path: Path, start: int = 0) -> tuple[list[dict], int]:
     for line in whole.split(b"\n") if end else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = {}
         if line.strip():
             records.append(record if isinstance(record, dict) else {})
@@ -1334,7 +1449,7 @@ class Journal:
                 try:
                     state.absorb(record)
                     heard.append(record)
-                except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
+                except ValueError:
                     state.broken += 1
             if state.broken > known:
                 warn(f"{path}: {state.broken - known} broken lines were skipped")
@@ -1428,7 +1543,7 @@ class Worker(Journal):
         for path in self.room.glob("*.alive"):
             try:
                 if path != self.sign and path.stat().st_mtime > self.sign.stat().st_mtime - self.STALE:
-                    found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+                    found[path.stem] = checked(json.loads(path.read_text(encoding="utf-8")), ALIVE)
             except (OSError, ValueError):  # it has left in this moment
                 pass
         return found
@@ -1436,7 +1551,7 @@ class Worker(Journal):
     def others_at_work(self, state: State) -> list[dict]:
         """Losses that others are training in this moment."""
         busy = [other["losses"] for other in self.others().values() if isinstance(other["losses"], dict)]
-        return [{name: state.task.read(text) for name, text in losses.items()} for losses in busy]
+        return [state.task.read_losses(losses) for losses in busy]
 
     def claim(self, name: str) -> bool:
         """Whether a job is this worker's: nobody has claimed it, or who has is dead."""
@@ -1455,7 +1570,9 @@ class Worker(Journal):
     def agree(self, name: str, state: State, make: Callable):
         """What the first worker to come here makes of it, for all of them and for every resume."""
         path = self.room / f"{name}-{state.evaluated}.json"
-        return json.loads(path.read_text() if path.exists() else write_once(path, json.dumps(make())))
+        if not path.exists():
+            write_once(path, json.dumps(make()))
+        return read_agreed(path, name, state.task)
 
     def serve(self, task: Task, state: State, jobs: list[tuple]) -> None:
         """Converged trainings (losses, seed[, picture]) that nobody else has claimed, until all are done."""
@@ -1465,8 +1582,7 @@ class Worker(Journal):
             mine = next((job for job in left if self.claim(f"{losses_name(job[0])} {job[1]}")), None)
             if mine:
                 losses, *more = mine
-                if not isinstance(losses, str):
-                    losses = {branch: task.read(text) for branch, text in losses.items()}
+                losses = losses if isinstance(losses, str) else task.read_losses(losses)
                 self.tell(retrain(task, self, losses, *more))
             elif left:
                 time.sleep(0.1)
@@ -1481,6 +1597,17 @@ class Worker(Journal):
             self.hear(state)
             time.sleep(0.1)
         self.hear(state)
+
+
+def read_agreed(path: Path, name: str, task: Task):
+    """What the workers agreed on, see `AGREED`."""
+
+    def use(agreed):
+        for losses in agreed if isinstance(agreed, list) else [agreed] if agreed is not None else []:
+            task.read_losses(losses)
+        return agreed
+
+    return read_json(path, AGREED[name], "remove it, and --resume decides it anew", use)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1628,7 +1755,7 @@ class Reporter:
         path = self.directory / "workers" / f"found-{self.state.evaluated}.json"
         if not path.exists():
             return None
-        losses = json.loads(path.read_text())
+        losses = read_agreed(path, "found", self.task)
         seeds = {self.args.seed + TABLE_SEEDS + k for k in range(self.args.seeds)}
         names = [self.task.baseline, *([losses_text(losses)] if losses else [])]
         return {"losses": losses} if all(seeds <= self.state.again.get(name, {}).keys() for name in names) else None
@@ -1662,9 +1789,7 @@ class Reporter:
         if losses:
             numbers = test["found"][args.metric]
             mean = sum(numbers) / len(numbers) if numbers else math.nan
-            self.export(
-                {name: task.read(text) for name, text in losses.items()}, f"{mean:.4f} on test, {len(numbers)} seeds"
-            )
+            self.export(task.read_losses(losses), f"{mean:.4f} on test, {len(numbers)} seeds")
         self.show_end(losses, test, ahead)
 
     def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
@@ -1693,9 +1818,9 @@ class Reporter:
                     self.board.add_scalar(f"test/{metric}/{name}", sum(values) / len(values), state.explored)
         for tag in ("predictions/found", "predictions/baseline", "search/gradients"):
             picture = self.directory / f"{Path(tag).name}.png"
-            if picture.exists():
-                pixels = cv2.imread(str(picture))[..., ::-1]  # BGR to RGB
-                self.board.add_image(tag, pixels, state.explored, dataformats="HWC")
+            pixels = cv2.imread(str(picture)) if picture.is_file() else None
+            if pixels is not None:
+                self.board.add_image(tag, pixels[..., ::-1], state.explored, dataformats="HWC")  # BGR to RGB
         origin = state.results.get(text) or (state.best() if text else None)  # the found loss may be one in short
         if origin:
             self.board.add_text("search/lineage", self.lineage(origin.text), state.explored)
@@ -1961,7 +2086,7 @@ def open_run(args, task_name: str) -> Path:
         revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
     about = {
         "task": task_name,
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "wanted"},
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
@@ -1978,8 +2103,10 @@ def open_run(args, task_name: str) -> Path:
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line: flag, value and cure; exit code 2."""
 
+    place = ""  # the file in which the arguments stand
+
     def error(self, message: str):
-        fail(message.removeprefix("argument "))
+        fail(self.place + message.removeprefix("argument "))
 
 
 def fail(message: str):
@@ -1989,16 +2116,18 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def at_least(least, kind=int):
-    """An argparse type: a number that is not below `least`."""
+def at_least(least, kind=int, most=10**9):
+    """An argparse type: a number from `least` to `most`."""
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not (value >= least and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is too small; give at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number") from None
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text:.40} is too small; give at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text:.40} is too large; give at most {most}")
         return value
 
     return convert
@@ -2009,7 +2138,7 @@ def one_of(names):
 
     def convert(text: str):
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text}: unknown; choose one of {' '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{text:.40}: unknown; choose one of {' '.join(names)}")
         return text
 
     return convert
@@ -2147,50 +2276,83 @@ def settle_device_and_workers(args) -> None:
         args.workers = max(1, min(most, args.evals // INITIAL))
 
 
-def read_found(directory: Path, task_name: str, flag: str, read: Callable[[str], object] = parse) -> dict[str, object]:
+def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object]:
     """The losses that a finished run has found; of an unfinished one the best so far."""
     result, journals = directory / "result.json", sorted(directory.glob("journal-*.jsonl"))
     if result.is_file():
-        content = json.loads(result.read_text())
-        if content["task"] != task_name:
-            fail(f"{flag} {directory}: a run of search_{content['task']}.py, not of search_{task_name}.py")
-        found = content["losses"]
+        content = read_json(result, RESULT, "remove it: then the best loss of the journal counts")
+        if content["task"] != task.name:
+            fail(f"{flag} {directory}: a run of search_{content['task']:.20}.py, not of search_{task.name}.py")
+        found = [(0.0, content["losses"])] if content["losses"] else []
     elif journals:
-        records = [record for path in journals for record in read_records(path)[0]]
-        valid = [r for r in records if r.get("score") is not None and not r.get("trial")]
-        found = max(valid, key=lambda record: record["score"], default={"losses": {}})["losses"]
+        try:
+            found = [pair for path in journals for pair in scored_losses(path)]
+        except OSError as error:
+            fail(f"{flag} {directory}: {error.filename}: {error.strerror}")
     else:
         fail(f"{flag} {directory}: not a run directory (neither result.json nor journal-0.jsonl in it)")
     if not found:
         fail(f"{flag} {directory}: that run has found no valid loss")
-    return {name: read(text) for name, text in found.items()}
+    try:
+        return task.read_losses(max(found, key=lambda pair: pair[0])[1])
+    except ValueError as error:
+        fail(f"{flag} {directory}: {error}")
+
+
+def scored_losses(path: Path) -> list[tuple[float, dict[str, str]]]:
+    """The valid whole candidates of a journal with their scores."""
+    found = []
+    for record in read_records(path)[0]:
+        with contextlib.suppress(ValueError):  # not an evaluation, or broken
+            checked(record := UNSAID | record, RECORDS["losses"])
+            if record["score"] is not None and not record["trial"]:
+                found.append((record["score"], record["losses"]))
+    return found
 
 
 RESUMABLE = ("evals", "minutes", "workers", "device", "resume", "runs")  # flags that may change when a run goes on
 
 
-def resume_arguments(args, given: set[str], task_name: str):
-    """The arguments of the run to go on with, with the budget flags that were given now."""
-    path = args.resume / "args.json"
+def resume_arguments(parser: Parser, argv: list[str], task: type[Task]) -> argparse.Namespace:
+    """The arguments of the run to go on with, read as if they stood on the command line, and the budget given now."""
+    now, given = parser.parse_args(argv), given_flags(parser, argv)
+    path, cure = now.resume / "args.json", "give a run directory that a search has made"
     if not path.is_file():
-        fail(f"--resume {args.resume}: not a run directory (no args.json in it); give one that a search has made")
-    try:
-        saved = json.loads(path.read_text())
-        known = saved["arguments"]
-    except (ValueError, KeyError):
-        fail(f"--resume {args.resume}: its args.json cannot be read; give a run directory that a search has made")
-    if saved["task"] != task_name:
+        fail(f"--resume {now.resume}: not a run directory (no args.json in it); {cure}")
+    saved = read_json(path, ABOUT, cure)
+    if saved["task"] != task.name:
         fail(
-            f"--resume {args.resume}: a run of search_{saved['task']}.py, not of search_{task_name}.py; use that script"
+            f"--resume {now.resume}: a run of search_{saved['task']:.20}.py, not of search_{task.name}.py; use that "
+            "script"
         )
+    parser.place = f"{path}: "
+    args = parser.parse_args(flags_of(parser, saved["arguments"]))
     for name in sorted(given - set(RESUMABLE)):
-        if str(getattr(args, name)) != str(known.get(name)):
-            flag, value = name.replace("_", "-"), getattr(args, name)
-            fail(f"--{flag} {value}: the run was made with {known.get(name)}; leave the flag out")
-    for name, value in known.items():
-        if name not in RESUMABLE or (name not in given and name in RESUMABLE[:4]):
-            setattr(args, name, value)
+        if getattr(now, name) != getattr(args, name):
+            flag, value = name.replace("_", "-"), getattr(now, name)
+            fail(f"--{flag} {value}: the run was made with {getattr(args, name)}; leave the flag out")
+    for name in given | {"resume", "runs"}:
+        setattr(args, name, getattr(now, name))
     return args
+
+
+def flags_of(parser: Parser, values: dict) -> list[str]:
+    """The command line that gives the parser's arguments these values."""
+    line = []
+    for action in parser._actions:
+        if action.dest in ("help", "resume", "runs"):
+            continue
+        flag, value = action.option_strings[-1], values.get(action.dest, KeyError)
+        if value in (None, False, []) and not is_a(value, float):
+            if action.default not in (None, False, []):
+                parser.error(f"{flag} has no value; give a run directory that a search has made")
+        elif value is KeyError or "\0" in str(value):
+            parser.error(f"{flag} is not given; give a run directory that a search has made")
+        elif value is True:
+            line.append(flag)
+        else:
+            line.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return line
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
@@ -2225,12 +2387,15 @@ class Checkpoint:
         """Restore everything; how many steps are done, and the curve so far."""
         if not self.path.exists():
             return 0, []
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        for part, saved in zip(parts, state["parts"]):
-            part.load_state_dict(saved)
-        for generator, saved in zip(generators, state["generators"][rank_and_world()[0]]):
-            generator.set_state(saved)
-        return state["steps"], state["curve"]
+
+        def use(state) -> tuple[int, list]:
+            for part, saved in zip(parts, state["parts"], strict=True):
+                part.load_state_dict(saved)
+            for generator, saved in zip(generators, state["generators"][rank_and_world()[0]], strict=True):
+                generator.set_state(saved)
+            return checked(state["steps"], int), checked([*map(list, state["curve"])], [[int, float]])
+
+        return read_weights(self.path, "cpu", use, "remove it, and --resume begins this training anew")
 
     def save(self, steps: int, curve: list, parts: Sequence, generators: Sequence[torch.Generator]) -> None:
         """Written by rank 0; of the others only the generators differ."""
@@ -2260,7 +2425,7 @@ def compare(args, task: Task) -> None:
     if world > 1:
         dist.broadcast_object_list(shared)
     (directory,) = shared
-    done = {(line["loss"], line["seed"]): line for line in finished_lines(directory)}
+    done = {(line["loss"], line["seed"]): line for line in finished_lines(directory, task.metrics)}
     seeds = range(args.seed, args.seed + args.seeds)
     try:
         for k, (name, losses) in enumerate(args.wanted.items()):
@@ -2291,9 +2456,21 @@ def compare(args, task: Task) -> None:
         print(f"\nthe trained networks are in {directory}")
 
 
-def finished_lines(directory: Path) -> list[dict]:
-    path = directory / "retrain.jsonl"
-    return [line for line in read_records(path)[0] if line] if path.exists() else []
+def finished_lines(directory: Path, metrics: tuple[str, ...]) -> list[dict]:
+    """The trainings that `compare` has behind it; what cannot be read is skipped with a warning, and trained again."""
+    path, lines = directory / "retrain.jsonl", []
+    records = read_records(path)[0] if path.exists() else []
+    for record in records:
+        with contextlib.suppress(ValueError):
+            scores = checked(record, TRAINING)["scores"]
+            if scores is None:
+                checked(record, {"invalid": str})
+            else:
+                checked(scores["test"], dict.fromkeys(metrics, float))
+            lines.append(record)
+    if len(lines) < len(records):
+        warn(f"{path}: {len(records) - len(lines)} broken lines were skipped")
+    return lines
 
 
 def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Checkpoint) -> dict:

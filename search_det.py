@@ -110,7 +110,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     evolve.add_search_flags(parser)
     args = parser.parse_args(argv)
     if args.resume:
-        args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "det")
+        args = evolve.resume_arguments(parser, argv, DetTask)
     return check_arguments(args)
 
 
@@ -138,7 +138,7 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr | str]:
         return text
     if "=" not in text:
         if Path(text).is_dir():
-            return evolve.read_found(Path(text), "det", flag)
+            return evolve.read_found(Path(text), DetTask, flag)
         fail(
             f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a run directory, or BRANCH=LOSS with a branch "
             f"of {' '.join(BRANCHES)}"
@@ -1923,6 +1923,7 @@ class DetTask(evolve.Task):
     """What evolve.py needs to know of detection."""
 
     name, baseline = "det", BASELINE
+    symbols = {branch: symbols for branch, (symbols, _) in BRANCHES.items()}
     export = staticmethod(export)
 
     def __init__(self, args):
@@ -2003,17 +2004,15 @@ class DetTask(evolve.Task):
         Proxy trainings go on from it. The gates look at losses at the predictions of a random network alone: those of
         another state would be of other proposals, with targets of their own.
         """
-        if not base.exists():
-            evolve.make_once(base, functools.partial(torch.save, self.train_base()))
-        self.state = torch.load(base, map_location=self.device, weights_only=True)
+        self.states = evolve.base_states(base, self.device, self.train_base, self.network(self.proxy, self.args.seed))
         self.branches = self.make_branches()
 
-    def train_base(self) -> dict[str, Tensor]:
+    def train_base(self) -> list[dict[str, Tensor]]:
         plan = self.proxy._replace(steps=RETRAIN[self.args.data].steps)
         net = self.network(plan, self.args.seed)
         batches = itertools.islice(self.batches(plan, 500 + self.args.seed), plan.base)
         train_network(net, self.losses(BASELINE), batches, plan)
-        return net.state_dict()
+        return [net.state_dict()]
 
     def train(self, losses: dict[str, Expr | str] | str) -> float:
         return round(self.proxy_scores(losses)[self.args.metric], 6)
@@ -2021,7 +2020,7 @@ class DetTask(evolve.Task):
     def proxy_scores(self, losses: dict[str, Expr | str] | str) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""
         net = self.network(self.proxy, self.args.seed)
-        net.load_state_dict(self.state)
+        net.load_state_dict(self.states[-1])
         data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.losses(losses), data, self.proxy, "invalid" not in self.args.without)

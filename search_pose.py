@@ -102,7 +102,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     evolve.add_search_flags(parser)
     args = parser.parse_args(argv)
     if args.resume:
-        args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "pose")
+        args = evolve.resume_arguments(parser, argv, PoseTask)
     return check_arguments(args)
 
 
@@ -130,7 +130,7 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
         return text
     if "(" not in text:
         if Path(text).is_dir():
-            return evolve.read_found(Path(text), "pose", flag)
+            return evolve.read_found(Path(text), PoseTask, flag)
         fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     return {"loss": evolve.read_formula(text, f"{flag} {text:.80}", "yp1")}
 
@@ -1658,6 +1658,7 @@ class PoseTask(evolve.Task):
     """What evolve.py needs to know of pose estimation."""
 
     name, baseline, metrics = "pose", BASELINE, METRICS
+    symbols = {"loss": "yp1"}
     export = staticmethod(export)
 
     def __init__(self, args):
@@ -1684,9 +1685,7 @@ class PoseTask(evolve.Task):
 
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
-        if not base.exists():
-            evolve.make_once(base, functools.partial(torch.save, self.train_base()))
-        self.states = torch.load(base, map_location=self.device, weights_only=True)
+        self.states = evolve.base_states(base, self.device, self.train_base, self.network(self.args.seed))
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:

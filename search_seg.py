@@ -110,7 +110,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     evolve.add_search_flags(parser, {"asl": "the parameters of Auto Seg-Loss"})
     args = parser.parse_args(argv)
     if args.resume:
-        args = evolve.resume_arguments(args, evolve.given_flags(parser, argv), "seg")
+        args = evolve.resume_arguments(parser, argv, SegTask)
     return check_arguments(args)
 
 
@@ -143,7 +143,7 @@ def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
             fail(f"{flag} {text:.80}: {error}")
     if "(" not in text:
         if Path(text).is_dir():
-            return evolve.read_found(Path(text), "seg", flag, read_searched)
+            return evolve.read_found(Path(text), SegTask, flag)
         fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     return {"loss": evolve.read_formula(text, f"{flag} {text:.80}", "yp1")}
 
@@ -1638,6 +1638,7 @@ class SegTask(evolve.Task):
     """What evolve.py needs to know of segmentation."""
 
     name, baseline, metrics = "seg", BASELINE, METRICS
+    symbols = {"loss": "yp1"}
     export, read = staticmethod(export), staticmethod(read_searched)
 
     def __init__(self, args):
@@ -1678,9 +1679,7 @@ class SegTask(evolve.Task):
 
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
-        if not base.exists():
-            evolve.make_once(base, functools.partial(torch.save, self.train_base()))
-        self.states = torch.load(base, map_location=self.device, weights_only=True)
+        self.states = evolve.base_states(base, self.device, self.train_base, self.network(self.proxy, self.args.seed))
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:

@@ -81,8 +81,26 @@ def damaged(content):
     yield from (
         (repr(text), text) for text in (b"\xff\xd8\xff\xe0 a picture", b"\x00\x05\x16\x07", b"[]", b"7", b"null")
     )
-    yield "Latin-1", json.dumps(content | {"info": "Fußgänger"}, ensure_ascii=False).encode("latin-1")
+    if isinstance(content, dict):
+        yield "Latin-1", json.dumps(content | {"info": "Fußgänger"}, ensure_ascii=False).encode("latin-1")
     yield "too deep", b"[" * 100_000
+
+
+def refusals(reader, path, content, capsys):
+    """Damages of a json file that `reader` refuses, by a short line that names file or flag, and those it takes."""
+    capsys.readouterr()
+    refused, taken = [], []
+    for what, text in damaged(content):
+        path.write_bytes(text)
+        try:
+            reader(path)
+            taken.append(what)
+        except SystemExit as stop:
+            error = capsys.readouterr().err
+            assert stop.code == 2 and error.startswith("error: ") and error.count("\n") == 1, (what, error)
+            assert (str(path.parent) in error or " --" in error) and len(error) < 300 + len(str(path)), (what, error)
+            refused.append(what)
+    return refused, taken
 
 
 def ready(task):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import journal, records, retrained
+from conftest import damaged, journal, records, retrained
 
 import evolve
 from evolve import Branch, Child, InvalidLoss, Member, Surrogate, Tried, Worker
@@ -1187,6 +1187,22 @@ def test_broken_lines_are_skipped_and_counted(finished, capsys, kind):
     assert state.broken == 2 and whole.broken == 0
     error = capsys.readouterr().err
     assert error.startswith("warning: ") and "journal-0.jsonl" in error and error.count("\n") == 1 and "2" in error
+
+
+def test_damaged_records_do_no_harm(finished, tmp_path):
+    """Whatever a line says, a reader either skips it or can tell of it."""
+    args, lines = arguments(tmp_path), (finished / "journal-0.jsonl").read_bytes().splitlines()
+    skipped = taken = 0
+    for record in (next(line for line in lines if json.loads(line).get("predicted", 0) is kind) for kind in (None, 0)):
+        for k, (_, text) in enumerate(damaged(json.loads(record))):
+            (directory := tmp_path / f"{len(record)}-{k}").mkdir()
+            state = begin(ToyTask())
+            reporter = evolve.Reporter(directory, state.task, state, args)
+            (directory / "journal-0.jsonl").write_bytes(text.replace(b"\n", b" ") + b"\n")
+            reporter.hear()
+            skipped, taken = skipped + state.broken, taken + (not state.broken)
+            reporter.board.close()
+    assert skipped > 100 and taken > 20
 
 
 def test_empty_lines_are_nothing(finished, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import journal, records, refused, retrained
+from conftest import damaged, journal, records, refusals, refused, retrained
 
 import evolve
 import search_seg
@@ -490,11 +490,68 @@ def test_bad_resume(monkeypatch, capsys, finished, tmp_path):
     assert "not a run directory" in bad(monkeypatch, capsys, "--resume", tmp_path)
     assert "not a run directory" in bad(monkeypatch, capsys, "--loss", tmp_path)
     (tmp_path / "args.json").write_text("{")
-    assert "cannot be read" in bad(monkeypatch, capsys, "--resume", tmp_path)
+    assert "damaged" in bad(monkeypatch, capsys, "--resume", tmp_path)
     (tmp_path / "args.json").write_text(json.dumps({"task": "pose", "arguments": {}}))
     assert "search_pose.py" in bad(monkeypatch, capsys, "--resume", tmp_path)
     error = bad(monkeypatch, capsys, "--resume", finished[0], "--metric", "miou")
     assert "--metric miou" in error and "macc" in error
+
+
+READERS = {  # of the files of a run directory, and which damages they cannot see
+    "args.json": (
+        lambda path: search_seg.parse_arguments(["--resume", str(path.parent)]),
+        r"Latin-1|(git|versions|device|arguments\.(runs|resume))\b.*|"
+        r"arguments\.\w+ (null|a word|huge|negative|true|a list|a fraction)",
+    ),
+    "result.json": (
+        lambda path: search_seg.read_loss(str(path.parent), "--loss"),
+        r"(metric|explored|evaluated|gates|seconds|converged|test|difference)\b.*",
+    ),
+    "workers/finalists-6.json": (
+        lambda path: evolve.read_agreed(path, "finalists", search_seg.SegTask),
+        r"\d+ removed|b'\[\]'",
+    ),
+    "workers/found-6.json": (lambda path: evolve.read_agreed(path, "found", search_seg.SegTask), "b'null'"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_of_a_run_are_refused(finished, tmp_path, capsys, name):
+    directory = shutil.copytree(finished[0], tmp_path / finished[0].name)
+    reader, unseen = READERS[name]
+    refused, taken = refusals(reader, directory / name, json.loads((directory / name).read_text()), capsys)
+    assert len(refused) > 20 and not [what for what in taken if not re.fullmatch(unseen, what)]
+
+
+@pytest.mark.parametrize("name", ["base.pt", "training_0_0.pt"])
+@pytest.mark.parametrize("content", [None, b"", b"no tensors", {}, [], [{}], [{"weight": torch.zeros(2)}]])
+def test_damaged_weights_are_refused(tmp_path, capsys, name, content):
+    path, net = tmp_path / name, torch.nn.Linear(2, 2)
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(SystemExit) as stop:
+        if name == "base.pt":
+            evolve.base_states(path, "cpu", None, net)
+        else:
+            evolve.Checkpoint(path, 1).load([net], [torch.Generator()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {path}: damaged, ") and error.count("\n") == 1
+
+
+def test_damaged_lines_of_a_comparison_are_trained_again(tmp_path, capsys):
+    line = {"loss": "ce", "seed": 0, "scores": {"val": {"miou": 0.5}, "test": {"miou": 0.5}}, "seconds": 1.0}
+    skipped = set()
+    for what, text in damaged(line):
+        damage = text.replace(b"\n", b" ")
+        (tmp_path / "retrain.jsonl").write_bytes(json.dumps(line).encode() + b"\n" + damage + b"\n")
+        first, *second = evolve.finished_lines(tmp_path, ("miou",))
+        assert first == line and ("1 broken line" in capsys.readouterr().err) == (not second and damage != b""), what
+        skipped |= set() if second else {what}
+    assert len(skipped) > 40 and {"scores.test removed", "scores.test.miou NaN", "seed true", "loss null"} <= skipped
 
 
 @pytest.mark.parametrize("script", ["search_seg", "search_det", "search_pose"])

@@ -539,23 +539,46 @@ def test_any_class_may_be_ignored(ignore_index):
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in values), rtol=1e-6, atol=1e-9)
 
 
+class Exported(torch.nn.Module):
+    """The loss of an exported file as a module."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loss = exported(python_source(parse(text)))
+
+    def forward(self, logits, label):
+        return self.loss(logits, label)
+
+
 @pytest.mark.parametrize("text", [CE, DICE, POOLED])
 def test_compilers_take_the_exported_file(text):
     """torch.export with a free batch and torch.compile in one graph; without a C compiler, up to code generation."""
     logits, label = sample(31, dtype=torch.float32)
-    loss = exported(python_source(parse(text)))
-
-    class Module(torch.nn.Module):
-        def forward(self, logits, label):
-            return loss(logits, label)
-
+    module = Exported(text)
+    loss = module.loss
     batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(Module(), (logits, label), dynamic_shapes=({0: batch}, {0: batch})).module()
+    program = torch.export.export(module, (logits, label), dynamic_shapes=({0: batch}, {0: batch})).module()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for call in (program, compiled):
         torch.testing.assert_close(call(logits, label), loss(logits, label))
     more = torch.cat([logits, -logits]), torch.cat([label, label])
     torch.testing.assert_close(program(*more), loss(*more))
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("text", [CE, DICE, POOLED])
+def test_onnx_takes_the_exported_file(tmp_path, text, dynamo):
+    """Where ONNX is installed (onnx, onnxscript, onnxruntime), which the project does without."""
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    logits, label = sample(31, dtype=torch.float32)
+    module = Exported(text).eval()
+    torch.onnx.export(module, (logits, label), str(tmp_path / "loss.onnx"), dynamo=dynamo)
+    session = onnxruntime.InferenceSession(str(tmp_path / "loss.onnx"))
+    (value,) = session.run(None, {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), (logits, label))})
+    torch.testing.assert_close(torch.tensor(value), module(logits, label))
 
 
 TITLES = [

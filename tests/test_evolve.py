@@ -1,6 +1,5 @@
 """The search, on a toy task that needs no data: mutations, gates, surrogate, state, journal, closing round, workers."""
 
-import errno
 import io
 import itertools
 import json
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import damaged, journal, records, retrained
+from conftest import Full, damaged, journal, open_on_full_disk, records, retrained
 
 import evolve
 from evolve import Branch, Child, InvalidLoss, Member, Surrogate, Tried, Worker
@@ -1016,41 +1015,9 @@ def test_killed_once_and_resumed(tmp_path, short, n, without):
     assert records(stopped) == records(straight)
 
 
-class Full(io.FileIO):
-    """A file on a disk that is full for one write, number `at` of all: half of it is written.
-
-    Who writes without a buffer is told how much that was, as the system does; a buffer is told at once.
-    """
-
-    at = done = 0
-    buffered = True
-
-    def write(self, data):
-        Full.done += 1
-        if Full.done - 1 != Full.at:
-            return super().write(data)
-        half = super().write(bytes(data)[: len(data) // 2])
-        if self.buffered:
-            raise OSError(errno.ENOSPC, "No space left on device", self.name)
-        return half
-
-
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Everything that a run writes but TensorBoard's events goes through `Full`."""
-    keep = io.open
-
-    def opened(path, mode="r", *args, **options):
-        if not set(mode) & set("wa+") or "tfevents" in str(path) or not isinstance(path, os.PathLike):
-            return keep(path, mode, *args, **options)
-        raw = Full(path, mode.replace("b", "").replace("t", ""))
-        if 0 in (*args, *options.values()):
-            raw.buffered = False
-            return raw
-        buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
-
-    monkeypatch.setattr(io, "open", opened)
+    monkeypatch.setattr(io, "open", open_on_full_disk)
 
 
 def test_every_failed_write(tmp_path, short, full_disk):

@@ -695,9 +695,8 @@ class Surrogate:
             if anchor not in (None, -math.inf):
                 again = {k: state.converged(text) for k, text in enumerate(rows)} | {len(rows): anchor}
         again = {k: score - anchor + state.baseline for k, score in again.items() if score is not None}
-        # How bad a bad loss is says nothing of the good ones.
-        floor = min(0.7 * (state.baseline or 0.0), median_high(proxy))
-        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=floor)
+        # How bad a bad loss is says nothing of the good ones (tests/bench_surrogate.py has what that is worth).
+        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=median_high(proxy))
         self.centre, self.spread = values.mean().item(), max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
         self.points = torch.stack([self.point(task, those) for those in losses])

@@ -695,8 +695,11 @@ class Surrogate:
             if anchor not in (None, -math.inf):
                 again = {k: state.converged(text) for k, text in enumerate(rows)} | {len(rows): anchor}
         again = {k: score - anchor + state.baseline for k, score in again.items() if score is not None}
-        # How bad a bad loss is says nothing of the good ones (tests/bench_surrogate.py has what that is worth).
-        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=median_high(proxy))
+        # How bad a bad loss is says nothing of the good ones: below the median all are alike. Measured in
+        # tests/bench_surrogate.py. Converged scores have a median of their own: all may be less than proxies promise.
+        kinds = proxy, [score for score in again.values() if score > -math.inf]
+        floor = min(median_high(scores) for scores in kinds if scores)
+        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=floor)
         self.centre, self.spread = values.mean().item(), max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
         self.points = torch.stack([self.point(task, those) for those in losses])

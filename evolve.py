@@ -676,7 +676,7 @@ class Surrogate:
     def __init__(self):
         self.known: dict[str, Tensor] = {}  # points of what was trained, by text
         self.merits: dict[tuple[str, ...], float] = {}  # predicted converged scores of what was trained, by identity
-        self.niches: set[tuple[str, ...]] = set()  # the best ones of which no two are near relatives
+        self.niches: dict[tuple[str, ...], set] = {}  # see `niche_bests`, by branches
 
     def fit(self, task: Task, state: "State", at_work: list[dict[str, Expr]]) -> "Surrogate | None":
         """Learn all that is known; None while that is too little.
@@ -713,12 +713,24 @@ class Surrogate:
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
         self.promise = expected_improvement(mean, deviation, self.best).tolist()
-        apart, best = self.squared[:, : len(rows), : len(rows)].mean(0) >= 2 - 2 * RELATED, []
-        for k in mean[: len(rows)].argsort(descending=True).tolist():
-            if self.rows[k].score is not None and apart[k, best].all():
-                best.append(k)
-        self.niches = {self.rows[k].identity for k in best}
+        self.ranking = mean[: len(rows)].argsort(descending=True).tolist()
+        self.names, self.niches = list(task.branches), {}
         return self
+
+    def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
+        """The best candidates, by identity, of which no two are near relatives in these branches.
+
+        What they have in others does not count: a trial has the baseline's losses there, as all trials have.
+        """
+        key = tuple(branches)
+        if key not in self.niches:
+            apart = self.squared[[self.names.index(name) for name in key]].mean(0) >= 2 - 2 * RELATED
+            best: list[int] = []
+            for k in self.ranking:
+                if self.rows[k].score is not None and {*key} <= self.rows[k].losses.keys() and apart[k, best].all():
+                    best.append(k)
+            self.niches[key] = {self.rows[k].identity for k in best}
+        return self.niches[key]
 
     def point(self, task: Task, losses: dict[str, Expr], trees: Sequence[Tree] = ()) -> Tensor:
         """(branches, size): the sketches of a candidate. A baseline that is no tree is a direction by itself."""
@@ -1117,7 +1129,8 @@ def select_parent(
     """
     able = [member for member in state.population if member.score is not None and member.losses.keys() >= {*branches}]
     if state.surrogate:
-        able = [member for member in able if member.identity in state.surrogate.niches] or able
+        niches = state.surrogate.niche_bests(branches) if state.surrogate.merits else ()
+        able = [member for member in able if member.identity in niches] or able
     distinct = list({member.score: member for member in able}.values())
     if not distinct:
         return None

@@ -714,7 +714,9 @@ def test_relatives_of_the_best_do_not_win_every_tournament():
     task, known, _ = spread(60)
     state, guide = guided(task, {**known, **dict(zip(RELATIVES, (0.95, 0.94, 0.96, 0.93)))})
     apart = {text: guide.point(task, {"loss": parse(text)}) for text in state.results}
-    niches = list({r.identity: r.text for r in state.results.values() if r.identity in guide.niches}.values())
+    niches = list(
+        {r.identity: r.text for r in state.results.values() if r.identity in guide.niche_bests(["loss"])}.values()
+    )
     assert 5 < len(niches) < len(state.results) and len([text for text in RELATIVES if text in niches]) < 3
     near = 2 - 2 * evolve.RELATED
     for one, other in itertools.combinations(niches, 2):
@@ -724,7 +726,25 @@ def test_relatives_of_the_best_do_not_win_every_tournament():
             "somebody's relative"
         )
     drawn = [evolve.select_parent(state, random.Random(k), ["loss"]) for k in range(200)]
-    assert {member.identity for member in drawn} <= guide.niches
+    assert {member.identity for member in drawn} <= guide.niche_bests(["loss"])
+
+
+def test_trials_of_several_branches_are_no_relatives():
+    """In its own branch each trial is as far from the others as its loss is; elsewhere all have the baseline's."""
+    task = ToyTask(planted=str(CE), branches=("cls", "reg"))
+    for branch in task.branches.values():
+        branch.baseline = str(CE)
+    state = begin(task)
+    scores = {("cls", str(CE)): 0.95, ("cls", "Square(Add(y, p))"): 0.5, ("reg", "Neg(Mul(y, Log(Tanh(p))))"): 1.0}
+    scores |= {("reg", text): 0.9 * task.score({"reg": parse(text)}) for text in spread(30)[1]}
+    for (branch, text), score in scores.items():
+        child = make_child(state, text, branch)
+        evolve.judge(task, state, [child], evolve.CHEAP, tried := Tried())
+        record = evolve.evaluate(task, nobody, tried.close(state, child)) | {"worker": 0, "turn": state.evaluated}
+        state.absorb({**json.loads(json.dumps(record)), "elapsed": 0, "score": score, "trial": True})
+    assert state.surrogate.fit(task, state, [])
+    best = {str(evolve.select_parent(state, random.Random(k), ["cls"]).losses["cls"]) for k in range(20)}
+    assert best == {str(CE)}, "not turned away for a better trial of the other branch"
 
 
 def test_children_are_trained_in_short():

@@ -645,19 +645,6 @@ def test_training_learns(root):
     assert task.train("ce") > max(start, 0.65)
 
 
-def test_proxies_that_only_harm_are_broken_off(root, monkeypatch):
-    task = ready(search_seg.SegTask(arguments(root, "--proxy-steps", "60", "--metric", "gacc")))
-    net = task.network(task.proxy, 0)
-    net.load_state_dict(task.states[-1])
-    assert task.base_score == task.score(net)["gacc"]
-    assert task.train({"loss": parse("Mul(y, p)")}) < task.base_score and len(task.curve) == 7, "a third of 60, every 3"
-    monkeypatch.setattr(task, "base_score", 0.0)
-    whole = task.train("ce")
-    assert len(task.curve) == 20
-    monkeypatch.setattr(task, "while_promising", lambda net, batches: batches)
-    assert task.train("ce") == whole, "to have looked changes nothing"
-
-
 @pytest.mark.parametrize("name", search_seg.LOSSES)
 def test_every_loss_trains(task, name):
     assert 0 < task.train(name) < 1

@@ -590,8 +590,7 @@ def sketch(branch: Branch, slope: Tensor) -> Tensor:
 def bounded(branch: Branch, slope: Tensor) -> Tensor:
     """Unit gradients (S, B, D) that no few positions rule: their length m there, over C, becomes m / (m + mean) [D].
 
-    Where a loss pulls most is soon learned, and then the rest decides: in seven searches each score, left out, was
-    likelier by a tenth of a nat than without (tests/bench_surrogate.py).
+    Where a loss pulls most is soon learned, and then the rest decides (measured in tests/bench_surrogate.py).
     """
     field = slope.view(*slope.shape[:2], *branch.prediction.shape[2:4], -1)  # (S, B, N, C, H * W)
     length = field.norm(dim=3, keepdim=True)
@@ -659,8 +658,7 @@ class Surrogate:
     """A Gaussian process over the gradients of losses that predicts what a converged training would score.
 
     Covariance of two candidates: (1 + d^2 / length^2)^(-1/2), averaged over branches, d^2 the mean squared distance of
-    their unit gradients over samples and states. It is a mixture of squared exponentials of all lengths; in
-    seven searches each score, left out, was likelier by a tenth of a nat than under the best single one [D].
+    their unit gradients over samples and states: a mixture of squared exponentials of all lengths [D].
 
     It learns from proxy scores and from converged ones: a converged score is the proxy score plus a deviation, a
     process of the same kind with `drift` times the variance. The baseline, which is trained anyway, is part of what it

@@ -54,7 +54,8 @@ from loss_ops import Expr, evaluate, parse, python_source, softmax_leaves, sourc
 IGNORE = 255
 METRICS = ("miou", "fwiou", "macc", "gacc", "biou", "bf1")
 CLASSES = {"shapes": len(shapes.CLASSES), "voc": 21, "cityscapes": 19, "folder": None}  # None: as found in its masks
-MODELS = ("small", "r50-dlv3p", "r101-dlv3p", "r50-psp", "r101-psp")
+WIDTHS = {"small": 16, "wide": 32}  # of SmallNet
+MODELS = (*WIDTHS, "r50-dlv3p", "r101-dlv3p", "r50-psp", "r101-psp")
 
 
 class Schedule(NamedTuple):
@@ -1000,9 +1001,9 @@ def upsample(x: Tensor, size) -> Tensor:
 
 
 class SmallNet(nn.Module):
-    """For the embedded data: features at strides 2 and 4, two classifiers added up. 36 thousand weights."""
+    """For the embedded data: features at strides 2 and 4, two classifiers added up; 36 thousand weights at width 16."""
 
-    def __init__(self, num_classes: int, width: int = 16):
+    def __init__(self, num_classes: int, width: int):
         super().__init__()
         wide = 2 * width
         self.fine = nn.Sequential(conv(3, width, 2), conv(width, width))
@@ -1118,8 +1119,8 @@ def build_model(
     name: str, num_classes: int, pretrained: bool | str = False, output_stride: int | None = None
 ) -> nn.Module:
     """One of MODELS: images (N, 3, H, W), normalised, to logits (N, num_classes, H, W)."""
-    if name == "small":
-        return SmallNet(num_classes)
+    if name in WIDTHS:
+        return SmallNet(num_classes, WIDTHS[name])
     resnet, head = name.split("-")
     network = {"dlv3p": DeepLabV3Plus, "psp": PSPNet}[head]
     stride = {} if output_stride is None else {"output_stride": output_stride}
@@ -1654,9 +1655,9 @@ class SegTask(evolve.Task):
         self.data: dict[str, Split] = {}
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
-        """A schedule with the user's flags in it; the small network has its own optimizer on all data sets."""
+        """A schedule with the user's flags in it; small networks have their own optimizer on all data sets."""
         args = self.args
-        if args.model == "small":
+        if args.model in WIDTHS:
             plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in ("optimizer", "lr", "head_lr")})
         base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
         flags = {

@@ -8,7 +8,21 @@ greatest marginal likelihood; and Spearman's correlation of what is predicted wi
 covariance as a function of the distance of two gradients; what distance means, of unit gradients or bounded ones; and
 as what scores below a floor count: a share of the baseline's, or the median of all.
 
-Measured on TABLE
+Measured on three searches (BF1, seeds 0 and 1, 136 and 80 candidates; BIoU, seed 1, 140):
+
+    covariance              gradients  floor     each run, and their mean
+    exp(-d^2 / 2 l^2)       unit       median   -0.31 0.65   -0.87 0.81   -1.46 0.59   -0.88 0.68
+    exp(-d / l)             unit       median   -0.33 0.65   -1.08 0.82   -1.46 0.56   -0.96 0.68
+    (1 + d^2 / l^2)^(-1/2)  unit       median   -0.33 0.67   -0.92 0.82   -1.44 0.59   -0.90 0.69
+    exp(-d^2 / 2 l^2)       bounded    median   -0.37 0.64   -0.85 0.81   -1.48 0.64   -0.90 0.69
+    exp(-d / l)             bounded    median   -0.42 0.64   -0.95 0.83   -1.32 0.70   -0.90 0.72
+    (1 + d^2 / l^2)^(-1/2)  bounded    median   -0.37 0.64   -0.78 0.80   -1.37 0.68   -0.84 0.71
+    (1 + d^2 / l^2)^(-1/2)  bounded    0.70     -2.10 0.06   -1.16 0.87   -2.34 0.41   -1.86 0.45
+    (1 + d^2 / l^2)^(-1/2)  bounded    0.90     -1.40 0.47   -0.99 0.85   -2.06 0.51   -1.49 0.61
+    (1 + d^2 / l^2)^(-1/2)  bounded    0.96     -0.79 0.61   -0.80 0.83   -1.81 0.57   -1.13 0.67
+
+With a floor of .7 of the baseline, as it was in these three, the search for BF1 with seed 0 found nothing; with the
+median, as many trainings found a loss ahead by .024 (.003) on test. For BIoU, seed 1, +.004 (.002) became BIOUGAIN.
 """
 
 import argparse

@@ -575,7 +575,8 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, stride", [("small", None), *((m, s) for m in search_seg.MODELS[1:] for s in (8, 16) if "101" not in m)]
+    "name, stride",
+    [*((m, None) for m in search_seg.WIDTHS), *((m, s) for m in search_seg.MODELS if "r50" in m for s in (8, 16))],
 )
 def test_networks_forward_and_backward(name, stride):
     net = search_seg.build_model(name, 5, output_stride=stride)

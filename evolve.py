@@ -14,8 +14,8 @@ This module knows no task: what a script hands over is a `Task`, a handful of te
 The journal is all that workers share. Each appends its records to a file of its own in the run directory and tails the
 files of the others; a search is a fold over these records, live as well as on resume.
 
-From top to bottom: The algorithm, Task, Trees, Gates, Surrogate, State, Several branches, Closing round, Journal and
-workers, Report, The whole run, Command line, Losses by name, Tables, Other searches.
+From top to bottom: The algorithm, Task, Trees, Gates, Surrogate, State, Several branches, Closing round, Files of a
+run, Journal and workers, Report, The whole run, Command line, Losses by name, Tables, Other searches.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def evaluate(task: "Task", worker: "Worker", child: "Child") -> dict:
     return {
         "losses": texts(child.losses),
         "parent": child.parent and texts(child.parent),
-        "score": score if score is not None and math.isfinite(score) else None,
+        "score": finite(score),
         "gain": {tree.branch: tree.gain for tree in child.trees},
         "identity": child.identity,
         "predicted": child.predicted,
@@ -1095,8 +1095,8 @@ class State:
         return max(valid, key=lambda result: result.score, default=None)
 
 
-def finite(score) -> float | None:
-    """A score of the journal, where NaN and infinity are worth nothing."""
+def finite(score: float | None) -> float | None:
+    """A score; None where it is no number."""
     return float(score) if score is not None and math.isfinite(score) else None
 
 

@@ -1340,9 +1340,10 @@ AGREED = {"finalists": [TREES], "short": (TREES, None), "found": (TREES, None)} 
 
 def checked(value, shape, place: str = "it"):
     """The value, if it has the shape. Raises ValueError that names the place in it where it has not."""
-    one = next((one for one in (shape if isinstance(shape, tuple) else (shape,)) if is_a(value, one)), checked)
-    if one is checked:
+    fitting = [one for one in (shape if isinstance(shape, tuple) else (shape,)) if is_a(value, one)]
+    if not fitting:
         raise ValueError(f"{place} is {value!r:.40}")
+    one = fitting[0]
     if isinstance(one, list):
         if len(one) > 1 and len(one) != len(value):
             raise ValueError(f"{place} has {len(value)} entries in place of {len(one)}")

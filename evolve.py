@@ -1285,9 +1285,10 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
 
 
 def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
-    """The same losses in short, see `in_short`."""
-    exprs = task.read_losses(losses)
-    return losses | {n: str(in_short(task, n, expr)) for n, expr in exprs.items() if isinstance(expr, Expr)}
+    """The same losses in short, see `in_short`; double negations and the like go first."""
+    trees = {name: loss for name, loss in task.read_losses(losses).items() if isinstance(loss, Expr)}
+    folded = {name: min(expr, canonical(expr), key=lambda tree: len(nodes(tree))) for name, expr in trees.items()}
+    return losses | {name: str(in_short(task, name, expr)) for name, expr in folded.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

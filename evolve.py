@@ -2408,7 +2408,7 @@ class Checkpoint:
                 part.load_state_dict(saved)
             for generator, saved in zip(generators, state["generators"][rank_and_world()[0]], strict=True):
                 generator.set_state(saved)
-            return checked(state["steps"], int), checked([*map(list, state["curve"])], [[int, float]])
+            return checked(state["steps"], int), checked([*map(list, state["curve"])], [[int, (float, Tensor)]])
 
         return read_weights(self.path, "cpu", use, "remove it, and --resume begins this training anew")
 

@@ -1456,6 +1456,8 @@ class Journal:
 
     def hear(self, state: State) -> list[dict]:
         """Fold what is new into the state; the records. What cannot be read is skipped with a warning and counted."""
+        if STOPPED:
+            raise KeyboardInterrupt(STOPPED[0])
         heard = []
         for path in sorted(self.directory.glob("journal-*.jsonl")):
             records, self.read[path] = read_records(path, self.read.get(path, 0))
@@ -1533,8 +1535,6 @@ class Worker(Journal):
         return self.earlier + time.time() - self.start
 
     def hear(self, state: State) -> list[dict]:
-        if STOPPED:
-            raise KeyboardInterrupt(STOPPED[0])
         heard = super().hear(state)
         self.report()
         return heard
@@ -1956,7 +1956,7 @@ STOPPED: list[int] = []  # signals
 
 
 def interrupt(number: int, frame) -> None:
-    """Ctrl-C and SIGTERM. Should some library swallow the exception, the next turn of the search raises it again."""
+    """Ctrl-C and SIGTERM. Should some library swallow the exception, the next look at the journal raises it again."""
     STOPPED.append(number)
     raise KeyboardInterrupt(number)
 
@@ -1982,6 +1982,7 @@ def run(args, task: Task) -> None:
             raise ChildProcessError("a training came in after the closing round had begun")
         reporter.finish(found["losses"])
     except KeyboardInterrupt:
+        STOPPED.clear()
         reporter.hear()
         print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}", flush=True)
         raise

@@ -1194,6 +1194,13 @@ def test_damaged_records_do_no_harm(finished, tmp_path):
     assert skipped > 100 and taken > 20
 
 
+def test_an_interrupt_that_a_library_swallowed_comes_again(tmp_path, monkeypatch):
+    """For whoever reads the journal: a worker, and the launcher that only reports."""
+    monkeypatch.setattr(evolve, "STOPPED", [15])
+    with pytest.raises(KeyboardInterrupt, match="15"):
+        evolve.Journal(tmp_path).hear(begin(ToyTask()))
+
+
 def test_empty_lines_are_nothing(finished, capsys):
     whole = fold(finished)
     damage(finished, b"")

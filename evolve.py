@@ -693,11 +693,11 @@ class Surrogate:
             if anchor not in (None, -math.inf):
                 again = {k: state.converged(text) for k, text in enumerate(rows)} | {len(rows): anchor}
         again = {k: score - anchor + state.baseline for k, score in again.items() if score is not None}
-        # How bad a bad loss is says nothing of the good ones: below the median all are alike. Measured in
-        # tests/bench_surrogate.py. Converged scores have a median of their own: all may be less than proxies promise.
+        # Converged scores have a median of their own: all may be less than proxies promise.
         kinds = proxy, [score for score in again.values() if score > -math.inf]
-        floor = min(median_high(scores) for scores in kinds if scores)
-        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=floor)
+        knee = min(median_high(scores) for scores in kinds if scores)
+        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
+        values = compressed(values, knee, max((max(proxy) - knee) / 4, 1e-6))
         self.centre, self.spread = values.mean().item(), max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
         self.points = torch.stack([self.point(task, those) for those in losses])
@@ -883,6 +883,15 @@ def briefly(task: Task, state: "State", child: Child) -> Child:
     short.identity = state.identity(short)
     known = any((tree.branch, tree.text) in state.verdicts for tree in trees) or short.identity in state.scores
     return child if known or not useful else short
+
+
+def compressed(scores: Tensor, knee: float, scale: float) -> Tensor:
+    """Scores, those below the knee on a logarithmic scale: how bad a bad loss is says little of the good ones [D].
+
+    Knee and scale were chosen by tests/bench_surrogate.py.
+    """
+    below = (knee - scores).clamp(min=0)
+    return torch.where(below > 0, knee - scale * (below / scale).log1p(), scores)
 
 
 def tree_size(losses: dict[str, Expr]) -> int:

@@ -613,12 +613,20 @@ def test_surrogate_predicts_the_scores_of_others():
     _, guide = guided(task, known)
     mean, deviation = predicted(task, guide, others)
     assert spearman(mean.tolist(), list(others.values())) > 0.7
-    floor = statistics.median_high(known.values())  # how bad a bad loss is says nothing of the good ones
-    truth = torch.tensor(list(others.values())).clamp(min=floor)
+    knee = statistics.median_high(known.values())
+    truth = evolve.compressed(torch.tensor(list(others.values())), knee, (max(known.values()) - knee) / 4)
     errors = (torch.tensor(guide.scores(mean)) - truth).abs()
     assert (errors < 3 * guide.spread * deviation).double().mean() > 0.8, "and knows how sure it is"
     mine, _ = predicted(task, guide, known)
     assert spearman(mine.tolist(), list(known.values())) > 0.9
+
+
+def test_bad_scores_are_compressed():
+    scores = torch.tensor([0.0, 0.3, 0.49, 0.5, 0.51, 0.7], dtype=torch.float64)
+    warped = evolve.compressed(scores, 0.5, 0.05)
+    assert torch.equal(warped[3:], scores[3:]) and (warped.diff() > 0).all()
+    assert (warped[3] - warped[2]).item() == pytest.approx(0.01, rel=0.1), "just below the knee nothing changes"
+    assert (warped[3] - warped[0]).item() == pytest.approx(0.05 * math.log(11))
 
 
 def test_surrogate_waits_for_the_initial_population():

@@ -1498,6 +1498,8 @@ class Worker(Journal):
         self.room = directory / "workers"
         self.room.mkdir(exist_ok=True)
         self.rank, self.file = self.enlist()
+        for sign in self.room.glob(f"{self.rank}-*.alive"):  # whoever held this journal before is dead for certain
+            sign.unlink(missing_ok=True)
         self.life = f"{self.rank}-{socket.gethostname()}-{os.getpid()}"
         self.sign = self.room / f"{self.life}.alive"
         self.searching = True

@@ -879,7 +879,7 @@ def test_copies_of_the_best_do_not_win_every_tournament():
 def test_planted_formula_is_found(tmp_path, monkeypatch):
     for name, value in {"INITIAL": 10, "POOL": 20, "ATTEMPTS": 200}.items():
         monkeypatch.setattr(evolve, name, value)
-    flags = ("--evals", "40", "--seed", "1", "--seeds", "1", "--without", "rejected")
+    flags = ("--evals", "40", "--seed", "3", "--seeds", "1", "--without", "rejected")
     directory = run(tmp_path, *flags, planted="Neg(Mul(y, MinPool3(p)))")
     scores = [line["score"] or 0 for line in journal(directory)]
     assert max(scores) > 0.995 and max(scores[: evolve.INITIAL]) < 0.5, "evolution improved on the random start"
@@ -1292,6 +1292,19 @@ def test_a_claim_of_the_dead_is_taken_over_and_one_of_the_living_is_not(two):
     assert second.claim("a job") and not first.claim("a job")
     second.leave()
     assert first.claim("another"), "who has left has no sign of life"
+
+
+def test_who_takes_over_a_journal_knows_its_owner_to_be_dead(tmp_path, monkeypatch):
+    """A resume right after a kill, while the sign of life is still fresh: or it would do other jobs first."""
+    monkeypatch.setattr(Worker, "live", lambda self: None)
+    killed = Worker(tmp_path)
+    assert killed.claim("a job")
+    killed.file.close()  # what a kill does, too
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # another process
+    resumed = Worker(tmp_path)
+    assert resumed.rank == killed.rank and resumed.life != killed.life
+    assert resumed.claim("a job") and not resumed.others()
+    resumed.leave()
 
 
 def test_all_agree_on_the_first_answer(two):

@@ -13,8 +13,8 @@ AutoLoss-Zero, arXiv 2103.14026 (marks [P]); own choices [D]. The detectors are 
 The whole task is in this file: arguments, data, networks, metric, hand-made losses, training, what the search needs.
 
 Measured (`--metric bbox --workers 1 --minutes 12`, one core of an AMD EPYC beside other work, torch 2.14.1; the
-surrogate's scale was another, see tests/RESULTS.md): 57,497 losses explored, 97 trained; after 600 steps each AP on test
-.361, cross entropy and L1 .348, +.013 +- .010 over three paired seeds.
+surrogate's scale was another, see tests/RESULTS.md): 57,497 losses explored, 97 trained; after 600 steps each AP on
+test .361, cross entropy and L1 .348, +.013 +- .010 over three paired seeds.
 """
 
 import argparse

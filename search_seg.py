@@ -12,7 +12,8 @@ AutoLoss-Zero, arXiv 2103.14026 (marks [P]); published Auto Seg-Loss configs (ma
 The whole task is in this file: arguments, data, networks, metrics, hand-made losses, training, what the search needs.
 
 Measured (`--workers 1 --evals 136 --minutes 60`, ten minutes of one core of an AMD EPYC, torch 2.14.1): 65,404 losses
-explored, 136 trained; after 600 steps each mIoU on test .696, cross entropy .656, +.040 +- .005 over three paired seeds.
+explored, 136 trained; after 600 steps each mIoU on test .696, cross entropy .656, +.040 +- .005 over three paired
+seeds.
 """
 
 import argparse

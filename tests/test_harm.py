@@ -4,8 +4,10 @@ A few of each in the suite; `HARM=1 python -m pytest -q tests/test_harm.py` does
 """
 
 import contextlib
+import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -32,35 +34,39 @@ def root(tmp_path_factory):
     return shapes.write_shapes(tmp_path_factory.mktemp("data") / "shapes", splits={"train": 30, "val": 8, "test": 8})
 
 
-def search(script, argv, log, kill_after=None, failing=None):
-    """A command in a process of its own: its exit code, or minus the signal that ended it.
+CLEAN = multiprocessing.get_context("forkserver")  # processes that begin with everything imported, and no threads
+CLEAN.set_forkserver_preload([__name__])
+
+
+def act(script, argv, log, failing):
+    """A command, in a process of its own."""
+    code = 1
+    with log.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            if failing is not None:
+                Full.at, Full.done, io.open = failing, 0, open_on_full_disk
+            sys.argv = [f"{script}.py", *argv]
+            importlib.import_module(script).main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+        print("writes", Full.done)
+    os._exit(code)
+
+
+def search(script, argv, log, kill_after=280, failing=None):
+    """The exit code of a command, or minus the signal that ended it.
 
     It is killed after some seconds, or its write number `failing` fails; what it says goes to a file.
     """
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        with log.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                if failing is not None:
-                    Full.at, Full.done, io.open = failing, 0, open_on_full_disk
-                sys.argv = [f"{script.__name__}.py", *map(str, argv)]
-                script.main()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                traceback.print_exc()
-            print("writes", Full.done)
-        os._exit(code)
-    start = time.time()
-    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if kill_after is not None and time.time() > start + kill_after:
-            os.kill(pid, signal.SIGKILL)
-            ended = os.waitpid(pid, 0)
-            break
-        time.sleep(0.01)
-    return os.waitstatus_to_exitcode(ended[1])
+    process = CLEAN.Process(target=act, args=(script.__name__, [*map(str, argv)], log, failing))
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def begin(script, root, runs):
@@ -101,7 +107,7 @@ def test_killed_again_and_again(script, unharmed, root, tmp_path):
     while True:
         argv = ["--resume", made(runs)] if made(runs) else begin(script, root, runs)
         last = kills == NUMBER
-        code = search(script, argv, tmp_path / "log", None if last else rng.uniform(0.1, 0.9) * seconds)
+        code = search(script, argv, tmp_path / "log", 280 if last else rng.uniform(0.1, 0.9) * seconds)
         assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
         kills += code != 0
         if code == 0:

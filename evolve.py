@@ -1301,7 +1301,7 @@ def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the files of a run directory hold; checked as they are read
+# Files of a run: what they hold, checked as they are read
 #
 # A shape is a type (a float is any finite number), a list of one shape, a list of several that stand in this order, an
 # object with these keys, or with any ({str: shape}); in a tuple, one of these.
@@ -1398,7 +1398,7 @@ def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: t
         make_once(path, functools.partial(torch.save, train()))
 
     def use(states: list[dict]) -> list[dict]:
-        for state in checked(states, [{str: Tensor}]) or [{}]:
+        for state in checked(states, [{str: Tensor}]) or [{}]:  # no state at all fits no network either
             net.load_state_dict(state)
         return states
 
@@ -2341,7 +2341,7 @@ RESUMABLE = ("evals", "minutes", "workers", "device", "resume", "runs")  # flags
 
 
 def resume_arguments(parser: Parser, argv: list[str], task: type[Task]) -> argparse.Namespace:
-    """The arguments of the run to go on with, read as if they stood on the command line, and the budget given now."""
+    """The arguments of the run to go on with, checked like those of a command line; the budget is that given now."""
     now, given = parser.parse_args(argv), given_flags(parser, argv)
     path, cure = now.resume / "args.json", "give a run directory that a search has made"
     if not path.is_file():

@@ -1651,7 +1651,7 @@ class Reporter:
         self.remember(self.journal.hear(state))
         self.board = SummaryWriter(str(directory))
         self.start, self.explored_earlier = time.time(), state.explored
-        self.best = state.best()
+        self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
@@ -1686,7 +1686,8 @@ class Reporter:
 
     def tell_evaluated(self, record: dict) -> None:
         state, args, score = self.state, self.args, record["score"]
-        n, best, gates = state.evaluated, state.best(), state.gate_counts()
+        self.told += 1
+        n, best, gates = self.told, state.best(), state.gate_counts()
         seconds = time.time() - self.start
         rate = (state.explored - self.explored_earlier) / max(1e-9, seconds)
         share = max(n / args.evals, state.elapsed / (60 * args.minutes))

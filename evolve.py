@@ -41,7 +41,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median_high
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -657,19 +656,22 @@ COUNTERS = (*CHEAP, "surrogate", *DEAR)
 class Surrogate:
     """A Gaussian process over the gradients of losses that predicts what a converged training would score.
 
-    Covariance of two candidates: (1 + d^2 / length^2)^(-1/2), averaged over branches, d^2 the mean squared distance of
-    their unit gradients over samples and states: a mixture of squared exponentials of all lengths [D].
+    A score is the baseline's, plus a linear function of how far, and which way, the gradient turns from the baseline's,
+    plus a smooth deviation. So is the covariance of two candidates, averaged over branches: exp(-d^2 / length^2) +
+    trend * <g - b, g' - b>, where g and g' are their unit gradients, b the baseline's, over samples and states, and d^2
+    is |g - g'|^2 [D]. The linear part sees beyond the families that were tried: what helped a little may help a lot.
 
     It learns from proxy scores and from converged ones: a converged score is the proxy score plus a deviation, a
     process of the same kind with `drift` times the variance. The baseline, which is trained anyway, is part of what it
     learns from, and the deviation is measured from the baseline's own: a family of losses that starts fast and does not
-    last is no better than it is. Length, noise and drift have the greatest marginal likelihood on a grid; so has the
-    variance of the scores, in closed form.
+    last is no better than it is. Length, noise, trend and drift are climbed to the greatest marginal likelihood, one
+    after another; the variance of the scores has it in closed form.
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
-    GRID = [(length, noise, drift) for length in (0.2, 0.4, 0.7, 1.2, 2.0) for noise in (0.001, 0.005, 0.02, 0.1)
-            for drift in (0.1, 0.5)]  # fmt: skip
+    LENGTHS, NOISES = (0.1, 0.2, 0.4, 0.7, 1.2), (0.001, 0.005, 0.02, 0.1)
+    TRENDS, DRIFTS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.5)
+    KNEE = 0.25  # share of the scores that are `compressed`
 
     def __init__(self):
         self.known: dict[str, Tensor] = {}  # points of what was trained, by text
@@ -693,18 +695,25 @@ class Surrogate:
             if anchor not in (None, -math.inf):
                 again = {k: state.converged(text) for k, text in enumerate(rows)} | {len(rows): anchor}
         again = {k: score - anchor + state.baseline for k, score in again.items() if score is not None}
-        # Converged scores have a median of their own: all may be less than proxies promise.
+        # Converged scores have a quartile of their own: all may be less than proxies promise.
         kinds = proxy, [score for score in again.values() if score > -math.inf]
-        knee = min(median_high(scores) for scores in kinds if scores)
+        knee = min(sorted(scores)[int(self.KNEE * len(scores))] for scores in kinds if scores)
         values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
         values = compressed(values, knee, max((max(proxy) - knee) / 4, 1e-6))
-        self.centre, self.spread = values.mean().item(), max(values.std().item(), 1e-6)
+        known = state.baseline is not None
+        self.centre = values[len(proxy) - 1].item() if known else values.mean().item()
+        self.spread = max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
         self.points = torch.stack([self.point(task, those) for those in losses])
+        self.origin = self.point(task, {})[None]
         self.index = torch.tensor([*range(len(losses)), *again])  # row of each value
         self.late = torch.tensor([0.0] * len(losses) + [1.0] * len(again), dtype=torch.float64)
-        self.squared = squared_distances(self.points, self.points)
-        self.solve(*max(self.GRID, key=self.evidence))
+        self.pairs = self.compare(self.points, self.points)
+        choices_of = self.LENGTHS, self.NOISES, self.TRENDS, self.DRIFTS
+        setting = [choices[len(choices) // 2] for choices in choices_of]
+        for k, choices in [*enumerate(choices_of)] * 2:
+            setting = max(([*setting[:k], value, *setting[k + 1 :]] for value in choices), key=self.evidence)
+        self.solve(*setting)
         for those in at_work:
             self.expect(self.point(task, those))
         mean, deviation = self.predict(self.points[: len(losses)], late=1.0)
@@ -722,7 +731,7 @@ class Surrogate:
         """
         key = tuple(branches)
         if key not in self.niches:
-            apart = self.squared[[self.names.index(name) for name in key]].mean(0) >= 2 - 2 * RELATED
+            apart = self.pairs[0][[self.names.index(name) for name in key]].mean(0) >= 2 - 2 * RELATED
             best: list[int] = []
             for k in self.ranking:
                 if self.rows[k].score is not None and {*key} <= self.rows[k].losses.keys() and apart[k, best].all():
@@ -751,17 +760,28 @@ class Surrogate:
             self.known[text] = torch.stack(rows)
         return torch.stack(rows)
 
-    def covariance(self, squared: Tensor, late: Tensor, other: Tensor) -> Tensor:
-        return (1 + squared / self.length**2).rsqrt().mean(0) * (1 + self.drift * late[:, None] * other)
+    def compare(self, one: Tensor, other: Tensor) -> Tensor:
+        """(2, branches, n, m) of points (n, branches, size) and (m, branches, size), seen from the baseline.
 
-    def solve(self, length: float, noise: float, drift: float) -> None:
-        self.length, self.noise, self.drift = length, noise, drift
-        matrix = self.covariance(self.squared[:, self.index][:, :, self.index], self.late, self.late)
+        First their squared distances, then their inner products.
+        """
+        squared = squared_distances(one, other)
+        from_one, from_other = squared_distances(one, self.origin), squared_distances(other, self.origin)
+        return torch.stack([squared, (from_one + from_other.mT - squared) / 2])
+
+    def covariance(self, pairs: Tensor, late: Tensor, other: Tensor) -> Tensor:
+        squared, inner = pairs
+        alike = (-squared / self.length**2).exp() + self.trend * inner
+        return alike.mean(0) * (1 + self.drift * late[:, None] * other)
+
+    def solve(self, length: float, noise: float, trend: float, drift: float) -> None:
+        self.length, self.noise, self.trend, self.drift = length, noise, trend, drift
+        matrix = self.covariance(self.pairs[:, :, self.index][..., self.index], self.late, self.late)
         self.factor = torch.linalg.cholesky(matrix + noise * torch.eye(len(matrix), dtype=torch.float64))
         self.weights = torch.cholesky_solve(self.values[:, None], self.factor)[:, 0]
         self.variance = (self.values @ self.weights / len(self.values)).clamp(min=1e-12)
 
-    def evidence(self, setting: tuple[float, float, float]) -> float:
+    def evidence(self, setting: Sequence[float]) -> float:
         """Log marginal likelihood, up to a constant."""
         self.solve(*setting)
         return -(len(self.values) / 2 * self.variance.log() + self.factor.diagonal().log().sum()).item()
@@ -773,8 +793,8 @@ class Surrogate:
         self.index = torch.cat([self.index, torch.tensor([len(self.points) - 1])])
         self.late = torch.cat([self.late, torch.zeros(1, dtype=torch.float64)])
         self.values = torch.cat([self.values, mean])
-        self.squared = squared_distances(self.points, self.points)
-        self.solve(self.length, self.noise, self.drift)
+        self.pairs = self.compare(self.points, self.points)
+        self.solve(self.length, self.noise, self.trend, self.drift)
 
     def predict(self, points: Tensor, late: float) -> tuple[Tensor, Tensor]:
         """What converged trainings are expected to score, in the units of `self.values`, and how uncertain that is.
@@ -782,11 +802,12 @@ class Surrogate:
         The deviation is that of a converged score (`late` 1), or (0) of what a proxy training would tell of it: next to
         a candidate that had its proxy training, another one tells little.
         """
-        squared = squared_distances(points, self.points)[:, :, self.index]
+        pairs = self.compare(points, self.points)[..., self.index]
         last, kind = torch.ones(len(points), dtype=torch.float64), torch.full((len(points),), late, dtype=torch.float64)
-        mean = self.covariance(squared, last, self.late) @ self.weights
-        inner = torch.linalg.solve_triangular(self.factor, self.covariance(squared, kind, self.late).T, upper=False)
-        variance = self.variance * (1 + self.drift * late - inner.square().sum(0)).clamp(min=1e-12)
+        mean = self.covariance(pairs, last, self.late) @ self.weights
+        prior = 1 + self.trend * squared_distances(points, self.origin)[:, :, 0].mean(0)
+        known = torch.linalg.solve_triangular(self.factor, self.covariance(pairs, kind, self.late).T, upper=False)
+        variance = self.variance * (prior * (1 + self.drift * late) - known.square().sum(0)).clamp(min=1e-12)
         return mean, variance.sqrt()
 
     def scores(self, values: Tensor) -> list[float]:

@@ -1,38 +1,26 @@
-"""What describes a loss best? How likely the surrogate finds each proxy score without having seen it.
+"""How well does the surrogate of one search foretell the scores of losses that other searches found?
 
-    python tests/bench_surrogate.py RUN_DIR ...        # runs of search_seg.py on the embedded data, by one worker
+    python tests/bench_surrogate.py RUN_DIR RUN_DIR ... --scores FILE    # runs of search_seg.py on the embedded data
 
-For every run: log density of each score of the better half, left out, given all others, in hundredths of the baseline's
-score (nats, the mean over candidates; Rasmussen and Williams 2006, Eqs. 5.10-5.12), under the length and noise of
-greatest marginal likelihood; and Spearman's correlation of what is predicted with what came out among them. Rows: the
-covariance as a function of the distance of two gradients; what distance means, of unit gradients or bounded ones; and
-what becomes of scores below a knee: all of them count as that (`cut`, at a share of the baseline's or at the median of
-all), or they are on a logarithmic scale below the median (`log`, see `evolve.compressed`). `bad`: what improvement the
-surrogate expects, left out, of losses five hundredths behind the baseline, over what it expects of the better half.
+Within one search most losses are relatives, and any model foretells them. What a search lives by is what it expects of
+strangers. So, for every run, losses of the other runs (the eighty best of each, then those whose gradients have a
+cosine of less than .985) are trained by this run's proxy; FILE keeps the scores. The surrogate learns the run's first
+20, 40, 70 and 136 trainings, and is asked about those strangers that are farther than a cosine of .99 from all of them.
 
-Measured on five searches (BF1, seed 0, once with the last row and once with `cut, median`; with that BIoU, seed 1, and
-mIoU, seeds 0 and 1; 136 to 140 candidates each), only the means:
-
-    covariance              gradients  below        density  correlation  bad
-    exp(-d^2 / 2 l^2)       unit       log, median    -0.79         0.69  0.13
-    exp(-d / l)             unit       log, median    -0.33         0.84  0.04
-    (1 + d^2 / l^2)^(-1/2)  unit       log, median    -0.44         0.82  0.10
-    exp(-d^2 / 2 l^2)       bounded    log, median    -0.45         0.78  5.27
-    exp(-d / l)             bounded    log, median    -0.30         0.83  0.10
-    (1 + d^2 / l^2)^(-1/2)  bounded    log, median    -0.22         0.83  0.16
-    (1 + d^2 / l^2)^(-1/2)  bounded    cut, median    -0.25         0.84  0.32
-    (1 + d^2 / l^2)^(-1/2)  bounded    cut, 0.96      -0.29         0.83  0.09
-    (1 + d^2 / l^2)^(-1/2)  bounded    cut, 0.70      -0.98         0.67  0.11
+Rank: Spearman's correlation of what is expected with what came out, over all strangers and over the better half of
+them. Ten: how many of the ten most promising are better than the best that the run had seen (by .002); by chance it
+would be `chance`. Sure: error of what is expected of the better half, in the deviations that it claims (mean and
+spread; it should be 0 and 1).
 """
 
 import argparse
 import json
-import math
+import random
+import statistics
 import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 from bench_proxy import spearman  # noqa: E402
@@ -41,83 +29,130 @@ import evolve  # noqa: E402
 import search_seg  # noqa: E402
 from loss_ops import parse  # noqa: E402
 
-LENGTHS, NOISES = (0.2, 0.4, 0.7, 1.2, 2.0, 4.0), (0.001, 0.005, 0.02, 0.1)
-COVARIANCES = {
-    "exp(-d^2 / 2 l^2)": lambda squared, length: (-squared / (2 * length**2)).exp(),
-    "exp(-d / l)": lambda squared, length: (-squared.sqrt() / length).exp(),
-    "(1 + d^2 / l^2)^(-1/2)": lambda squared, length: (1 + squared / length**2).rsqrt(),
+AFTER = (20, 40, 70, 136)  # trainings
+BEST, NUMBER = 80, 130  # losses of each other run, and of all of them
+
+
+class Plain(evolve.Surrogate):
+    """No linear part."""
+
+    TRENDS = (0.0,)
+
+
+class Mixed(Plain):
+    """Squared exponentials of all lengths, as it was before; no linear part."""
+
+    LENGTHS, KNEE = (0.2, 0.4, 0.7, 1.2, 2.0), 0.5
+
+    def covariance(self, pairs, late, other):
+        alike = (1 + pairs[0] / self.length**2).rsqrt()
+        return alike.mean(0) * (1 + self.drift * late[:, None] * other)
+
+
+class Median(evolve.Surrogate):
+    KNEE = 0.5
+
+
+class Linear(evolve.Surrogate):
+    """Next to nothing but a linear part."""
+
+    TRENDS = (100.0,)
+
+
+KINDS = {
+    "(1 + d^2 / l^2)^(-1/2), knee at the median": Mixed,
+    "exp(-d^2 / l^2)": Plain,
+    "linear": Linear,
+    "exp(-d^2 / l^2) + linear, knee at the median": Median,
+    "exp(-d^2 / l^2) + linear (evolve.Surrogate)": evolve.Surrogate,
 }
 
 
-def unit(branch: evolve.Branch, slope: Tensor) -> Tensor:
-    return slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+class World:
+    """One run: its task, its records, and the strangers' scores in it."""
 
+    def __init__(self, run: Path):
+        self.flags = json.loads((run / "args.json").read_text())["arguments"]
+        argv = ["--metric", self.flags["metric"], "--seed", str(self.flags["seed"]), "--device", "cpu"]
+        self.args = search_seg.parse_arguments(argv)
+        self.task = search_seg.SegTask(self.args)
+        self.task.load()
+        self.task.prepare(run / "base.pt")
+        self.name, self.run = f"{self.flags['metric']}, {self.flags['seed']}", run
+        (self.branch,) = self.task.branches.values()
+        self.records = [json.loads(line) for line in (run / "journal-0.jsonl").read_text().splitlines()]
 
-def left_out(covariance, squared: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The error of each prediction, and its standard deviation."""
-    best = (-math.inf, None)
-    for length in LENGTHS:
-        for noise in NOISES:
-            matrix = covariance(squared, length) + noise * torch.eye(len(values), dtype=torch.float64)
-            factor = torch.linalg.cholesky(matrix)
-            weights = torch.cholesky_solve(values[:, None], factor)[:, 0]
-            variance = values @ weights / len(values)
-            evidence = -(len(values) / 2 * variance.log() + factor.diagonal().log().sum()).item()
-            precision = torch.cholesky_inverse(factor).diagonal() / variance
-            best = max(best, (evidence, (weights / variance / precision, precision.rsqrt())), key=lambda pair: pair[0])
-    return best[1]
+    def best(self) -> list[str]:
+        scores = {r["losses"]["loss"]: r["score"] for r in self.records if r.get("score") is not None and "turn" in r}
+        return sorted(scores, key=scores.get, reverse=True)[:BEST]
 
+    def unlike(self, losses: list[str]) -> list[str]:
+        """NUMBER of them, at random, of which no two have nearly the same gradient."""
+        random.Random(0).shuffle(losses)
+        chosen, points = [], []
+        for text in dict.fromkeys(losses):
+            point = evolve.Surrogate().point(self.task, {"loss": parse(text)})[0]
+            if point.any() and all(point @ other < 0.985 * (point @ point) for other in points):
+                chosen.append(text)
+                points.append(point)
+        return chosen[:NUMBER]
 
-def quality(covariance, squared: Tensor, scores: Tensor, values: Tensor) -> tuple[float, float, float]:
-    """Of the better half: mean log density, rank correlation; and the improvement expected of bad losses over its."""
-    error, deviation = (
-        values.std() * x for x in left_out(covariance, squared, (values - values.mean()) / values.std())
-    )
-    better, bad = scores >= scores.median(), scores < 95
-    density = -(deviation.log() + (error / deviation) ** 2 / 2 + math.log(2 * math.pi) / 2)
-    expected = evolve.expected_improvement(values - error, deviation, scores.max())
-    hope = (expected[bad].mean() / expected[better].mean()).item() if bad.any() else 0.0
-    return density[better].mean().item(), spearman((values - error)[better].tolist(), scores[better].tolist()), hope
+    def train(self, text: str) -> float | None:
+        try:
+            return self.task.train({"loss": parse(text)})
+        except evolve.InvalidLoss:
+            return None
+
+    def ask(self, guide: evolve.Surrogate, scores: dict[str, float], number: int) -> tuple[float, ...]:
+        """What the surrogate makes of the first trainings, and of these strangers after them."""
+        state = evolve.make_state(self.args, self.task)
+        for record in self.records:
+            if state.evaluated < number:
+                state.absorb(record)
+        guide.fit(self.task, state, [])
+        points = torch.stack([guide.point(self.task, {"loss": parse(text)}) for text in scores])
+        far = evolve.squared_distances(points, guide.points)[0].amin(1) > 2 - 2 * 0.99
+        points, texts = points[far], [text for text, keep in zip(scores, far) if keep]
+        truth = torch.tensor([scores[text] for text in texts], dtype=torch.float64)
+        mean, deviation = guide.predict(points, late=0.0)
+        cost = torch.tensor([1 + 0.03 * len(evolve.nodes(parse(text))) for text in texts])
+        order = (evolve.expected_improvement(mean, deviation, guide.best) / cost).argsort(descending=True)
+        better, ahead = truth >= truth.median(), truth > state.best().score + 0.002
+        errors = (truth - torch.tensor(guide.scores(mean)))[better] / (deviation * guide.spread)[better]
+        return (
+            spearman(mean.tolist(), truth.tolist()),
+            spearman(mean[better].tolist(), truth[better].tolist()),
+            10 * ahead[order[:10]].double().mean().item(),
+            10 * ahead.double().mean().item(),
+            errors.mean().item(),
+            errors.std().item(),
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--scores", type=Path, required=True, help="file that keeps what is trained")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    table: dict[tuple[str, str, str], list] = {}
-    for run in parser.parse_args().runs:
-        flags = json.loads((run / "args.json").read_text())["arguments"]
-        argv = ["--metric", flags["metric"], "--seed", str(flags["seed"]), "--device", "cpu"]
-        task = search_seg.SegTask(search_seg.parse_arguments(argv))
-        task.load()
-        task.prepare(run / "base.pt")
-        (branch,) = task.branches.values()
-        records = [json.loads(line) for line in (run / "journal-0.jsonl").read_text().splitlines()]
-        baseline = next(record["baseline"] for record in records if "baseline" in record)
-        rows = [record for record in records if record.get("score") is not None and "losses" in record]
-        slopes = [evolve.gradients(branch, [parse(row["losses"]["loss"])])[0] for row in rows]
-        scores = torch.tensor([100 * row["score"] / baseline for row in rows], dtype=torch.float64)
-        knee = scores.median().item()
-        warped = {
-            "log, median": evolve.compressed(scores, knee, (scores.max().item() - knee) / 4),
-            "cut, median": scores.clamp(min=knee),
-            "cut, 0.96": scores.clamp(min=96),
-            "cut, 0.70": scores.clamp(min=70),
-        }
-        for name, describe in {"unit": unit, "bounded": evolve.bounded}.items():
-            fields = torch.stack([describe(branch, slope) for slope in slopes])  # (n, S, B, D)
-            points = fields.flatten(1)[:, None] / math.prod(fields.shape[1:3]) ** 0.5
-            squared = evolve.squared_distances(points, points)[0]  # the mean over states and samples
-            for text, covariance in COVARIANCES.items():
-                row = quality(covariance, squared, scores, warped["log, median"])
-                table.setdefault((text, name, "log, median"), []).append(row)
-        for kind in list(warped)[1:]:  # of what came last in the two loops
-            table.setdefault((text, name, kind), []).append(quality(covariance, squared, scores, warped[kind]))
-    print(f"{'covariance':<24}{'gradients':<11}{'below':<13}  each run: density, correlation, bad; and the mean")
-    for row, several in table.items():
-        several = [*several, tuple(sum(column) / len(several) for column in zip(*several))]
-        cells = "  ".join(f"{density:>5.2f} {correlation:>4.2f} {hope:>4.2f}" for density, correlation, hope in several)
-        print(f"{row[0]:<24}{row[1]:<11}{row[2]:<13}{cells}", flush=True)
+    worlds = [World(run) for run in args.runs]
+    table = json.loads(args.scores.read_text()) if args.scores.exists() else {}
+    for world in worlds:
+        scores = table.setdefault(world.run.name, {})
+        strangers = [text for other in worlds if other is not world for text in other.best()]
+        for text in scores or world.unlike(strangers):
+            if text not in scores:
+                scores[text] = world.train(text)
+        args.scores.write_text(json.dumps(table))
+        print(f"{world.name}: {len(scores)} strangers", flush=True)
+    print(f"{'':<46}{'rank: all':>10}{'better':>8}{'ten':>6}{'chance':>8}{'sure':>12}")
+    for kind, make in KINDS.items():
+        rows = []
+        for world in worlds:
+            scores = {text: score for text, score in table[world.run.name].items() if score is not None}
+            rows += [world.ask(make(), scores, number) for number in AFTER]
+        rank, better, ten, chance, mean, spread = (statistics.fmean(column) for column in zip(*rows))
+        print(f"{kind:<46}{rank:>10.2f}{better:>8.2f}{ten:>6.1f}{chance:>8.1f}{mean:>+6.1f}{spread:>6.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1326,27 +1326,28 @@ def asl_loss(logits: Tensor, label: Tensor, theta, metric: str, ignore_index: in
     """
     leaves, mask = softmax_leaves(logits, label, ignore_index, pools=metric in ("biou", "bf1"))
     y, p = leaves["y"] * mask, leaves["p"]
-    points = torch.as_tensor(theta, dtype=p.dtype, device=p.device).view(ASL_CURVES[metric], -1, 2)
+    values, size = [float(value) for value in theta], len(theta) // ASL_CURVES[metric]
+    curves = [list(zip(values[k : k + size : 2], values[k + 1 : k + size : 2])) for k in range(0, len(values), size)]
     frequency = y.sum((0, 2, 3))
     if metric == "bf1":
-        score = asl_boundary_f1(y, p, mask, points)
+        score = asl_boundary_f1(y, p, mask, curves)
     elif metric in ("macc", "gacc"):
-        hit = (bezier(p, points[0]) * y).sum((0, 2, 3))
+        hit = (bezier(p, curves[0]) * y).sum((0, 2, 3))
         score = (hit / (frequency + 1e-8)).mean() if metric == "macc" else hit.sum() / (frequency.sum() + 1e-8)
     else:
         if metric == "biou":
             label = label.reshape(mask.squeeze(1).shape)
-            near = dilate_bits(edges(label) & (label != 0) & mask.squeeze(1), 5)
-            mask = mask & near.unsqueeze(1)  # near the boundary of any class but the background
+            boundary = (edges(label) & (label != 0)).unsqueeze(1) & mask  # of any class but the background
+            mask = mask & (F.max_pool2d(boundary.to(p.dtype), 11, 1, 5) > 0)  # near it
             y = y * mask
-        either = bezier(p, points[1])
+        either = bezier(p, curves[1])
         either = ((either + y - either * y) * mask).sum((0, 2, 3))
-        iou = (bezier(p, points[0]) * y).sum((0, 2, 3)) / (either + 1e-8)
+        iou = (bezier(p, curves[0]) * y).sum((0, 2, 3)) / (either + 1e-8)
         score = (iou * frequency).sum() / (frequency.sum() + 1e-8) if metric == "fwiou" else iou.mean()
     return (1 - score) * mask.any()
 
 
-def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, points: Tensor, tolerance: int = 5) -> Tensor:
+def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, curves: list, tolerance: int = 5) -> Tensor:
     """The surrogate of BF1: mean over the classes that have a boundary in the target."""
 
     def erode(x):
@@ -1357,7 +1358,7 @@ def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, points: Tensor, toleranc
         return F.max_pool2d(x, (1, 2 * tolerance + 1), 1, (0, tolerance))
 
     eroded = erode(p)
-    and_p, and_e, or_p, or_e = (bezier(x, c) for x, c in zip((p, eroded, p, eroded), points))
+    and_p, and_e, or_p, or_e = (bezier(x, c) for x, c in zip((p, eroded, p, eroded), curves))
     edge_p = (or_p + or_e - or_p * or_e - and_p * and_e) * mask
     edge_y = (erode(y) != y).to(p.dtype) * mask
     total_y = edge_y.sum((0, 2, 3))
@@ -1368,13 +1369,12 @@ def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, points: Tensor, toleranc
     return (f1 * present).sum() / present.sum().clamp(min=1)
 
 
-def bezier(x: Tensor, points: Tensor) -> Tensor:
+def bezier(x: Tensor, points) -> Tensor:
     """The height at `x` in 0..1 of a chain of quadratic Bezier pieces from (0, 0) to (1, 1); rising if `points` do.
 
-    points: (2 K - 1, 2), the control points between the two ends, two for each of the K pieces but the last.
+    points: the 2 K - 1 control points (x, y) between the two ends, two for each of the K pieces but the last.
     """
-    ends = points.new_tensor([[0.0, 0.0], [1.0, 1.0]])
-    points = torch.cat([ends[:1], points, ends[1:]])
+    points = [(0.0, 0.0), *points, (1.0, 1.0)]
     height = torch.zeros_like(x)
     for k in range(0, len(points) - 1, 2):
         (x0, y0), (x1, y1), (x2, y2) = points[k : k + 3]
@@ -1496,7 +1496,7 @@ def read_searched(text: str) -> Expr | Asl:
     return Asl.read(text) if text.startswith("asl(") else parse(text)
 
 
-ASL_HELPERS = sources(edges, dilate_bits, bezier, asl_boundary_f1, asl_loss)
+ASL_HELPERS = sources(edges, bezier, asl_boundary_f1, asl_loss)
 
 
 def export(found: dict[str, Expr | Asl], title: str = "A loss function found by search.") -> str:
@@ -1868,7 +1868,7 @@ class AslSearch:
         self.shown = self.rounds
         for k, value in enumerate(self.mu.tolist()):
             board.add_scalar(f"asl/mu_{k}", value, self.rounds)
-        points = self.control_points(self.mu).view(ASL_CURVES[self.metric], -1, 2)
+        points = self.control_points(self.mu).view(ASL_CURVES[self.metric], -1, 2).tolist()
         x = torch.linspace(0, 1, 200, dtype=torch.float64)
         picture = np.full((256, 256 * len(points), 3), 255, np.uint8)
         for k, curve in enumerate(points):

@@ -47,6 +47,18 @@ def refused(script, monkeypatch, capsys, *argv):
     return error
 
 
+def through_onnx(path, module, inputs, dynamo):
+    """What ONNX computes of a module; skips where it is not installed (onnx, onnxscript, onnxruntime)."""
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    torch.onnx.export(module.eval(), inputs, str(path / "module.onnx"), dynamo=dynamo)
+    session = onnxruntime.InferenceSession(str(path / "module.onnx"))
+    (value,) = session.run(None, {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), inputs)})
+    return torch.tensor(value)
+
+
 WRONG = {
     "null": None, "a word": "x", "a list": [], "an object": {"x": 1}, "NaN": math.nan, "infinite": math.inf,
     "negative": -7, "a fraction": 0.5, "huge": 1e300, "a huge integer": 10**400, "true": True,

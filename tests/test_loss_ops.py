@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import through_onnx
 
 from evolve import random_tree
 from loss_ops import (
@@ -568,17 +569,8 @@ def test_compilers_take_the_exported_file(text):
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("text", [CE, DICE, POOLED])
 def test_onnx_takes_the_exported_file(tmp_path, text, dynamo):
-    """Where ONNX is installed (onnx, onnxscript, onnxruntime), which the project does without."""
-    for package in ("onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    import onnxruntime
-
-    logits, label = sample(31, dtype=torch.float32)
-    module = Exported(text).eval()
-    torch.onnx.export(module, (logits, label), str(tmp_path / "loss.onnx"), dynamo=dynamo)
-    session = onnxruntime.InferenceSession(str(tmp_path / "loss.onnx"))
-    (value,) = session.run(None, {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), (logits, label))})
-    torch.testing.assert_close(torch.tensor(value), module(logits, label))
+    module, inputs = Exported(text), sample(31, dtype=torch.float32)
+    torch.testing.assert_close(through_onnx(tmp_path, module, inputs, dynamo), module(*inputs))
 
 
 TITLES = [

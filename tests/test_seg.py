@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ready
+from conftest import ready, through_onnx
 from PIL import Image
 
 import search_seg
@@ -356,6 +356,18 @@ def test_exported_asl(metric):
         assert loss(logits, label.to(dtype)) == want
     with pytest.raises(ValueError, match="expected"):
         loss(logits, label[:1])
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("metric", search_seg.METRICS)
+def test_onnx_takes_exported_asl(tmp_path, metric, dynamo):
+    class Module(torch.nn.Module):
+        def forward(self, logits, label):
+            return loss(logits, label)
+
+    loss, (logits, label) = exported_asl(metric), sample(8, H=14, W=15)
+    inputs = logits.float(), label
+    torch.testing.assert_close(through_onnx(tmp_path, Module(), inputs, dynamo), loss(*inputs))
 
 
 @pytest.mark.parametrize("metric", search_seg.METRICS)

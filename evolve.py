@@ -108,7 +108,7 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
     """
     if state.sampler:
         return state.sampler.propose(rng)
-    tried, parent = Tried(), None
+    tried, parent = Tried(deadline), None
     fresh = rng.random() < FRESH or not state.method.mutate or state.evaluated < INITIAL
     while time.time() < deadline:
         if guide:
@@ -116,7 +116,7 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
         else:
             parent = parent if parent or fresh else select_parent(state, rng, task.branches)
             children = [propose(task, state, rng, parent, tried) for _ in range(state.batch)]
-            pool = judge(task, state, children, CHEAP, tried)
+            pool = judge(task, state, [child for child in children if child], CHEAP, tried)
         for k in range(0, len(pool), state.batch):
             for child in judge(task, state, pool[k : k + state.batch], DEAR, tried):
                 tried.counts["surrogate"] += len(pool) - k - 1 if guide else 0
@@ -420,7 +420,8 @@ class Child:
 class Tried:
     """What one turn of the search has looked at: counters, verdicts, and children that took over a known score."""
 
-    def __init__(self):
+    def __init__(self, deadline: float = math.inf):
+        self.deadline = deadline
         self.counts: Counter = Counter()
         self.verdicts: list[tuple] = []
         self.reused: list[tuple] = []
@@ -1166,7 +1167,7 @@ def select_parent(
     return max(rng.sample(distinct, min(size, len(distinct))), key=state.merit)
 
 
-def propose(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child:
+def propose(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child | None:
     """A mutated copy of the parent, or a fresh candidate."""
     if len(task.branches) > 1:
         return propose_several(task, state, rng, parent, tried)
@@ -1192,7 +1193,7 @@ EXCHANGE = 0.3  # probability that a child takes a branch from the winner of ano
 TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
 
 
-def propose_several(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child:
+def propose_several(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child | None:
     branches, method = task.branches, state.method
     if not method.mutate:
         return whole_fresh(task, state, rng, tried)
@@ -1216,12 +1217,14 @@ def propose_several(task: Task, state: State, rng: random.Random, parent: Member
     return Child(losses, parts or None, [state.tree(name, expr)], more=more)
 
 
-def whole_fresh(task: Task, state: State, rng: random.Random, tried: Tried) -> Child:
-    """A random tree for each branch, drawn until it passes the gates by itself."""
+def whole_fresh(task: Task, state: State, rng: random.Random, tried: Tried) -> Child | None:
+    """A random tree for each branch, drawn until it passes the gates by itself; None if the deadline comes first."""
     losses, names = {}, [name for name in (*CHEAP, *DEAR) if name != "simulation"]
     for name, branch in task.branches.items():
         passing = []
         while not passing:
+            if time.time() >= tried.deadline:
+                return None
             expr = state.method.fresh(state, rng, name, branch)
             tree = state.tree(name, expr)
             passing = judge(task, state, [Child({name: expr}, None, [tree])], names, tried)

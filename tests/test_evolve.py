@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -966,6 +967,15 @@ def test_random_search_of_several_branches_draws_whole_candidates(tmp_path):
     assert all(line["losses"].keys() == {"cls", "reg"} and not line["parent"] for line in lines)
     known = {(branch, text) for line in lines for branch, text, *_ in line["tried"]["verdicts"]}
     assert {(k, str(canonical(parse(v)))) for line in lines for k, v in line["losses"].items()} <= known
+
+
+def test_random_search_of_several_branches_ends_at_its_deadline():
+    task = ToyTask(branches=("cls", "reg"))
+    dead = evolve.METHODS["random"]._replace(fresh=lambda *args: parse("Add(p, y)"))
+    state = begin(task, "--search", "random", method=dead)
+    start = time.time()
+    assert evolve.next_child(task, state, random.Random(0), None, start + 0.2) is None
+    assert time.time() - start < 5
 
 
 def test_nothing_is_trained_twice():

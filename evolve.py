@@ -24,6 +24,7 @@ import csv
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -1431,6 +1432,16 @@ def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: t
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The journal, and those who write it
+
+
+@contextlib.contextmanager
+def uncollected():
+    """No garbage collection meanwhile: among the million entries of a COCO file it would take most of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -307,10 +307,9 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
 
 def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
     """Whether no x and y of x y x y ... is FAR out of a picture of this (height, width)."""
-    room = FAR * max(size)
-    return all(
-        -room <= place <= side + room for side, axis in ((size[1], 0), (size[0], 1)) for place in places[axis::2]
-    )
+    (height, width), room, xs, ys = size, FAR * max(size), places[::2], places[1::2]
+    across = -room <= min(xs, default=0) and max(xs, default=0) <= width + room
+    return across and -room <= min(ys, default=0) and max(ys, default=0) <= height + room
 
 
 def check_coco(
@@ -683,7 +682,7 @@ class Pictures:
     def __len__(self) -> int:
         return self.number
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor that would hold all of them on one canvas."""
         return self.number, *(max(sides) for sides in zip(*self.shapes))
@@ -768,6 +767,13 @@ class Pictures:
 @functools.cache
 def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def map_pictures(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """A function of tensors (N, ...). On the CPU large pictures go one by one, in threads: they stay in its caches."""
+    if rows[0].is_cuda or rows[0].numel() < 2**20:
+        return function(*rows)
+    return torch.cat(list(threads().map(function, *(row.split(1) for row in rows))))
 
 
 def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Tensor]:
@@ -973,8 +979,12 @@ def cut(images: Tensor, left: Tensor, top: Tensor, side: Tensor, mirror: Tensor,
     theta = torch.zeros(N, 2, 3, device=images.device)  # maps window coordinates in -1..1 to canvas coordinates
     theta[:, 0, 0], theta[:, 0, 2] = mirror * side / W, (2 * left + side) / W - 1
     theta[:, 1, 1], theta[:, 1, 2] = side / H, (2 * top + side) / H - 1
-    grid = F.affine_grid(theta, [N, 3, size, size], align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False)
+
+    def sample(images: Tensor, theta: Tensor) -> Tensor:
+        grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+        return F.grid_sample(images.float(), grid, align_corners=False)
+
+    return map_pictures(sample, images, theta)
 
 
 def cut_masks(
@@ -996,14 +1006,19 @@ def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Genera
     """Brightness, contrast and saturation of each picture (N, 3, H, W), each times a factor of 1 +- strength."""
     a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
     a = a.to(images.device, non_blocking=True)
-    images = images * a[0]
-    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, a[1])
-    return torch.lerp(images.mean(1, keepdim=True), images, a[2]).clamp_(0, 255)
+
+    def change(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+        images = images * brightness
+        images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+        return torch.lerp(images.mean(1, keepdim=True), images, saturation).clamp_(0, 255)
+
+    return map_pictures(change, images, *a)
 
 
 def normalise(images: Tensor) -> Tensor:
     """0..255 to zero mean and unit variance by ImageNet's statistics."""
-    return (images - MEAN.to(images.device)) / STD.to(images.device)
+    mean, std = MEAN.to(images.device), STD.to(images.device)
+    return map_pictures(lambda images: (images - mean) / std, images)
 
 
 # =====================================================================================================================
@@ -1958,6 +1973,7 @@ class DetTask(evolve.Task):
         }
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
+    @evolve.uncollected()
     def read_data(self) -> dict[str, Split]:
         """The three splits of `list_data`, ready for use."""
         sources, largest = list_data(self.args), max(self.proxy.size, self.retraining.size)

@@ -262,10 +262,9 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
 
 def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
     """Whether no x and y of x y x y ... is FAR out of a picture of this (height, width)."""
-    room = FAR * max(size)
-    return all(
-        -room <= place <= side + room for side, axis in ((size[1], 0), (size[0], 1)) for place in places[axis::2]
-    )
+    (height, width), room, xs, ys = size, FAR * max(size), places[::2], places[1::2]
+    across = -room <= min(xs, default=0) and max(xs, default=0) <= width + room
+    return across and -room <= min(ys, default=0) and max(ys, default=0) <= height + room
 
 
 def check_coco(
@@ -468,6 +467,7 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
     return found
 
 
+@evolve.uncollected()
 def read_data(args) -> tuple[dict[str, Split], Skeleton]:
     """The three splits of `list_data`, ready for use, and what their joints are."""
     data, skeletons, left, read = {}, [], args.memory * 2**30, None
@@ -621,7 +621,7 @@ class Pictures:
     def __len__(self) -> int:
         return self.number
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor that would hold all of them on one canvas."""
         return self.number, *(max(sides) for sides in zip(*self.shapes))
@@ -706,6 +706,13 @@ class Pictures:
 @functools.cache
 def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def map_pictures(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """A function of tensors (N, ...). On the CPU large pictures go one by one, in threads: they stay in its caches."""
+    if rows[0].is_cuda or rows[0].numel() < 2**20:
+        return function(*rows)
+    return torch.cat(list(threads().map(function, *(row.split(1) for row in rows))))
 
 
 def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Tensor]:
@@ -891,8 +898,12 @@ def batch_scale_rotate_flip(
     turn = torch.stack([mirror * cos, -sin, mirror * sin, cos], -1).view(N, 2, 2)
     crop, whole = torch.tensor([[width, height], [W, H]], dtype=torch.float32).to(device, non_blocking=True)
     theta = F.pad(turn * crop / whole[:, None], (0, 1))  # the same in coordinates -1..1
-    grid = F.affine_grid(theta, [N, 3, height, width], align_corners=False)
-    images = F.grid_sample(rows_of(split.images, index).float(), grid, align_corners=False)
+
+    def sample(images: Tensor, theta: Tensor) -> Tensor:
+        grid = F.affine_grid(theta, [len(images), 3, height, width], align_corners=False)
+        return F.grid_sample(images.float(), grid, align_corners=False)
+
+    images = map_pictures(sample, rows_of(split.images, index), theta)
     index = index.to(device, non_blocking=True)
     order = torch.where(mirror[:, None] < 0, swap, torch.arange(len(swap), device=device))  # (N, J)
     joints = split.joints[index].gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
@@ -917,7 +928,8 @@ def middle(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """0..255 to zero mean and unit variance by ImageNet's statistics."""
-    return (images - MEAN.to(images.device)) / STD.to(images.device)
+    mean, std = MEAN.to(images.device), STD.to(images.device)
+    return map_pictures(lambda images: (images - mean) / std, images)
 
 
 # =====================================================================================================================

@@ -633,7 +633,7 @@ class Pictures:
     def __len__(self) -> int:
         return self.number
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor that would hold all of them on one canvas."""
         return self.number, *(max(sides) for sides in zip(*self.shapes))
@@ -718,6 +718,13 @@ class Pictures:
 @functools.cache
 def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def map_pictures(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """A function of tensors (N, ...). On the CPU large pictures go one by one, in threads: they stay in its caches."""
+    if rows[0].is_cuda or rows[0].numel() < 2**20:
+        return function(*rows)
+    return torch.cat(list(threads().map(function, *(row.split(1) for row in rows))))
 
 
 def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Tensor]:
@@ -963,26 +970,34 @@ def batch_scale_crop_flip(
     theta = torch.zeros(N, 2, 3, device=device)  # maps window coordinates in -1..1 to canvas coordinates in -1..1
     theta[:, 0, 0], theta[:, 0, 2] = mirror * window / W, (2 * left + window) / W - 1
     theta[:, 1, 1], theta[:, 1, 2] = window / H, (2 * top + window) / H - 1
-    grid = F.affine_grid(theta, [N, 3, crop, crop], align_corners=False)
-    images = F.grid_sample(images.float(), grid, align_corners=False)
-    labels = labels.unsqueeze(1).float() - IGNORE  # the zero padding of the sampling then means IGNORE
-    labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False).squeeze(1) + IGNORE
-    weights = [F.grid_sample(w.unsqueeze(1).float(), grid, align_corners=False).squeeze(1) for w in weights]
-    return images, labels.round().to(torch.uint8), *weights
+
+    def sample(images: Tensor, theta: Tensor, mode: str = "bilinear") -> Tensor:
+        grid = F.affine_grid(theta, [len(images), 3, crop, crop], align_corners=False)
+        return F.grid_sample(images.float(), grid, mode, align_corners=False)
+
+    images = map_pictures(sample, images, theta)
+    labels = sample(labels.unsqueeze(1).float() - IGNORE, theta, "nearest") + IGNORE  # its zero padding means IGNORE
+    weights = [sample(w.unsqueeze(1), theta).squeeze(1) for w in weights]
+    return images, labels.squeeze(1).round().to(torch.uint8), *weights
 
 
 def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Brightness, contrast and saturation of each picture (N, 3, H, W), each times a factor of 1 +- strength."""
     a = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
     a = a.to(images.device, non_blocking=True)
-    images = images * a[0]
-    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, a[1])
-    return torch.lerp(images.mean(1, keepdim=True), images, a[2]).clamp_(0, 255)
+
+    def change(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+        images = images * brightness
+        images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+        return torch.lerp(images.mean(1, keepdim=True), images, saturation).clamp_(0, 255)
+
+    return map_pictures(change, images, *a)
 
 
 def normalise(images: Tensor) -> Tensor:
     """0..255 to zero mean and unit variance by ImageNet's statistics."""
-    return (images - MEAN.to(images.device)) / STD.to(images.device)
+    mean, std = MEAN.to(images.device), STD.to(images.device)
+    return map_pictures(lambda images: (images - mean) / std, images)
 
 
 # =====================================================================================================================

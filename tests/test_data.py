@@ -176,6 +176,21 @@ def test_streamed_batches_are_those_of_kept_pictures(name, root, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("side, alone", [(32, False), (400, True)])
+def test_large_pictures_are_changed_one_by_one(name, side, alone):
+    script, seen = SCRIPTS[name], []
+
+    def change(images, factor):
+        seen.append(len(images))
+        return images * factor
+
+    images, factor = torch.rand(4, 3, side, side), torch.rand(4, 1, 1, 1)
+    assert torch.equal(script.map_pictures(change, images, factor), images * factor)
+    assert seen == ([1] * 4 if alone else [4])
+    assert torch.equal(script.normalise(images), (images - script.MEAN) / script.STD)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_reading_ahead_is_not_seen_by_a_checkpoint(name, root):
     _, draw = make(name, root, "--memory", "0")
     batches = draw(5)

@@ -721,10 +721,11 @@ def threads() -> ThreadPoolExecutor:
 
 
 def map_pictures(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """A function of tensors (N, ...). On the CPU large pictures go one by one, in threads: they stay in its caches."""
+    """A function of tensors (N, ...). On the CPU a large batch goes in parts, in threads: each stays in the caches."""
     if rows[0].is_cuda or rows[0].numel() < 2**20:
         return function(*rows)
-    return torch.cat(list(threads().map(function, *(row.split(1) for row in rows))))
+    number = max(1, 2**19 // rows[0][0].numel())
+    return torch.cat(list(threads().map(function, *(row.split(number) for row in rows))))
 
 
 def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Tensor]:
@@ -975,10 +976,14 @@ def batch_scale_crop_flip(
         grid = F.affine_grid(theta, [len(images), 3, crop, crop], align_corners=False)
         return F.grid_sample(images.float(), grid, mode, align_corners=False)
 
+    def sample_labels(labels: Tensor, theta: Tensor) -> Tensor:
+        labels = labels.unsqueeze(1).float() - IGNORE  # the zero padding of the sampling then means IGNORE
+        return (sample(labels, theta, "nearest") + IGNORE).squeeze(1).round().to(torch.uint8)
+
     images = map_pictures(sample, images, theta)
-    labels = sample(labels.unsqueeze(1).float() - IGNORE, theta, "nearest") + IGNORE  # its zero padding means IGNORE
+    labels = map_pictures(sample_labels, labels, theta)
     weights = [sample(w.unsqueeze(1), theta).squeeze(1) for w in weights]
-    return images, labels.squeeze(1).round().to(torch.uint8), *weights
+    return images, labels, *weights
 
 
 def batch_colour_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:

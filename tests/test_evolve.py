@@ -621,6 +621,21 @@ def test_surrogate_predicts_the_scores_of_others():
     assert spearman(mine.tolist(), list(known.values())) > 0.9
 
 
+def test_what_helped_a_little_may_help_a_lot():
+    """Scores rise along one direction of the gradients: beyond all that was tried the surrogate expects still more."""
+    task, known, others = spread(60)
+    places = 0.6 * torch.rand(len(known), 1, 2, generator=torch.Generator().manual_seed(0)) - 0.3
+    state = begin(task, baseline=0.5)
+    scored(task, state, {text: 0.5 + 0.2 * place[0, 0].item() for text, place in zip(known, places)})
+    far, back, *_ = others
+    state.surrogate.known = {"": torch.zeros(1, 2), far: torch.tensor([[0.9, 0.0]]), back: torch.tensor([[-0.9, 0.0]])}
+    state.surrogate.known |= dict(zip(known, places))
+    guide = state.surrogate.fit(task, state, [])
+    best = max(result.score for result in state.results.values())
+    ahead, behind = guide.scores(predicted(task, guide, [far, back])[0])
+    assert ahead > best + 0.05 and behind < 0.45
+
+
 def test_bad_scores_are_compressed():
     scores = torch.tensor([0.0, 0.3, 0.49, 0.5, 0.51, 0.7], dtype=torch.float64)
     warped = evolve.compressed(scores, 0.5, 0.05)

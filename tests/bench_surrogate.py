@@ -20,6 +20,7 @@ of the first row), 104 to 124 strangers each:
     exp(-d^2 / l^2)                                     0.62    0.05   2.2     2.2  +1.1   0.7
     linear                                              0.68    0.16   3.0     2.2  +0.9   0.7
     exp(-d^2 / l^2) + linear, knee at the median        0.70    0.17   3.8     2.2  +1.4   1.1
+    exp(-d^2 / l^2) + linear, unit gradients            0.65    0.07   4.4     2.2  +0.9   0.6
     exp(-d^2 / l^2) + linear (evolve.Surrogate)         0.71    0.17   4.4     2.2  +0.9   0.6
 """
 
@@ -69,11 +70,24 @@ class Linear(evolve.Surrogate):
     TRENDS = (100.0,)
 
 
+class Unit(evolve.Surrogate):
+    """Of unit gradients as they are, without the bound of `evolve.bounded`."""
+
+    def point(self, task, losses, trees=()):
+        bounded = evolve.bounded
+        evolve.bounded = lambda branch, slope: slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        try:
+            return super().point(task, losses, trees)
+        finally:
+            evolve.bounded = bounded
+
+
 KINDS = {
     "(1 + d^2 / l^2)^(-1/2), knee at the median": Mixed,
     "exp(-d^2 / l^2)": Plain,
     "linear": Linear,
     "exp(-d^2 / l^2) + linear, knee at the median": Median,
+    "exp(-d^2 / l^2) + linear, unit gradients": Unit,
     "exp(-d^2 / l^2) + linear (evolve.Surrogate)": evolve.Surrogate,
 }
 

@@ -1547,9 +1547,7 @@ class Worker(Journal):
         while True:
             path = self.directory / f"journal-{rank}.jsonl"
             file = path.open("ab+", buffering=0)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not hold(file):
                 file.close()
                 rank += 1
                 continue
@@ -1983,6 +1981,9 @@ def main(args, make_task: Callable[..., Task]) -> None:
     """What every script does with its arguments: search, or train losses by name."""
     torch.set_num_threads(1)  # a second thread of one process gains less than a second process
     cv2.setNumThreads(1)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt)
     try:
@@ -1990,6 +1991,13 @@ def main(args, make_task: Callable[..., Task]) -> None:
         compare(args, task) if args.wanted else run(args, task)
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}")
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        fail(f"--device {args.device}: out of memory ({error!s:.80}); take a smaller batch, window or network")
     except OSError as error:  # no right to write, no space, a folder that has gone
         if error.filename is None or error.strerror is None:
             raise
@@ -2064,6 +2072,8 @@ def hold(file) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise OSError(error.errno, "its file system has no locks", str(file.name)) from None
     return True
 
 
@@ -2149,7 +2159,9 @@ def open_run(args, task_name: str) -> Path:
         revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
     about = {
         "task": task_name,
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "wanted"},
+        "arguments": {
+            k: str(v.absolute()) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "wanted"
+        },
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
@@ -2172,11 +2184,26 @@ class Parser(argparse.ArgumentParser):
         fail(self.place + message.removeprefix("argument "))
 
 
+def speaks() -> bool:
+    """Whether this process says what concerns all workers: it is the first of them, or alone."""
+    several = {"AUTOLOSS_RUN_DIR", "TORCHELASTIC_RUN_ID"} & os.environ.keys()  # others set RANK, too
+    return not several or os.environ.get("RANK", "0") == "0"
+
+
 def fail(message: str):
-    """End the program because of what the user gave it; of several workers the first one says why."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    """End the program because of what the user gave it, in one line; of several workers the first one says why."""
+    if speaks():
+        line = "".join(character if character.isprintable() else " " for character in message)
+        print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def is_there(path: Path | str, folder: bool = False) -> bool:
+    """Whether any text names a file, or a folder; one that is too long for a name does not."""
+    try:
+        return Path(path).is_dir() if folder else Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def at_least(least, kind=int, most=10**9):
@@ -2246,7 +2273,8 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag("--without", "GATES", about, gate_list, [])
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
     flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), 8.0)
-    flag("--workers", "N", "processes that search; by default one per core, on CUDA one per GPU", at_least(0), 0)
+    about = "processes that search; by default one per core, on CUDA one per GPU"
+    flag("--workers", "N", about, at_least(0, most=1024), 0)
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
     flag("--seeds", "N", "re-training seeds of the closing table", at_least(1), 3)
@@ -2289,13 +2317,26 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
     settle_device_and_workers(args)
     if args.data_root is None and args.data != "shapes":
         fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
-    args.data_root = Path(args.data_root or Path(__file__).parent / "data/generated/shapes")
-    if args.loss and args.compare:
+    default = Path(__file__).parent / "data/generated/shapes"
+    args.data_root = Path(args.data_root or default).absolute()
+    if is_there(args.data_root):
+        fail(f"--data-root {args.data_root}: a file; give a folder")
+    if args.resume and args.data_root != default and not is_there(args.data_root, folder=True):
+        fail(f"--data-root {args.data_root}: not found; say where the data of this run lie now")
+    args.pretrained = os.path.abspath(args.pretrained) if isinstance(args.pretrained, str) else args.pretrained
+    if args.loss is not None and args.compare is not None:
         fail(f"--compare {args.compare}: not together with --loss; give one of them")
-    if args.compare:
-        args.wanted = {text: read_loss(text, "--compare") for text in split_outside_brackets(args.compare, ",")}
+    if args.compare is None:
+        names, flag = [] if args.loss is None else [args.loss], "--loss"
     else:
-        args.wanted = {args.loss: read_loss(args.loss, "--loss")} if args.loss else {}
+        whole, flag = is_there(args.compare, folder=True), "--compare"
+        names = [args.compare] if whole else split_outside_brackets(args.compare, ",")
+    if not all(name.strip() for name in names) or args.compare is not None and not names:
+        given = args.loss if args.compare is None else args.compare
+        fail(f"{flag} {given!r:.40}: names no loss; leave the flag out to search for one")
+    if len(set(names)) < len(names):
+        fail(f"{flag} {args.compare:.80}: a loss is named twice; give each of them once")
+    args.wanted = {text: read_loss(text, flag) for text in names}
 
 
 def split_outside_brackets(text: str, separators: str) -> list[str]:
@@ -2326,6 +2367,8 @@ def read_formula(text: str, shown: str, symbols: Sequence[str]) -> Expr:
 def settle_device_and_workers(args) -> None:
     """Resolve --device for this process and the number of workers; end with one line where the device is not there."""
     try:
+        if args.device.split(":")[0] not in ("cpu", "cuda"):
+            raise RuntimeError
         device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
@@ -2342,10 +2385,12 @@ def settle_device_and_workers(args) -> None:
 def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object]:
     """The losses that a finished run has found; of an unfinished one the best so far."""
     result, journals = directory / "result.json", sorted(directory.glob("journal-*.jsonl"))
+    for path in (directory / "args.json", result):
+        made_by = read_json(path, {"task": str}, "mend it or remove it")["task"] if path.is_file() else task.name
+        if made_by != task.name:
+            fail(f"{flag} {directory}: a run of search_{made_by:.20}.py, not of search_{task.name}.py")
     if result.is_file():
         content = read_json(result, RESULT, "remove it: then the best loss of the journal counts")
-        if content["task"] != task.name:
-            fail(f"{flag} {directory}: a run of search_{content['task']:.20}.py, not of search_{task.name}.py")
         found = [(0.0, content["losses"])] if content["losses"] else []
     elif journals:
         try:
@@ -2373,14 +2418,15 @@ def scored_losses(path: Path) -> list[tuple[float, dict[str, str]]]:
     return found
 
 
-RESUMABLE = ("evals", "minutes", "workers", "device", "resume", "runs")  # flags that may change when a run goes on
+# Flags that may change when a run goes on. Its data may have moved.
+RESUMABLE = ("evals", "minutes", "workers", "device", "resume", "runs", "data_root")
 
 
 def resume_arguments(parser: Parser, argv: list[str], task: type[Task]) -> argparse.Namespace:
     """The arguments of the run to go on with, checked like those of a command line; the budget is that given now."""
     now, given = parser.parse_args(argv), given_flags(parser, argv)
     path, cure = now.resume / "args.json", "give a run directory that a search has made"
-    if not path.is_file():
+    if not is_there(path):
         fail(f"--resume {now.resume}: not a run directory (no args.json in it); {cure}")
     saved = read_json(path, ABOUT, cure)
     if saved["task"] != task.name:

@@ -91,6 +91,8 @@ def mean_c(x):
 
 
 def max_pool3(x, mask):
+    if not x.numel():  # which torch's pool refuses
+        return x
     # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum.
     seen = x if mask is None else torch.where(mask, x, float("-inf"))
     planes = seen.reshape(1, -1, *seen.shape[-2:])

@@ -22,6 +22,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -109,8 +110,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
     about = "side of a training window, to which the longer side of a picture is scaled: "
     about += f"{evolve.told(PROXY, 'size')}; in re-training {evolve.told(RETRAIN, 'size')}"
-    flag("--size", "PIXELS", about, evolve.at_least(64))
-    flag("--batch", "N", f"images in a batch: {evolve.told(PROXY, 'batch')}", evolve.at_least(1))
+    flag("--size", "PIXELS", about, evolve.at_least(64, most=8192))
+    flag("--batch", "N", f"images in a batch: {evolve.told(PROXY, 'batch')}", evolve.at_least(1, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
     evolve.add_search_flags(parser)
     args = parser.parse_args(argv)
@@ -121,7 +122,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def branch_list(text: str) -> list[str]:
     """An argparse type: branches, comma-separated."""
-    return [evolve.one_of(tuple(BRANCHES))(name) for name in text.split(",") if name]
+    return [*dict.fromkeys(evolve.one_of(tuple(BRANCHES))(name) for name in text.split(",") if name)]
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -131,6 +132,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     args.branches = args.branches or possible
     if "mask" in args.branches and args.metric != "segm":
         fail("--branches mask: there are no masks to train; give --metric segm with it")
+    for text, losses in args.wanted.items():
+        if "mask" in losses and args.metric != "segm" and isinstance(losses, dict):
+            fail(f"--loss {text:.80}: there are no masks to train; give --metric segm with it")
     if args.pretrained:  # what is missing shows before the search, not after it
         for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
             build_model(model, 2, False, args.pretrained)
@@ -141,18 +145,20 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr | str]:
     """The name of a hand-made set of losses, a run directory, or a name or a formula for some of the branches."""
     if text in LOSSES:
         return text
+    if evolve.is_there(text, folder=True):
+        return evolve.read_found(Path(text), DetTask, flag)
     if "=" not in text:
-        if Path(text).is_dir():
-            return evolve.read_found(Path(text), DetTask, flag)
         fail(
-            f"{flag} {text}: unknown; give one of {' '.join(LOSSES)}, a run directory, or BRANCH=LOSS with a branch "
-            f"of {' '.join(BRANCHES)}"
+            f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a run directory, or BRANCH=LOSS with a "
+            f"branch of {' '.join(BRANCHES)}"
         )
     losses = {}
     for part in evolve.split_outside_brackets(text, ",;"):
         branch, _, term = (piece.strip() for piece in part.partition("="))
         if branch not in BRANCHES:
-            fail(f"{flag} {text:.80}: unknown branch {branch!r}; choose one of {' '.join(BRANCHES)}")
+            fail(f"{flag} {text:.80}: unknown branch {branch!r:.40}; choose one of {' '.join(BRANCHES)}")
+        if branch in losses:
+            fail(f"{flag} {text:.80}: {branch} twice; give each branch one loss")
         losses[branch] = read_term(branch, term, f"{flag} {part}")
     return losses
 
@@ -344,8 +350,9 @@ def check_coco(
         name = images[number]["file_name"]
         if not scoring and Path(name).name.startswith("._"):
             left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
-        elif not scoring and files.setdefault(name, number) != number:
-            raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
+        elif not scoring and files.setdefault(os.path.normpath(name), number) != number:
+            other = files[os.path.normpath(name)]
+            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
         number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
@@ -405,7 +412,7 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
 @functools.cache
 def warn(message: str) -> None:
     """Said once, though a file may hold two splits, and by the first worker alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if evolve.speaks():
         evolve.warn(message)
 
 
@@ -434,9 +441,12 @@ def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False)
 
 
 def overlaps(places: list[float], size: tuple[int, int]) -> bool:
-    """Whether a polygon has an extent in a picture of this (height, width)."""
+    """Whether a polygon covers a pixel in a picture of this (height, width); of large ones an extent will do."""
     x, y = places[::2], places[1::2]
-    return min(size[1], max(x)) > max(0, min(x)) and min(size[0], max(y)) > max(0, min(y))
+    across, down = min(size[1], max(x)) - max(0, min(x)), min(size[0], max(y)) - max(0, min(y))
+    if across <= 0 or down <= 0:
+        return False
+    return across * down >= 4 or rle.area(run_lengths([places], size)) > 0
 
 
 def check_runs(code: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
@@ -846,7 +856,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
     transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
     """
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
@@ -863,6 +873,15 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
         raise unreadable(path) from error
 
 
+def opened(path: Path) -> Image.Image:
+    """The picture in a file. PIL scrambles an uncompressed TIFF that it maps into memory and has to turn."""
+    picture = Image.open(path)
+    if picture.format != "TIFF":
+        return picture
+    picture.close()
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
     turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
@@ -875,6 +894,8 @@ BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.Decomp
 
 
 def unreadable(path: Path) -> "DataError":
+    if isinstance(sys.exception(), Image.DecompressionBombError):
+        return DataError(f"{path}: more pixels than PIL reads; scale it down")
     return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
 
 
@@ -925,7 +946,7 @@ def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
 @functools.cache  # each one once
 def note(text: str) -> None:
     """A line about the data; of several workers the first one says it."""
-    if os.environ.get("RANK", "0") == "0":
+    if evolve.speaks():
         print(text, flush=True)
 
 
@@ -1484,6 +1505,8 @@ def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan:
 def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, coco: dict, masks: bool) -> Objects:
     """COCO results on the pictures of `coco`; those of unlisted categories are left out, as in pycocotools."""
     if isinstance(detections, (Tensor, np.ndarray)):  # image x y w h score category
+        if len(detections) and (detections.ndim != 2 or detections.shape[1] != 7 or detections.dtype == object):
+            raise ValueError(f"detections: an array of shape {tuple(detections.shape)}; it must be (M, 7) numbers")
         rows = torch.as_tensor(detections).view(-1, 7).tolist()
         detections = [{"image_id": a, "bbox": box, "score": b, "category_id": c} for a, *box, b, c in rows]
     path, results = list_results(detections)
@@ -1524,9 +1547,9 @@ def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | N
         code = [[x, y, x, y + h, x + w, y + h, x + w, y]]
     try:
         if isinstance(code, dict) and isinstance(code["counts"], (str, bytes)):
-            return rle.area(code) >= 0 and code  # not looked at any further: there are many
+            return check_runs(code, size, True)
         return run_lengths(check_mask({"segmentation": code}, size, True)["segmentation"], size or code["size"])
-    except (DataError, KeyError, TypeError, ValueError) as problem:
+    except (DataError, KeyError, OverflowError, TypeError, ValueError) as problem:
         raise ValueError(f"its mask {code!r:.60} is damaged ({problem})") from None
 
 

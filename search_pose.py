@@ -21,6 +21,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -98,10 +99,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--flip-test", None, about, action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
     flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
-    flag("--crop", "PIXELS", f"height of a person's crop: {evolve.told(PROXY, 'crop')}", evolve.at_least(8))
+    flag("--crop", "PIXELS", f"height of a person's crop: {evolve.told(PROXY, 'crop')}", evolve.at_least(8, most=8192))
     flag("--aspect", "RATIO", "width of a crop by its height; 1 suits most animals", evolve.at_least(0.1, float), 0.75)
     about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
-    flag("--batch", "N", about, evolve.at_least(2))
+    flag("--batch", "N", about, evolve.at_least(2, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
     evolve.add_search_flags(parser)
     args = parser.parse_args(argv)
@@ -132,9 +133,9 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
     """The name of a hand-made loss, a formula, or a run directory."""
     if text in LOSSES:
         return text
+    if evolve.is_there(text, folder=True):
+        return evolve.read_found(Path(text), PoseTask, flag)
     if "(" not in text:
-        if Path(text).is_dir():
-            return evolve.read_found(Path(text), PoseTask, flag)
         fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     return {"loss": evolve.read_formula(text, f"{flag} {text:.80}", "yp1")}
 
@@ -299,8 +300,9 @@ def check_coco(
         name = images[number]["file_name"]
         if not scoring and Path(name).name.startswith("._"):
             left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
-        elif not scoring and files.setdefault(name, number) != number:
-            raise DataError(f"{path}: images {files[name]!r} and {number!r} are both {name}; list each picture once")
+        elif not scoring and files.setdefault(os.path.normpath(name), number) != number:
+            other = files[os.path.normpath(name)]
+            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
         number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
@@ -360,7 +362,7 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
 @functools.cache
 def warn(message: str) -> None:
     """Said once, though a file may hold two splits, and by the first worker alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if evolve.speaks():
         evolve.warn(message)
 
 
@@ -480,6 +482,8 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
             raise DataError(f"{path}: other joints than in the training split")
         if len(skeletons) == 1 and len(skeletons[0].names) > 1 and (skeletons[0].swap.diff() == 1).all():
             warn(f"{path}: no joint is left or right by its name; mirrored pictures keep all joints as they are")
+        elif len(skeletons) == 1 and (alone := one_sided(skeletons[0])):
+            warn(f"{path}: {', '.join(alone)}: no joint is the other side; mirrored pictures keep them as they are")
         size = (args.crop, round(args.crop * args.aspect))
         data[name] = split = read_split(content, folder, *size, left, args.device)
         left -= split.images.nbytes
@@ -509,6 +513,7 @@ def mirror(names: tuple[str, ...]) -> list[int]:
 
     The other name must be there and point back; otherwise a joint is its own mirror image.
     """
+    names = tuple(name.strip() for name in names)
     known = {name.lower(): k for k, name in enumerate(names)}
 
     def other(name: str) -> int | None:
@@ -525,6 +530,12 @@ def mirror(names: tuple[str, ...]) -> list[int]:
 
     others = [other(name) for name in names]
     return [k if n is None or others[n] != k else n for k, n in enumerate(others)]
+
+
+def one_sided(skeleton: Skeleton) -> list[str]:
+    """The joints that are left or right by their names and are not exchanged in a mirror."""
+    pairs = enumerate(zip(skeleton.names, skeleton.swap.tolist()))
+    return [name for k, (name, other) in pairs if k == other and re.search("left|right", name, re.IGNORECASE)]
 
 
 def read_split(
@@ -785,7 +796,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
     transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
     """
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
@@ -802,6 +813,15 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
         raise unreadable(path) from error
 
 
+def opened(path: Path) -> Image.Image:
+    """The picture in a file. PIL scrambles an uncompressed TIFF that it maps into memory and has to turn."""
+    picture = Image.open(path)
+    if picture.format != "TIFF":
+        return picture
+    picture.close()
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
     turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
@@ -814,6 +834,8 @@ BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.Decomp
 
 
 def unreadable(path: Path) -> "DataError":
+    if isinstance(sys.exception(), Image.DecompressionBombError):
+        return DataError(f"{path}: more pixels than PIL reads; scale it down")
     return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
 
 
@@ -864,7 +886,7 @@ def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
 @functools.cache  # each one once
 def note(text: str) -> None:
     """A line about the data; of several workers the first one says it."""
-    if os.environ.get("RANK", "0") == "0":
+    if evolve.speaks():
         print(text, flush=True)
 
 
@@ -1360,7 +1382,9 @@ def oks_eval(
     given = isinstance(ground_truth, (str, Path))
     path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
     lengths = (
-        len(e["keypoints"]) for e in entries_of(coco, "annotations", path) if isinstance(e.get("keypoints"), list)
+        len(e["keypoints"])
+        for e in entries_of(coco, "annotations", path)
+        if isinstance(e.get("keypoints"), (list, tuple))
     )
     joints = next((length // 3 for length in lengths if length), None)
     if joints is None and coco["annotations"]:
@@ -1372,8 +1396,12 @@ def oks_eval(
     if not len(persons.group):
         persons = persons._replace(joints=poses.joints[:0], labelled=poses.joints[:0, :, 0] > 0)
     sigmas = default_sigmas(joints) if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
-    if len(sigmas) != joints:
+    sigmas = sigmas.expand(joints) if sigmas.ndim == 0 else sigmas
+    if not (sigmas.isfinite() & (sigmas > 0)).all():
+        raise ValueError(f"sigmas {sigmas.tolist()!s:.60}: a tolerance is a positive number")
+    if len(sigmas) != joints > 0:
         raise ValueError(f"{len(sigmas)} sigmas for {joints} joints")
+    sigmas = sigmas[:joints]
     persons, poses = (type(rows)(*(tensor.to(device) for tensor in rows)) for rows in (persons, poses))
     return oks_numbers(persons, poses, sigmas.to(device))
 

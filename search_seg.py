@@ -22,6 +22,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import io
 import itertools
 import math
 import mmap
@@ -105,9 +106,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
     flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
     about = f"side of a training window: {evolve.told(PROXY, 'crop')}; in re-training {evolve.told(RETRAIN, 'crop')}"
-    flag("--crop", "PIXELS", about, evolve.at_least(8))
+    flag("--crop", "PIXELS", about, evolve.at_least(8, most=8192))
     about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
-    flag("--batch", "N", about, evolve.at_least(2))
+    flag("--batch", "N", about, evolve.at_least(2, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
     evolve.add_search_flags(parser, {"asl": "the parameters of Auto Seg-Loss"})
     args = parser.parse_args(argv)
@@ -118,7 +119,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def class_list(text: str) -> int | str:
     """An argparse type: a number of classes, or the name of a file."""
-    return text if Path(text).is_file() else evolve.at_least(2)(text)
+    if evolve.is_there(text):
+        return os.path.abspath(text)
+    try:
+        return evolve.at_least(2)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or no file with names of classes") from None
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -138,14 +144,14 @@ def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
     """The name of a hand-made loss, a formula, Auto Seg-Loss as `str(Asl)` writes it, or a run directory."""
     if text in LOSSES:
         return text
+    if evolve.is_there(text, folder=True):
+        return evolve.read_found(Path(text), SegTask, flag)
     if text.startswith("asl("):
         try:
             return {"loss": Asl.read(text)}
         except ValueError as error:
             fail(f"{flag} {text:.80}: {error}")
     if "(" not in text:
-        if Path(text).is_dir():
-            return evolve.read_found(Path(text), SegTask, flag)
         fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
     return {"loss": evolve.read_formula(text, f"{flag} {text:.80}", "yp1")}
 
@@ -282,9 +288,11 @@ def small_unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
     """The values (h, w) of a label map, and whether they are colours, as those of palettes with `palette`."""
     try:
-        with Image.open(path) as picture:
-            if picture.format == "JPEG":
-                raise DataError(f"{path}: a JPEG, which blurs the classes of a mask; save masks as PNG")
+        with opened(path) as picture:
+            if blurs(picture, path):
+                raise DataError(f"{path}: a JPEG or the like, which blurs the classes of a mask; save masks as PNG")
+            if picture.mode in ("RGB", "RGBA") and "16" in str(picture.tile[0][-1]):
+                raise DataError(f"{path}: RGB with 16 bits a channel; save masks with 8, or as grey values")
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
             pixels = np.array(picture)
@@ -292,11 +300,18 @@ def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
                 return pixels[..., :3].astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
             if picture.mode in ("LA", "PA"):
                 pixels = pixels[..., 0]
-            if picture.mode[0] not in "1LPI" or (pixels < 0).any() or (pixels > 65535).any():
+            plain = picture.mode[0] in "1LPI" and pixels.ndim == 2
+            if not plain or (pixels < 0).any() or (pixels > 65535).any():
                 raise DataError(f"{path}: mode {picture.mode}; a mask has grey values, a palette or RGB colours")
             return pixels.astype(np.uint16 if picture.mode[0] == "I" else np.uint8), False
     except BROKEN as error:
         raise unreadable(path) from error
+
+
+def blurs(picture: Image.Image, path: Path) -> bool:
+    """Whether the picture is compressed with loss: JPEG, also inside of a TIFF, or lossy WebP."""
+    lossy_webp = picture.format == "WEBP" and b"VP8L" not in path.read_bytes()[:64]
+    return picture.format == "JPEG" or picture.info.get("compression") == "jpeg" or lossy_webp
 
 
 def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
@@ -316,11 +331,15 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
     if colours:
         colours = {colour: k for k, colour in enumerate(colours)}
         return plain_meaning(number)._replace(colours={colour_number(224, 224, 192): IGNORE} | colours, palette=True)
-    sample = [read_values(path) for path in masks[:: math.ceil(len(masks) / 64)]]
-    if any(coloured for _, coloured in sample) and args.data == "folder":
+    sample = masks if number == 2 else masks[:: math.ceil(len(masks) / 64)]
+    kinds = [*threads().map(distinct_values, sample)]
+    if any(coloured for coloured, _ in kinds) and args.data == "folder":
         return found_meaning(masks, number)
-    binary = set(itertools.chain.from_iterable(np.unique(values).tolist() for values, _ in sample)) == {0, 255}
-    return plain_meaning(number) if number != 2 or not binary else Meaning(2, {0: 0, 255: 1}, {})
+    values = set(itertools.chain.from_iterable(found for coloured, found in kinds if not coloured))
+    most = max(values, default=0)  # 0 and 255, or 0 and 65535: a binary mask as many tools save it
+    return (
+        Meaning(2, {0: 0, most: 1}, {}) if number == 2 and values in ({0, 255}, {0, 65535}) else plain_meaning(number)
+    )
 
 
 def read_classes(source: int | Path) -> tuple[int, list[int]]:
@@ -338,6 +357,8 @@ def read_classes(source: int | Path) -> tuple[int, list[int]]:
         names, colours = lines, []
     else:
         names = [match[1] for match in found]
+        if large := [line for line, match in zip(lines, found) if max(map(int, match.groups()[1:])) > 255]:
+            raise DataError(f"{source}: '{large[0]}' is no colour; give red, green and blue in 0..255")
         colours = sorted((colour_number(*map(int, match.groups()[1:])) for match in found), key=bool)
     if twice := [name for k, name in enumerate(names) if name in names[:k]]:
         raise DataError(f"{source}: class '{twice[0]}' stands there twice")
@@ -368,7 +389,7 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     ignored = {colour_number(224, 224, 192)} if colours else {255, 65535}  # VOC's borders
     ignored = ignored & set(found) if len(set(found) - ignored) > 1 else set()
     classes = {value: k for k, value in enumerate(value for value in found if value not in ignored)}
-    if number not in (None, len(classes)) or len(classes) > 255:
+    if number not in (None, len(classes)) or not 1 < len(classes) < 256:
         raise DataError(
             f"{masks[0].parent}: {len(classes)} colours or values in these masks, not {number or '2 to 255'}"
         )
@@ -568,6 +589,9 @@ def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
         pairs = {"train": cityscapes_pairs(root, "train"), "test": cityscapes_pairs(root, "val")}
     else:
         pairs = folder_pairs(root)
+    known = {*pairs["train"], *pairs.get("val", ())}
+    if shared := [image for image, label in pairs["test"] if (image, label) in known]:
+        note(f"warning: {len(shared)} test pictures (first: {shared[0]}) are in another split, too; it tests nothing")
     if "val" not in pairs:
         if len(pairs["train"]) < 2:
             raise DataError(f"{pairs['train'][0][0]}: the only training picture; give two or more, one is held out")
@@ -588,6 +612,8 @@ def read_data(args, pairs=None, meaning: Meaning | None = None) -> dict[str, Spl
             note(f"{name}: {len(chosen):,} pictures do not fit --memory {args.memory:.3g}; decoded batch by batch")
     for name, split in splits.items():
         check_classes(split, f"{args.data_root}: {name}")
+        if name != "train":
+            check_boundaries(split, f"{args.data_root}: {name}", args.metric)
     return splits
 
 
@@ -601,6 +627,17 @@ def check_classes(split: Split, where: str) -> None:
     if not classes:
         raise DataError(f"{where}: every pixel is 255, ignored; there is nothing to learn or to measure")
     note(f"warning: {where}: only class {min(classes)} in all masks (255 is ignored; 0 and 255 need --data folder)")
+
+
+def check_boundaries(split: Split, where: str, metric: str) -> None:
+    """Warn where no label map has a boundary; DataError if that is what the searched metric measures."""
+    for k in range(len(split.labels)):
+        label = split.labels[torch.tensor([k])]
+        if (edges(label) & (label != IGNORE) & (label != 0)).any():
+            return
+    if metric in ("biou", "bf1"):
+        raise DataError(f"{where}: no mask has a boundary of a class other than 0; {metric} has nothing to measure")
+    note(f"warning: {where}: no mask has a boundary of a class other than 0; biou and bf1 count as 0")
 
 
 SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
@@ -797,7 +834,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
     transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
     """
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
@@ -814,6 +851,15 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
         raise unreadable(path) from error
 
 
+def opened(path: Path) -> Image.Image:
+    """The picture in a file. PIL scrambles an uncompressed TIFF that it maps into memory and has to turn."""
+    picture = Image.open(path)
+    if picture.format != "TIFF":
+        return picture
+    picture.close()
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
     turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
@@ -826,6 +872,8 @@ BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.Decomp
 
 
 def unreadable(path: Path) -> "DataError":
+    if isinstance(sys.exception(), Image.DecompressionBombError):
+        return DataError(f"{path}: more pixels than PIL reads; scale it down")
     return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
 
 
@@ -876,7 +924,7 @@ def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
 @functools.cache  # each one once
 def note(text: str) -> None:
     """A line about the data; of several workers the first one says it."""
-    if os.environ.get("RANK", "0") == "0":
+    if evolve.speaks():
         print(text, flush=True)
 
 
@@ -1470,6 +1518,8 @@ class Asl(NamedTuple):
     @classmethod
     def read(cls, text: str) -> "Asl":
         """The inverse of `str`; `asl(miou)` has the published parameters. Raises ValueError saying what is wrong."""
+        if not text.endswith(")"):
+            raise ValueError("no closing bracket")
         metric, _, numbers = text.removeprefix("asl(").removesuffix(")").partition(":")
         if metric not in METRICS:
             raise ValueError(f"{metric!r} is no metric; write asl(miou) or asl(miou: x1 y1 x2 y2 ...)")
@@ -1622,11 +1672,11 @@ def train_network(
 
 @torch.no_grad()
 def test_network(net: nn.Module, split: Split, num_classes: int, device: str) -> dict[str, float]:
-    """All metrics of `net` on a split, at full size."""
+    """All metrics of `net` on a split, at full size; 0 for those that it has nothing to measure by."""
     metrics = SegMetrics(num_classes, device)
     for images, labels in in_order(split):
         metrics.update(predict(net, images.to(device)), labels.to(device))
-    return {name: value.item() for name, value in metrics.compute().items()}
+    return {name: value.nan_to_num(0.0).item() for name, value in metrics.compute().items()}
 
 
 @torch.no_grad()

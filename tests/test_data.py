@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import tempfile
 from pathlib import Path
 from urllib.error import URLError
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import ready, refused
-from PIL import Image
+from PIL import Image, ImageCms
 
 import evolve
 import search_det
@@ -291,6 +293,19 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation, suffix):
             search_det.decode(path, listed=(9, 7))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_plain_tiffs_are_turned_rightly(tmp_path, orientation):
+    """Uncompressed and grey, as PIL would map them into memory."""
+    values = np.arange(600, dtype=np.uint8).reshape(20, 30)
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={0x0112: orientation})
+    Image.fromarray(values).save(tmp_path / "b.tif", tiffinfo={0x0112: orientation}, compression="tiff_lzw")
+    want, _ = search_seg.read_values(tmp_path / "b.tif")
+    got, _ = search_seg.read_values(tmp_path / "a.tif")
+    assert np.array_equal(got, want) and got.shape == ((30, 20) if orientation > 4 else (20, 30))
+    for script in SCRIPTS.values():
+        assert torch.equal(script.decode(tmp_path / "a.tif"), script.decode(tmp_path / "b.tif"))
+
+
 def test_a_mask_goes_with_its_turned_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -427,11 +442,15 @@ def test_masks_as_tools_write_them(tmp_path, kind):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("jpeg", "a.png: a JPEG, which blurs"),
+        ("jpeg", "a.png: a JPEG or the like, which blurs"),
         ("float", "mode F"),
         ("foreign colour", "RGB colour 1,2,3 in a mask"),
         ("class", "class 21; expected 0..20 or 255"),
         ("16 bits", "class 300; expected 0..20 or 255"),
+        ("lossy webp", "a JPEG or the like, which blurs"),
+        ("jpeg in tiff", "a JPEG or the like, which blurs"),
+        ("lab", "mode LAB"),
+        ("RGB of 16 bits", "RGB with 16 bits a channel"),
     ],
 )
 def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
@@ -442,8 +461,19 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
         "foreign colour": Image.fromarray(np.where(index[..., None] == 1, [1, 2, 3], 0).astype(np.uint8)),
         "class": Image.fromarray(np.where(index == 1, 21, 0).astype(np.uint8)),
         "16 bits": Image.fromarray(np.where(index == 1, 300, 0).astype(np.uint16)),
+        "lossy webp": Image.fromarray(index),
+        "jpeg in tiff": Image.fromarray(index),
+        "lab": Image.fromarray(np.stack([index] * 3, -1)).convert("RGB"),
+        "RGB of 16 bits": Image.fromarray(index),
     }[kind]
-    picture.save(tmp_path / "a.png", format={"jpeg": "JPEG", "float": "TIFF"}.get(kind))
+    if kind == "lab":
+        picture = ImageCms.profileToProfile(
+            picture, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        )
+    form = {"jpeg": "JPEG", "lossy webp": "WEBP", "jpeg in tiff": "TIFF", "float": "TIFF", "lab": "TIFF"}.get(kind)
+    picture.save(tmp_path / "a.png", form, **{"compression": "jpeg"} if kind == "jpeg in tiff" else {})
+    if kind == "RGB of 16 bits":
+        cv2.imwrite(str(tmp_path / "a.png"), np.stack([index.astype(np.uint16)] * 3, -1))
     with pytest.raises(DataError, match=message):
         search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(21))
 
@@ -546,8 +576,14 @@ def test_classes_by_number_and_by_names(tmp_path, monkeypatch, capsys):
             search_seg, monkeypatch, capsys, "--data", "folder", "--data-root", tmp_path, "--classes", wrong
         )
         assert "--classes" in error and wrong in error
-    write_folder(tmp_path / "binary", [(index_map() > 0).astype(np.uint8) * 255] * 6)
-    assert read_folder(tmp_path / "binary", "--classes", "2")["test"].labels.unique().tolist() == [0, 1]
+    inside = index_map() > 0
+    for name, masks in {
+        "binary": [inside.astype(np.uint8) * 255] * 6,
+        "of 16 bits": [inside.astype(np.uint16) * 65535] * 6,
+        "mostly empty": [(inside * (k in (1, 131))).astype(np.uint8) * 255 for k in range(132)],
+    }.items():
+        write_folder(tmp_path / name, masks)
+        assert read_folder(tmp_path / name, "--classes", "2")["test"].labels.unique().tolist() == [0, 1]
 
 
 def test_more_classes_than_bits(tmp_path):
@@ -559,6 +595,33 @@ def test_more_classes_than_bits(tmp_path):
     assert all(0 <= value <= 1 for value in scores.values())
     with pytest.raises(DataError, match="599 colours or values"):
         read_folder(write_folder(tmp_path / "b", [np.arange(600).reshape(20, 30).astype(np.uint16)] * 6))
+
+
+def test_splits_without_a_boundary(tmp_path, capsys):
+    search_seg.note.cache_clear()
+    flat = [np.full((20, 30), k, np.uint8) for k in (0, 1, 0)]
+    root = write_folder(tmp_path, [*[index_map()] * 3, *flat])
+    split = read_folder(root)["test"]
+    assert "test: no mask has a boundary of a class other than 0; biou and bf1 count as 0" in capsys.readouterr().out
+    net = search_seg.build_model("small", 3)
+    scores = search_seg.test_network(net, split, 3, "cpu")
+    assert scores["biou"] == scores["bf1"] == 0 and all(map(math.isfinite, scores.values()))
+    for metric in ("biou", "bf1"):
+        with pytest.raises(DataError, match=f"test: .*; {metric} has nothing to measure"):
+            read_folder(root, "--metric", metric)
+
+
+def test_one_class_teaches_nothing(tmp_path):
+    with pytest.raises(DataError, match="1 colours or values in these masks, not 2 to 255"):
+        read_folder(write_folder(tmp_path, [np.zeros((20, 30), np.uint8)] * 6))
+
+
+def test_pictures_of_two_splits_are_named(tmp_path, capsys):
+    search_seg.note.cache_clear()
+    root = write_folder(tmp_path, [index_map()] * 6)
+    (root / "val.txt").write_text((root / "train.txt").read_text())
+    read_folder(root)
+    assert "warning: 3 test pictures (first: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["one", "binary in VOC", "none in train", "none in test"])

@@ -964,6 +964,36 @@ def test_several_losses_side_by_side(root, tmp_path, capsys, monkeypatch):
     assert all(row.count("+-") == 6 for row in table[1:])
 
 
+def test_torn_masks_of_results_are_refused():
+    """Pycocotools would loop for ever over run lengths that do not fill the picture."""
+    size = [20, 30]
+    truth = {
+        "images": [{"id": 1, "height": 20, "width": 30}],
+        "categories": [{"id": 1}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 0, 5, 20], "area": 100, "iscrowd": 0}
+            | {"segmentation": {"size": size, "counts": [40, 100, 460]}}
+        ],
+    }
+    result = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [2, 0, 5, 20]}
+    for wrong in (
+        {"size": size, "counts": "X1T3"},
+        {"size": [21, 30], "counts": "X1T3\\>"},
+        {"size": [2**31, 2**31], "counts": "X1T3\\>"},
+        {"size": [-1, 30], "counts": ""},
+        {"size": size, "counts": "é"},
+    ):
+        with pytest.raises(ValueError, match="result 0: its mask .* is damaged"):
+            search_det.coco_eval(truth, [result | {"segmentation": wrong}], "segm")
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(2, 6), torch.zeros(14), np.zeros((1, 8))])
+def test_arrays_of_results_have_seven_columns(rows):
+    truth = {"images": [{"id": 1, "height": 9, "width": 9}], "categories": [{"id": 1}], "annotations": []}
+    with pytest.raises(ValueError, match="it must be .M, 7. numbers"):
+        search_det.coco_eval(truth, rows, "bbox")
+
+
 bad = functools.partial(refused, search_det)
 
 

@@ -162,6 +162,14 @@ def test_ignored_positions_have_no_influence():
         torch.testing.assert_close(*values, equal_nan=True, msg=str(expr))
 
 
+def test_a_batch_of_nothing_is_a_connected_zero():
+    for text in (CE, POOLED):
+        for shape in ((0, 3, 8, 8), (2, 3, 0, 8)):
+            logits = torch.zeros(shape, requires_grad=True)
+            value = Exported(text)(logits, torch.zeros(shape[0], *shape[2:], dtype=torch.int64))
+            assert value == 0 and value.requires_grad
+
+
 def test_all_ignored_gives_a_connected_zero():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     label = torch.full((1, 4, 4), 255)

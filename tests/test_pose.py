@@ -964,6 +964,38 @@ def test_several_losses_side_by_side(root, finished, capsys, monkeypatch, tmp_pa
 # Bad input: one line, the flag, the value, the cure; exit code 2; nothing written
 
 
+def test_sigmas_are_positive():
+    truth = {
+        "images": [{"id": 1, "height": 20, "width": 30}],
+        "categories": [{"id": 1, "keypoints": ["a", "b"]}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 0, 9, 20], "area": 100, "iscrowd": 0}
+            | {"keypoints": (3, 4, 2, 8, 9, 2), "num_keypoints": 2}
+        ],
+    }
+    result = {"image_id": 1, "category_id": 1, "score": 0.5, "keypoints": [3, 4, 1, 8, 9, 1]}
+    assert (
+        search_pose.oks_eval(truth, [result], 0.1)["AP"] == search_pose.oks_eval(truth, [result], [0.1] * 2)["AP"] == 1
+    )
+    for sigmas, words in (
+        (0.0, "positive"),
+        ([0.1, -1], "positive"),
+        ([0.1, math.nan], "positive"),
+        ([1] * 3, "3 sigmas"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            search_pose.oks_eval(truth, [result], sigmas)
+    assert search_pose.oks_eval(truth | {"annotations": []}, [], [0.1] * 3)["AP"] == -1
+
+
+def test_joints_of_one_side_alone_are_named():
+    def sides(*names):
+        return search_pose.one_sided(search_pose.Skeleton(names, [], torch.tensor(search_pose.mirror(names)), None))
+
+    assert sides("nose", "left_eye ", "right_eye") == []
+    assert sides("nose", "Left_Hip", "right-knee", "neck") == ["Left_Hip", "right-knee"]
+
+
 bad = functools.partial(refused, search_pose)
 
 

@@ -555,6 +555,61 @@ def test_damaged_lines_of_a_comparison_are_trained_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", ["search_seg", "search_det", "search_pose"])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--loss", ""], "--loss '': names no loss"),
+        (["--compare", " , "], "--compare ' , ': names no loss"),
+        (["--compare", "BASELINE,BASELINE"], "named twice"),
+        (["--loss", "x" * 5000], "--loss xxx"),
+        (["--loss", "a\nb"], "--loss a b: unknown"),
+        (["--resume", "y" * 400], "--resume yyy"),
+        (["--device", "hpu"], "--device hpu: not available"),
+        (["--device", "meta"], "--device meta: not available"),
+        (["--workers", "100000"], "--workers: 100000 is too large"),
+        (["--data-root", __file__], "a file; give a folder"),
+    ],
+)
+def test_what_no_flag_takes(script, argv, words, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")  # as a scheduler sets it, for no worker of ours
+    module = importlib.import_module(script)
+    baseline = next(iter(module.LOSSES))
+    assert words in refused(module, monkeypatch, capsys, *(word.replace("BASELINE", baseline) for word in argv))
+
+
+def test_a_folder_of_any_name_is_a_run_directory(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs (copy), a=b"
+    folder.mkdir()
+    for script in ("search_seg", "search_det", "search_pose"):
+        for flag in ("--loss", "--compare"):
+            error = refused(importlib.import_module(script), monkeypatch, capsys, flag, folder)
+            assert "not a run directory (neither result.json nor" in error
+
+
+def test_a_run_whose_data_have_moved(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "here"
+    root.mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = search_seg.parse_arguments(["--data-root", "here", "--runs", "runs"])
+    assert args.data_root == root
+    directory = evolve.open_run(args, "seg")
+    assert search_seg.parse_arguments(["--resume", str(directory)]).data_root == root
+    root.rename(tmp_path / "there")
+    error = refused(search_seg, monkeypatch, capsys, "--resume", directory)
+    assert f"--data-root {root}: not found; say where the data of this run lie now" in error
+    moved = search_seg.parse_arguments(["--resume", str(directory), "--data-root", "there"])
+    assert moved.data_root == tmp_path / "there"
+
+
+def test_an_unfinished_run_of_another_script(tmp_path, monkeypatch, capsys):
+    (tmp_path / "args.json").write_text(json.dumps({"task": "pose", "arguments": {}}))
+    (tmp_path / "journal-0.jsonl").write_text("")
+    assert "a run of search_pose.py, not of search_seg.py" in refused(
+        search_seg, monkeypatch, capsys, "--loss", tmp_path
+    )
+
+
+@pytest.mark.parametrize("script", ["search_seg", "search_det", "search_pose"])
 def test_readme_commands_parse(script):
     text = (REPOSITORY / "README.md").read_text()
     commands = re.findall(rf"^python {script}\.py(.*?)(?:#.*)?$", text, re.M)

@@ -67,6 +67,7 @@ GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core 
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
+UPWARDS = 0.5  # [D] of the surrogate's deviation to hope for: of 776 trainings 2 % were a whole one above its mean
 LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] parents, and finalists, have gradients of less than this mean cosine
@@ -721,7 +722,7 @@ class Surrogate:
         mean, deviation = self.predict(self.points[: len(losses)], late=1.0)
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
-        self.promise = expected_improvement(mean, deviation, self.best).tolist()
+        self.promise = expected_improvement(mean, UPWARDS * deviation, self.best).tolist()
         self.ranking = mean[: len(rows)].argsort(descending=True).tolist()
         self.names, self.niches = list(task.branches), {}
         return self
@@ -826,7 +827,7 @@ class Surrogate:
         for child, m, d in zip(children, self.scores(mean), deviation.tolist()):
             child.predicted = [round(m, 4), round(d * self.spread, 4)]
         cost = torch.tensor([1 + 0.03 * tree_size(child.losses) for child in children], dtype=torch.float64)
-        promise = (expected_improvement(mean, deviation, self.best) / cost).tolist()
+        promise = (expected_improvement(mean, UPWARDS * deviation, self.best) / cost).tolist()
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
 

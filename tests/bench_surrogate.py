@@ -140,7 +140,9 @@ class World:
         truth = torch.tensor([scores[text] for text in texts], dtype=torch.float64)
         mean, deviation = guide.predict(points, late=0.0)
         cost = torch.tensor([1 + 0.03 * len(evolve.nodes(parse(text))) for text in texts])
-        order = (evolve.expected_improvement(mean, deviation, guide.best) / cost).argsort(descending=True)
+        order = (evolve.expected_improvement(mean, evolve.UPWARDS * deviation, guide.best) / cost).argsort(
+            descending=True
+        )
         better, ahead = truth >= truth.median(), truth > state.best().score + 0.002
         errors = (truth - torch.tensor(guide.scores(mean)))[better] / (deviation * guide.spread)[better]
         return (

@@ -707,7 +707,7 @@ def test_what_others_are_training_promises_less():
 
     def promise(guide, names):
         mean, deviation = predicted(task, guide, names, late=0.0)
-        return evolve.expected_improvement(mean, deviation, guide.best)
+        return evolve.expected_improvement(mean, evolve.UPWARDS * deviation, guide.best)
 
     _, alone = guided(task, known)
     _, beside = guided(task, known, [busy])
@@ -727,7 +727,7 @@ def test_the_most_promising_child_is_trained(monkeypatch):
     names = list(others)
     mean, deviation = predicted(task, guide, names, late=0.0)
     cost = torch.tensor([1 + 0.03 * len(evolve.nodes(parse(text))) for text in names])
-    best = (evolve.expected_improvement(mean, deviation, guide.best) / cost).argmax().item()
+    best = (evolve.expected_improvement(mean, evolve.UPWARDS * deviation, guide.best) / cost).argmax().item()
     assert str(child.losses["loss"]) == names[best]
     assert child.predicted == pytest.approx([guide.scores(mean)[best], deviation[best].item() * guide.spread], abs=1e-3)
     assert child.tried["counts"]["surrogate"] > 0

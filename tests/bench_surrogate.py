@@ -16,12 +16,12 @@ Measured on five searches (BF1, seeds 1 and 2; BIoU, seeds 0 and 1; mIoU, seed 1
 of the first row), 104 to 124 strangers each:
 
                                                    rank: all  better   ten  chance        sure
-    (1 + d^2 / l^2)^(-1/2), knee at the median          0.63   -0.00   2.4     2.2  +2.1   1.1
-    exp(-d^2 / l^2)                                     0.62    0.05   2.2     2.2  +1.1   0.7
-    linear                                              0.68    0.16   3.0     2.2  +0.9   0.7
-    exp(-d^2 / l^2) + linear, knee at the median        0.70    0.17   3.8     2.2  +1.4   1.1
-    exp(-d^2 / l^2) + linear, unit gradients            0.65    0.07   4.4     2.2  +0.9   0.6
-    exp(-d^2 / l^2) + linear (evolve.Surrogate)         0.71    0.17   4.4     2.2  +0.9   0.6
+    (1 + d^2 / l^2)^(-1/2), knee at the median          0.63   -0.00   2.6     2.2  +2.1   1.1
+    exp(-d^2 / l^2)                                     0.62    0.05   3.6     2.2  +1.1   0.7
+    linear                                              0.68    0.16   3.5     2.2  +0.9   0.7
+    exp(-d^2 / l^2) + linear, knee at the median        0.70    0.17   3.9     2.2  +1.4   1.1
+    exp(-d^2 / l^2) + linear, unit gradients            0.65    0.07   4.6     2.2  +0.9   0.6
+    exp(-d^2 / l^2) + linear (evolve.Surrogate)         0.71    0.17   4.7     2.2  +0.9   0.6
 """
 
 import argparse

@@ -11,7 +11,7 @@ AutoLoss-Zero, arXiv 2103.14026 (marks [P]); Simple Baselines, arXiv 1804.06208 
 The whole task is in this file: arguments, data, networks, metrics, hand-made losses, training, what the search needs.
 
 Measured (`--metric ap --workers 1 --evals 200 --minutes 60`, thirteen minutes of one core of an AMD EPYC beside other
-work, torch 2.14.1; the surrogate's scale was another, see tests/RESULTS.md): 74,897 losses explored, 200 trained; after
+work, torch 2.14.1; the surrogate was an earlier one, see tests/RESULTS.md): 74,897 losses explored, 200 trained; after
 600 steps each AP on test .642, squared error .596, +.045 +- .005 over three paired seeds.
 """
 

@@ -912,7 +912,7 @@ def briefly(task: Task, state: "State", child: Child) -> Child:
 def compressed(scores: Tensor, knee: float, scale: float) -> Tensor:
     """Scores, those below the knee on a logarithmic scale: how bad a bad loss is says little of the good ones [D].
 
-    Knee and scale were chosen by tests/bench_surrogate.py.
+    The knee was chosen by tests/bench_surrogate.py.
     """
     below = (knee - scores).clamp(min=0)
     return torch.where(below > 0, knee - scale * (below / scale).log1p(), scores)

@@ -27,6 +27,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +86,7 @@ def search(task: "Task", state: "State", worker: "Worker", args) -> None:
 
     Every turn has a random generator of its own, and all else comes from the journal: a resumed search goes on exactly.
     """
-    deadline = time.time() + 60 * args.minutes - state.elapsed
+    deadline = time.time() + 60 * args.minutes - state.searched
     while True:
         worker.hear(state)
         if state.evaluated >= args.evals or time.time() >= deadline:
@@ -111,6 +113,8 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
     if state.sampler:
         return state.sampler.propose(rng)
     tried, parent = Tried(deadline), None
+    if together := best_trials_together(task, state):
+        return tried.close(state, together)
     fresh = rng.random() < FRESH or not state.method.mutate or state.evaluated < INITIAL
     while time.time() < deadline:
         if guide:
@@ -202,7 +206,7 @@ class Sampler(Protocol):
         """Losses to train next (`str` writes, `Task.read` reads them); `more` is what else the record shall hold."""
 
     def learn(self, record: dict) -> None:
-        """A finished evaluation."""
+        """A finished evaluation. Raises ValueError, before anything has changed, where it has not what `more` had."""
 
     def show(self, board) -> None:
         """Write to TensorBoard what is new."""
@@ -571,6 +575,7 @@ def equivalence_key(slope: Tensor, scale_free: bool) -> str:
 
 
 SKETCH = 128  # [D] numbers that stand for the direction of one gradient
+SCALE = 0.25  # [D] distance of two gradients of the same direction, one of which is ten times as long
 
 
 @functools.lru_cache(maxsize=8)
@@ -580,13 +585,16 @@ def directions(size: int) -> Tensor:
 
 
 def sketch(branch: Branch, slope: Tensor) -> Tensor:
-    """Directions of the gradients (S, B, D) in few numbers, (S * B * SKETCH,) float32 on the CPU.
+    """Directions of the gradients (S, B, D) in few numbers, (S * B * SKETCH [+ 1],) float32 on the CPU.
 
     Random projections keep distances (Johnson & Lindenstrauss): the squared distance of two sketches is the mean over
-    the S * B gradients of that of the bounded unit gradients, 2 - 2 cosine, to a few percent.
+    the S * B gradients of that of the bounded unit gradients, 2 - 2 cosine, to a few percent. Where the scale of a loss
+    counts, as among several that are added, one more number tells it.
     """
     projected = bounded(branch, slope).float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
-    return (projected / math.prod(slope.shape[:2]) ** 0.5).flatten().cpu()
+    projected = (projected / math.prod(slope.shape[:2]) ** 0.5).flatten().cpu()
+    scale = SCALE * slope.norm(dim=-1).mean().log10().clamp(-4, 2).float().cpu()
+    return projected if branch.scale_free else torch.cat([projected, scale[None]])
 
 
 def bounded(branch: Branch, slope: Tensor) -> Tensor:
@@ -750,7 +758,7 @@ class Surrogate:
         sketches = {tree.branch: tree.sketch for tree in trees}
         rows = []
         for name, branch in task.branches.items():
-            own = torch.zeros(1 + SKETCH * math.prod(branch.prediction.shape[:2]))
+            own = torch.zeros(SKETCH * math.prod(branch.prediction.shape[:2]) + 2 - branch.scale_free)
             expr = losses.get(name) or (parse(branch.baseline) if branch.baseline else None)
             if expr is None:
                 own[-1] = 1.0
@@ -791,7 +799,8 @@ class Surrogate:
 
     def expect(self, point: Tensor) -> None:
         """Add a proxy score that is yet to come, at its expectation."""
-        mean, _ = self.predict(point[None], late=0.0)
+        early = torch.zeros(1, dtype=torch.float64)
+        mean = self.covariance(self.compare(point[None], self.points)[..., self.index], early, self.late) @ self.weights
         self.points = torch.cat([self.points, point[None]])
         self.index = torch.cat([self.index, torch.tensor([len(self.points) - 1])])
         self.late = torch.cat([self.late, torch.zeros(1, dtype=torch.float64)])
@@ -1017,7 +1026,8 @@ class State:
     table: float = math.inf  # the first seed of the closing table
     leaders: int = 0  # converged trainings in the middle of the search
     broken: int = 0  # lines of the journal that could not be read
-    elapsed: float = 0.0  # seconds of searching
+    elapsed: float = 0.0  # seconds
+    searched: float = 0.0  # of these before the closing round
 
     @property
     def evaluated(self) -> int:
@@ -1074,6 +1084,8 @@ class State:
         else:
             self.absorb_evaluation(record)
         self.elapsed = max(self.elapsed, record["elapsed"])
+        if kind != "retrained" or record["leader"]:
+            self.searched = max(self.searched, record["elapsed"])
 
     def absorb_evaluation(self, record: dict) -> None:
         losses, score, tried = self.task.read_losses(record["losses"]), record["score"], record["tried"]
@@ -1083,6 +1095,8 @@ class State:
 
         if turn in self.turns.setdefault(worker, set()):  # a copy of a line
             return
+        if self.sampler:
+            self.sampler.learn(record)
         self.turns[worker].add(turn)
         self.counts.update(tried["counts"])
         self.counts["invalid"] += score is None
@@ -1096,8 +1110,6 @@ class State:
         text = losses_text(losses)
         self.results.setdefault(text, Result(text, losses, identity, score, gain, not record["trial"]))
         self.programs.update(record["programs"])
-        if self.sampler:
-            self.sampler.learn(record)
 
     def chosen_by(self, text: str) -> dict[int, dict | None]:
         """Its converged trainings by seed, but for those of the closing table: nothing is ever selected by them."""
@@ -1185,9 +1197,10 @@ def propose(task: Task, state: State, rng: random.Random, parent: Member | None,
 # Several branches
 #
 # Candidates of random trees are hardly ever good in all branches. So the first TRIALS candidates have a tree for one
-# branch alone and the baseline's loss for the others, always in the branch that has fared worst; the next few are put
-# together from the winners of all branches. From then on a child differs from its parent in one branch, which is
-# mutated, drawn afresh, or taken from the winner of another tournament [D].
+# branch alone and the baseline's loss for the others, always in the branch that has fared worst: a fresh tree, or one
+# mutated from an earlier trial, the likelier the better that was. The next few are put together: first of the best
+# trials of all branches, then of winners of tournaments. From then on a child differs from its parent in one branch,
+# which is mutated, drawn afresh, or taken from the winner of another tournament [D].
 
 TRIALS = 30
 ASSEMBLED = 5
@@ -1201,8 +1214,12 @@ def propose_several(task: Task, state: State, rng: random.Random, parent: Member
         return whole_fresh(task, state, rng, tried)
     if state.evaluated < TRIALS:
         name = min(branches, key=lambda branch: best_trial(state, branch))
-        expr = method.fresh(state, rng, name, branches[name])
-        return Child({name: expr}, None, [state.tree(name, expr)], more={"trial": True})
+        parent = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
+        if parent and rng.random() < min(0.5, parent.score / (state.baseline or 1.0)):
+            expr = method.mutate(state, rng, name, branches[name], parent.losses[name])
+        else:
+            parent, expr = None, method.fresh(state, rng, name, branches[name])
+        return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)], more={"trial": True})
     if state.evaluated < TRIALS + ASSEMBLED:
         parent = None
     winners = {name: parent or select_parent(state, rng, [name], TOURNAMENT_SEVERAL) for name in branches}
@@ -1233,6 +1250,17 @@ def whole_fresh(task: Task, state: State, rng: random.Random, tried: Tried) -> C
         tried.passed(state, tree)
         losses[name] = expr
     return Child(losses)
+
+
+def best_trials_together(task: Task, state: State) -> Child | None:
+    """The best trials of all branches as one candidate, the first whole one; None before and after its turn."""
+    whole = any(result.whole for result in state.results.values())
+    if whole or not state.method.mutate or state.evaluated < TRIALS:
+        return None
+    parts = best_parts(state)
+    child = Child({name: parts[name] for name in task.branches if name in parts})
+    child.identity = state.identity(child)
+    return child if len(child.losses) == len(task.branches) else None
 
 
 def best_trial(state: State, branch: str) -> float:
@@ -1277,7 +1305,7 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
     found = worker.agree("found", state, lambda: found)
     picture = draw_gradients(task, found) if found else None
     if picture:
-        make_once(worker.directory / "gradients.png", lambda part: part.write_bytes(picture))
+        write_atomically(worker.directory / "gradients.png", picture)
     table = [(task.baseline, "baseline"), *([(found, "found")] if found else [])]
     for k in range(args.seeds):
         pictures = [worker.directory / f"{name}.png" if k == 0 else None for _, name in table]
@@ -1445,9 +1473,9 @@ def uncollected():
         gc.enable()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 
 
@@ -1471,6 +1499,30 @@ def write_once(path: Path, text: str) -> str:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning about the data; of several workers the first one says it."""
+    if speaks():
+        warn(message)
+
+
+@functools.cache
+def note(text: str) -> None:
+    """A line about the data, once; of several workers the first one says it."""
+    if speaks():
+        print(text, flush=True)
+
+
+def warn_of_shared(pictures: dict[str, list[Path]]) -> None:
+    """Warn of pictures by which a loss is trained, or chosen, and tested."""
+    for split, others in (("test", ("train", "val")), ("val", ("train",))):
+        known = {path for other in others for path in pictures.get(other, ())}
+        if shared := [path for path in pictures.get(split, ()) if path in known]:
+            warn_once(
+                f"{len(shared)} {split} pictures (first: {shared[0]}) are in another split, too; it tests nothing"
+            )
 
 
 def read_records(path: Path, start: int = 0) -> tuple[list[dict], int]:
@@ -1503,18 +1555,20 @@ class Journal:
         """Fold what is new into the state; the records. What cannot be read is skipped with a warning and counted."""
         if STOPPED:
             raise KeyboardInterrupt(STOPPED[0])
-        heard = []
+        heard, news, broken = [], [], Counter()
         for path in sorted(self.directory.glob("journal-*.jsonl")):
             records, self.read[path] = read_records(path, self.read.get(path, 0))
-            known = state.broken
-            for record in records:
-                try:
-                    state.absorb(record)
-                    heard.append(record)
-                except ValueError:
-                    state.broken += 1
-            if state.broken > known:
-                warn(f"{path}: {state.broken - known} broken lines were skipped")
+            times = itertools.accumulate((is_a(r.get("elapsed"), float) and r["elapsed"] or 0.0 for r in records), max)
+            news += [(moment, path, record) for moment, record in zip(times, records)]
+        for _, path, record in sorted(news, key=lambda new: new[0]):  # as they came, also when all are read at once
+            try:
+                state.absorb(record)
+                heard.append(record)
+            except ValueError:
+                state.broken += 1
+                broken[path] += 1
+        for path, number in broken.items():
+            warn(f"{path}: {number} broken lines were skipped")
         return heard
 
 
@@ -1576,7 +1630,7 @@ class Worker(Journal):
 
     @property
     def elapsed(self) -> float:
-        """Seconds of this run, also those before a resume."""
+        """Seconds of this run, also those of searching before a resume."""
         return self.earlier + time.time() - self.start
 
     def hear(self, state: State) -> list[dict]:
@@ -1618,13 +1672,11 @@ class Worker(Journal):
         path = self.room / f"claim-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
         holder = write_once(path, self.life)
         if holder != self.life and holder not in self.others():
-            dead = path.with_name(f"{path.name}.{self.life}")
-            try:
-                path.rename(dead)  # of several that take over one succeeds
-            except FileNotFoundError:
-                return False
-            dead.unlink()
-            holder = write_once(path, self.life)
+            with (self.room / "claims.lock").open("a") as lock:  # of several that take over the first succeeds
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if path.read_text(encoding="utf-8", errors="replace") == holder:
+                    write_atomically(path, self.life)
+                holder = path.read_text(encoding="utf-8", errors="replace")
         return holder == self.life
 
     def agree(self, name: str, state: State, make: Callable):
@@ -1724,8 +1776,8 @@ class Reporter:
         n, best, gates = self.told, state.best(), state.gate_counts()
         seconds = time.time() - self.start
         rate = (state.explored - self.explored_earlier) / max(1e-9, seconds)
-        share = max(n / args.evals, state.elapsed / (60 * args.minutes))
-        left = max(0, int(state.elapsed * (1 / max(share, 1e-9) - 1)))
+        share = max(n / args.evals, state.searched / (60 * args.minutes))
+        left = max(0, int(state.searched * (1 / max(share, 1e-9) - 1)))
         top = max((r.score for r in state.results.values() if r.score is not None and r.whole), default=None)
         improved = best is not None and (self.best is None or best.text != self.best.text)
         self.best = best
@@ -1868,8 +1920,9 @@ class Reporter:
             number = len(state.chosen_by(text))
             print(f">>>>  {'':7} {shown(state.converged(text)):>10} {number:>6}  {text}  (in short)")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
-        show_table(named, task.metrics, args.metric, ahead, "" if task.converged else ", not converged")
-        print("\n" + verdict_in_words(task, args.metric, ahead))
+        show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.converged else ", not converged")
+        invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
+        print("\n" + verdict_in_words(task, args.metric, ahead, invalid))
         print(f"explored {state.explored:,} losses, trained {state.evaluated}; everything is in {self.directory}")
         if losses:
             print(f"take the found loss with you: {self.directory / 'best_loss.py'}")
@@ -1954,14 +2007,16 @@ def paired_difference(runs: dict[str, list], metric: str) -> list[float | None]:
     return [mean, deviation / math.sqrt(len(gaps)) if len(gaps) > 1 else None]
 
 
-def verdict_in_words(task: Task, metric: str, ahead: dict) -> str:
-    """What the table says of the searched metric, in a sentence."""
+def verdict_in_words(task: Task, metric: str, ahead: dict, invalid: int = 0) -> str:
+    """What the table says of the searched metric, in a sentence; `invalid` of the found loss's trainings became so."""
     if not ahead:
         return "no valid loss was found; give the search more --minutes or --evals"
     if not ahead[metric]:
         return f"a loss was found, but with no seed both it and {task.baseline} stayed valid"
     mean, error = ahead[metric]
     size = f"{metric} {difference_text(mean, error)}"
+    if invalid:
+        return f"a loss was found, but {invalid} of its trainings became invalid; in the others {size}"
     if mean <= 0:
         return f"nothing better than {task.baseline} was found: {size}"
     unsure = error is None or mean <= 2 * error
@@ -1982,6 +2037,9 @@ def main(args, make_task: Callable[..., Task]) -> None:
     """What every script does with its arguments: search, or train losses by name."""
     torch.set_num_threads(1)  # a second thread of one process gains less than a second process
     cv2.setNumThreads(1)
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # of palettes, sizes and tags in pictures that it reads all the same
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -1998,12 +2056,15 @@ def main(args, make_task: Callable[..., Task]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        fail(f"--device {args.device}: out of memory ({error!s:.80}); take a smaller batch, window or network")
+        fail(
+            f"--device {args.device}: out of memory ({error!s:.80}); take a smaller batch, window or network",
+            everyone=True,
+        )
     except OSError as error:  # no right to write, no space, a folder that has gone
         if error.filename is None or error.strerror is None:
             raise
         cure = "mend it and go on with --resume, or choose other folders by --data-root and --runs"
-        fail(f"{error.filename}: {error.strerror}; {cure}")
+        fail(f"{error.filename}: {error.strerror}; {cure}", everyone=True)
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 
@@ -2094,7 +2155,7 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         task.load()
         task.prepare(directory / "base.pt")
         worker.hear(state)
-        worker.earlier = state.elapsed
+        worker.earlier, worker.start = state.searched, time.time()
         if state.baseline is None and worker.claim("baseline"):
             try:
                 score = task.train(task.baseline)
@@ -2191,9 +2252,9 @@ def speaks() -> bool:
     return not several or os.environ.get("RANK", "0") == "0"
 
 
-def fail(message: str):
-    """End the program because of what the user gave it, in one line; of several workers the first one says why."""
-    if speaks():
+def fail(message: str, everyone: bool = False):
+    """End the program because of what the user gave it, in one line; what concerns all workers the first one says."""
+    if everyone or speaks():
         line = "".join(character if character.isprintable() else " " for character in message)
         print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
@@ -2384,39 +2445,31 @@ def settle_device_and_workers(args) -> None:
 
 
 def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object]:
-    """The losses that a finished run has found; of an unfinished one the best so far."""
-    result, journals = directory / "result.json", sorted(directory.glob("journal-*.jsonl"))
-    for path in (directory / "args.json", result):
+    """The losses that a finished run has found; of an unfinished one the best so far, see `State.best`."""
+    result, about = directory / "result.json", directory / "args.json"
+    for path in (about, result):
         made_by = read_json(path, {"task": str}, "mend it or remove it")["task"] if path.is_file() else task.name
         if made_by != task.name:
             fail(f"{flag} {directory}: a run of search_{made_by:.20}.py, not of search_{task.name}.py")
     if result.is_file():
-        content = read_json(result, RESULT, "remove it: then the best loss of the journal counts")
-        found = [(0.0, content["losses"])] if content["losses"] else []
-    elif journals:
+        losses = read_json(result, RESULT, "remove it: then the best loss of the journal counts")["losses"]
+    elif about.is_file():
+        known = read_json(about, {"arguments": {"metric": str, "seed": int}}, "mend it")["arguments"]
+        state = State(task, METHODS["evolve"], known["metric"], table=known["seed"] + TABLE_SEEDS)
         try:
-            found = [pair for path in journals for pair in scored_losses(path)]
+            Journal(directory).hear(state)
         except OSError as error:
             fail(f"{flag} {directory}: {error.filename}: {error.strerror}")
+        best = state.best()
+        losses = texts(best.losses) if best else {}
     else:
-        fail(f"{flag} {directory}: not a run directory (neither result.json nor journal-0.jsonl in it)")
-    if not found:
+        fail(f"{flag} {directory}: not a run directory (neither result.json nor args.json in it)")
+    if not losses:
         fail(f"{flag} {directory}: that run has found no valid loss")
     try:
-        return task.read_losses(max(found, key=lambda pair: pair[0])[1])
+        return task.read_losses(losses)
     except ValueError as error:
         fail(f"{flag} {directory}: {error}")
-
-
-def scored_losses(path: Path) -> list[tuple[float, dict[str, str]]]:
-    """The valid whole candidates of a journal with their scores."""
-    found = []
-    for record in read_records(path)[0]:
-        with contextlib.suppress(ValueError):  # not an evaluation, or broken
-            checked(record := UNSAID | record, RECORDS["losses"])
-            if record["score"] is not None and not record["trial"]:
-                found.append((record["score"], record["losses"]))
-    return found
 
 
 # Flags that may change when a run goes on. Its data may have moved.
@@ -2469,9 +2522,9 @@ def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
     """The names of the arguments that stand on the command line."""
     bare = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     for action in parser._actions:
-        switch = {"action": "store_true"} if action.nargs == 0 else {}
+        shape = {"action": "store_true"} if action.nargs == 0 else {"nargs": action.nargs}
         if action.dest != "help":
-            bare.add_argument(*action.option_strings, dest=action.dest, **switch)
+            bare.add_argument(*action.option_strings, dest=action.dest, **shape)
     return set(vars(bare.parse_known_args(argv)[0]))
 
 
@@ -2535,6 +2588,10 @@ def compare(args, task: Task) -> None:
     if world > 1:
         dist.broadcast_object_list(shared)
     (directory,) = shared
+    formulas, path = {name: losses_name(losses) for name, losses in args.wanted.items()}, directory / "losses.json"
+    write_once(path, json.dumps(formulas, indent=1))
+    if changed := formulas.items() - read_json(path, {str: str}, "remove it").items():
+        fail(f"--loss or --compare {min(changed)[0]}: another loss by now than when this run began; begin a new one")
     done = {(line["loss"], line["seed"]): line for line in finished_lines(directory, task.metrics)}
     seeds = range(args.seed, args.seed + args.seeds)
     try:
@@ -2562,14 +2619,18 @@ def compare(args, task: Task) -> None:
     if args.compare:
         show_losses(test, task.metrics, args.seeds)
     else:
-        show_table({name if len(name) < 17 else "loss": test[name] for name in test}, task.metrics, args.metric, {}, "")
+        columns = {name if len(name) < 17 else "loss": test[name] for name in test}
+        show_table(columns, task.metrics, args.metric, args.seeds)
         print(f"\nthe trained networks are in {directory}")
 
 
 def finished_lines(directory: Path, metrics: tuple[str, ...]) -> list[dict]:
     """The trainings that `compare` has behind it; what cannot be read is skipped with a warning, and trained again."""
     path, lines = directory / "retrain.jsonl", []
-    records = read_records(path)[0] if path.exists() else []
+    records, whole = read_records(path) if path.exists() else ([], 0)
+    if path.exists() and whole < path.stat().st_size and rank_and_world()[0] == 0:
+        warn(f"{path}: the last line is torn and was skipped")
+        os.truncate(path, whole)
     for record in records:
         with contextlib.suppress(ValueError):
             scores = checked(record, TRAINING)["scores"]
@@ -2617,17 +2678,26 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} +- {spread:.{digits}f}"
 
 
-def show_table(test: dict, metrics: tuple[str, ...], chosen: str | None, ahead: dict, note: str) -> None:
+def show_table(
+    test: dict, metrics: tuple[str, ...], chosen: str, seeds: int, ahead: dict | None = None, note: str = ""
+) -> None:
     """One column per loss, one row per metric, and the paired difference; the metric searched for is marked."""
-    number = max((len(values) for column in test.values() for values in column.values()), default=0)
-    print(f"\ntest split, mean and spread over {number} fresh seed{'s' * (number != 1)}{note}")
+    print(f"\ntest split, mean and spread over {seeds} fresh seed{'s' * (seeds != 1)}{note}")
     print(" " * 16 + "".join(f"{name:>18}" for name in test) + f"{'difference (standard error)':>30}" * bool(ahead))
     for metric in metrics:
         mark = ">>>>" if metric == chosen else "    "
         cells = "".join(f"{mean_and_spread(column[metric]):>18}" for column in test.values())
-        if ahead.get(metric):
+        if ahead and ahead[metric]:
             cells += f"{difference_text(*ahead[metric]):>30}"
         print(f"{mark}  {metric:<10}{cells}")
+    show_invalid(test, seeds)
+
+
+def show_invalid(test: dict, seeds: int) -> None:
+    """Of which losses some trainings are missing in the means."""
+    for name, scores in test.items():
+        if missing := seeds - min(map(len, scores.values())):
+            print(f"{name}: {missing} of {seeds} trainings became invalid; the others count")
 
 
 def show_losses(test: dict, metrics: tuple[str, ...], seeds: int) -> None:
@@ -2637,6 +2707,7 @@ def show_losses(test: dict, metrics: tuple[str, ...], seeds: int) -> None:
     for name, scores in test.items():
         cells = [mean_and_spread([100 * v for v in scores[metric]], 1) for metric in metrics]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    show_invalid(test, seeds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -369,7 +369,7 @@ def softmax_leaves(
     logits: (N, C), (N, C, L), a line, or (N, C, H, W); any (N, C, ...) where nothing `pools`. label: the shape of the
     logits without C, integers 0..C-1 or `ignore_index`, which may be any. Raises ValueError for other shapes.
 
-    An ignored position carries class 0 below its mask: as regular as any other, so that no operator overflows there.
+    An ignored position carries class 0 and equal probabilities below its mask, so that no operator overflows there.
     """
     shape = logits.shape
     if pools and len(shape) > 4:
@@ -384,6 +384,7 @@ def softmax_leaves(
     N, C, H, W = (*logits.shape, 1, 1)[:4]
     logits, label = wide(logits).reshape(N, C, H, W).contiguous(), label.long().reshape(N, 1, H, W)
     mask = label != ignore_index
+    logits = torch.where(mask, logits, 0.0)
     y = torch.zeros_like(logits).scatter_(1, label * mask, 1.0)
     return {"y": y, "p": logits.softmax(1)}, mask
 
@@ -489,13 +490,13 @@ def uniform(expr: Expr, mean: str | None) -> bool:
 
 
 def constant(expr: Expr) -> float | None:
-    """The value of a tree over `1` alone, in float64; None if it has any other leaf."""
-    return value_of_constant(expr) if uniform(expr, None) else None
+    """The value of a tree over `1` alone; None if it has any other leaf. It is 0 only where it is in any precision."""
+    return value_of_constant(expr) or value_of_constant(expr, torch.float32) if uniform(expr, None) else None
 
 
 @lru_cache(maxsize=1 << 12)
-def value_of_constant(expr: Expr) -> float:
-    args = [torch.full((1, 1, 1, 1), value_of_constant(arg), dtype=torch.float64) for arg in expr.args]
+def value_of_constant(expr: Expr, dtype: torch.dtype = torch.float64) -> float:
+    args = [torch.full((1, 1, 1, 1), value_of_constant(arg, dtype), dtype=dtype) for arg in expr.args]
     return apply(expr.op, args, None).item() if args else 1.0
 
 
@@ -531,7 +532,7 @@ def combine(op: str, *args: Expr) -> Expr:
     x, z = args[0], args[-1]
     if uniform(x, None) and uniform(z, None):
         value = value_of_constant(Expr(op, args))
-        if value in (0.0, 1.0, -1.0):
+        if value in (0.0, 1.0, -1.0) and value == value_of_constant(Expr(op, args), torch.float32):
             return {0.0: ZERO, 1.0: ONE, -1.0: Expr("Neg", (ONE,))}[value]
 
     minus = x.op == "Neg", z.op == "Neg"

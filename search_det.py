@@ -31,6 +31,7 @@ import os
 import re
 import sys
 import tempfile
+import unicodedata
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,7 +57,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 
 import evolve
 from data import shapes
-from evolve import Branch, DataError, InvalidLoss, fail
+from evolve import Branch, DataError, InvalidLoss, fail, note, warn_once
 from loss_ops import Expr, evaluate, parse, python_module, softmax_leaves, sources, wide
 
 METRICS = {
@@ -231,9 +232,9 @@ def load_coco(path: Path | str):
     except OSError as error:
         raise DataError(f"{path}: {'cannot be read' if Path(path).exists() else 'not found'}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file in that encoding") from error
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; unpack it, or save it in UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a json file; fetch or export it again ({error})") from error
+        raise DataError(f"{path}: not a json file; unpack it, or fetch or export it again ({error})") from error
 
 
 def identity(value) -> int | str | None:
@@ -267,7 +268,9 @@ class EmptyObject(Exception):
 def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
     """Name, height and width of a picture; the sides are None where neither the file nor the picture tells them."""
     name = entry.get("file_name")
-    if not scoring and not (isinstance(name, str) and name.strip() and name.isprintable()):
+    if not scoring and not (
+        isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
+    ):
         raise DataError(f"its 'file_name' is {name!r:.40}; give the name of a picture")
     name = None if scoring else name.replace("\\", "/")  # as Windows writes it
     sides = [entry.get("height") or None, entry.get("width") or None]
@@ -309,6 +312,21 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
         if size and not within_reach((x, y, x + w, y + h), size):
             raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
     return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
+
+
+def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
+    """Warn of boxes that reach out of their pictures; DataError where all seem to be no x y width height in pixels."""
+    boxes = np.array([entry["bbox"] for entry in annotations])  # (N, 4)
+    limits = np.array([(sizes[entry["image_id"]] or (math.inf, math.inf))[::-1] for entry in annotations])  # (N, 2)
+    (start, side), first = np.split(boxes, 2, 1), boxes[0].tolist()
+    if boxes.max() <= 1:
+        raise DataError(f"{path}: all boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
+    out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
+    if len(boxes) > 3 and out.mean() > 0.25 and ((0 <= start) & (start < side) & (side <= limits)).all():
+        raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
+    if out.any():
+        entry = annotations[out.argmax()]
+        warn_once(f"{path}: {out.sum()} boxes reach out of their pictures (first: annotation {entry['id']!r:.40})")
 
 
 def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
@@ -374,9 +392,11 @@ def check_coco(
                     raise DataError(f"{path}: {shown(k, entry)}: {problem}; {advice}") from None
                 reason, about = "empty annotations", f": {problem}"
         left_out.setdefault(reason, []).append(shown(k, entry) + about)
+    if annotations and not scoring:
+        check_boxes(path, annotations, sizes)
     if left_out:
         reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
-        warn(f"{path}: left out {', '.join(reasons)}")
+        warn_once(f"{path}: left out {', '.join(reasons)}")
     if not annotations and not scoring:
         raise DataError(f"{path}: no annotations to learn from")
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
@@ -407,13 +427,6 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
     if not found:
         raise DataError(f"{path}: its list of {kind!r} is empty")
     return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """Said once, though a file may hold two splits, and by the first worker alone."""
-    if evolve.speaks():
-        evolve.warn(message)
 
 
 def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False) -> dict:
@@ -550,12 +563,13 @@ def read_split(
     if not listed:
         raise DataError(f"{path}: too few pictures; give two or more, every eighth is held out")
     truth = read_objects({**coco, "images": listed}, masks)
+    all_count = torch.ones_like(truth.objects.counts)  # also an object of id 0, which pycocotools takes for none
+    truth = truth._replace(objects=truth.objects._replace(counts=all_count))
     if truth.objects.crowd.all():
         raise DataError(f"{path}: no object in the {len(listed)} of its {len(coco['images'])} pictures for this split")
     original = torch.tensor(truth.sizes)  # (M, 2)
     sizes = (original * (largest / original.amax(1, keepdim=True)).clamp(max=1)).round().long().clamp(min=1)
-    paths = [source.folder / image["file_name"] for image in listed]
-    check_files(paths)
+    paths = found_files(source.folder, [image["file_name"] for image in listed])
 
     def read_images(numbers: list[int]) -> list[Tensor]:
         found = read_pictures([paths[k] for k in numbers], [truth.sizes[k] for k in numbers], device)
@@ -594,12 +608,24 @@ def read_split(
     return Split(images, *rest, bits.to(device) if isinstance(bits, Tensor) else bits, truth)
 
 
-def check_files(paths: list[Path]) -> None:
-    """DataError naming the first picture that is not there."""
-    there = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
-    for path in paths:
-        if path.name not in there.get(path.parent, ()):
-            raise DataError(f"{path}: not found")
+def found_files(folder: Path, names: list[str]) -> list[Path]:
+    """The pictures of these names, accents written in any way; DataError naming the first that is not there."""
+    found, there = [], {}
+    for path in (folder / name for name in names):
+        if path.parent not in there:
+            listed = os.listdir(path.parent) if path.parent.is_dir() else ()
+            there[path.parent] = {plain_name(name): path.parent / name for name in listed}
+        if plain_name(path.name) not in there[path.parent]:
+            raise DataError(f"{path}: not found; the annotations name it, names count from {folder}")
+        found.append(there[path.parent][plain_name(path.name)])
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A file's name so that it can be compared: in any locale, and with accents written in any way."""
+    if name.isascii():
+        return name
+    return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def frames_of(codes: list[dict], number: Tensor) -> tuple[Tensor, list[int]]:
@@ -893,10 +919,13 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's 
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
+UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
+
+
 def unreadable(path: Path) -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
+    return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
 
 
 def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
@@ -941,13 +970,6 @@ def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
         pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
         return pixels[0].round().clamp(0, 255).to(torch.uint8)
     return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
-
-
-@functools.cache  # each one once
-def note(text: str) -> None:
-    """A line about the data; of several workers the first one says it."""
-    if evolve.speaks():
-        print(text, flush=True)
 
 
 def fingerprint(kind: str, paths: Iterable[Path]) -> str:
@@ -1966,7 +1988,7 @@ def mask_score(logits: Tensor, target: Tensor) -> Tensor:
 class DetTask(evolve.Task):
     """What evolve.py needs to know of detection."""
 
-    name, baseline = "det", BASELINE
+    name, baseline, metrics = "det", BASELINE, METRICS["bbox"]
     symbols = {branch: symbols for branch, (symbols, _) in BRANCHES.items()}
     export = staticmethod(export)
 
@@ -2001,19 +2023,27 @@ class DetTask(evolve.Task):
     def read_data(self) -> dict[str, Split]:
         """The three splits of `list_data`, ready for use."""
         sources, largest = list_data(self.args), max(self.proxy.size, self.retraining.size)
-        splits, left, read = {}, self.args.memory * 2**30, None
+        splits, left, read, names, files = {}, self.args.memory * 2**30, None, {}, {}
         for name, source in sources.items():
             if read != source.annotations:  # train and val mostly share one file
                 coco, read = check_source(source, self.masks, self.args.skip_empty), source.annotations
+                own = {category["id"]: category.get("name") for category in coco["categories"]}
+                names = names or own
+                if changed := [number for number in {**names, **own} if names.get(number) != own.get(number)]:
+                    here, there = own.get(changed[0]), names.get(changed[0])
+                    raise DataError(
+                        f"{read}: category {changed[0]!r} is {here!r:.40}, in the training split {there!r:.40}; give "
+                        "both the same categories"
+                    )
+            chosen = [image["file_name"] for k, image in enumerate(coco["images"]) if source.keep(k)]
+            files[name] = [source.folder.resolve() / file for file in chosen]
             more = largest, self.masks, self.args.skip_empty, left, self.device, coco
             splits[name] = split = read_split(source, *more)
             left -= split.images.nbytes + split.bits.nbytes
             if split.images.nbytes == 0:
                 number = len(split.images)
                 note(f"{name}: {number:,} pictures do not fit --memory {self.args.memory:.3g}; decoded batch by batch")
-        for name, split in splits.items():
-            if split.truth.categories != splits["train"].truth.categories:
-                raise DataError(f"{sources[name].annotations}: its categories are not those of the training split")
+        evolve.warn_of_shared(files)
         return splits
 
     def network(self, plan: Schedule, seed: int) -> Detector:

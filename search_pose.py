@@ -30,6 +30,7 @@ import os
 import re
 import sys
 import tempfile
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,7 +48,7 @@ from torch import Tensor, nn
 
 import evolve
 from data import shapes
-from evolve import Branch, DataError, InvalidLoss, fail
+from evolve import Branch, DataError, InvalidLoss, fail, note, warn_once
 from loss_ops import Expr, evaluate, python_source, sources, wide
 
 METRICS = ("ap", "ap50", "ap75", "ar", "pck")
@@ -181,9 +182,9 @@ def load_coco(path: Path | str):
     except OSError as error:
         raise DataError(f"{path}: {'cannot be read' if Path(path).exists() else 'not found'}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file in that encoding") from error
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; unpack it, or save it in UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a json file; fetch or export it again ({error})") from error
+        raise DataError(f"{path}: not a json file; unpack it, or fetch or export it again ({error})") from error
 
 
 def identity(value) -> int | str | None:
@@ -217,7 +218,9 @@ class EmptyObject(Exception):
 def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
     """Name, height and width of a picture; the sides are None where neither the file nor the picture tells them."""
     name = entry.get("file_name")
-    if not scoring and not (isinstance(name, str) and name.strip() and name.isprintable()):
+    if not scoring and not (
+        isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
+    ):
         raise DataError(f"its 'file_name' is {name!r:.40}; give the name of a picture")
     name = None if scoring else name.replace("\\", "/")  # as Windows writes it
     sides = [entry.get("height") or None, entry.get("width") or None]
@@ -259,6 +262,21 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
         if size and not within_reach((x, y, x + w, y + h), size):
             raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
     return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
+
+
+def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
+    """Warn of boxes that reach out of their pictures; DataError where all seem to be no x y width height in pixels."""
+    boxes = np.array([entry["bbox"] for entry in annotations])  # (N, 4)
+    limits = np.array([(sizes[entry["image_id"]] or (math.inf, math.inf))[::-1] for entry in annotations])  # (N, 2)
+    (start, side), first = np.split(boxes, 2, 1), boxes[0].tolist()
+    if boxes.max() <= 1:
+        raise DataError(f"{path}: all boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
+    out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
+    if len(boxes) > 3 and out.mean() > 0.25 and ((0 <= start) & (start < side) & (side <= limits)).all():
+        raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
+    if out.any():
+        entry = annotations[out.argmax()]
+        warn_once(f"{path}: {out.sum()} boxes reach out of their pictures (first: annotation {entry['id']!r:.40})")
 
 
 def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
@@ -324,9 +342,11 @@ def check_coco(
                     raise DataError(f"{path}: {shown(k, entry)}: {problem}; {advice}") from None
                 reason, about = "empty annotations", f": {problem}"
         left_out.setdefault(reason, []).append(shown(k, entry) + about)
+    if annotations and not scoring:
+        check_boxes(path, annotations, sizes)
     if left_out:
         reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
-        warn(f"{path}: left out {', '.join(reasons)}")
+        warn_once(f"{path}: left out {', '.join(reasons)}")
     if not annotations and not scoring:
         raise DataError(f"{path}: no annotations to learn from")
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
@@ -357,13 +377,6 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
     if not found:
         raise DataError(f"{path}: its list of {kind!r} is empty")
     return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """Said once, though a file may hold two splits, and by the first worker alone."""
-    if evolve.speaks():
-        evolve.warn(message)
 
 
 def check_joints(entry: dict, size: tuple[int, int] | None, joints: int, scoring: bool = False) -> dict:
@@ -472,24 +485,28 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
 @evolve.uncollected()
 def read_data(args) -> tuple[dict[str, Split], Skeleton]:
     """The three splits of `list_data`, ready for use, and what their joints are."""
-    data, skeletons, left, read = {}, [], args.memory * 2**30, None
+    data, skeletons, left, read, files = {}, [], args.memory * 2**30, None, {}
     for name, (path, folder, choose) in list_data(args).items():
         if read != path:  # train and val mostly share one file
             whole, read = read_annotations(path, folder), path
         content = {**whole, "images": choose(whole["images"])}
+        files[name] = [folder.resolve() / picture["file_name"] for picture in content["images"]]
         skeletons.append(read_skeleton(content, args.sigmas))
         if skeletons[-1].names != skeletons[0].names:
             raise DataError(f"{path}: other joints than in the training split")
         if len(skeletons) == 1 and len(skeletons[0].names) > 1 and (skeletons[0].swap.diff() == 1).all():
-            warn(f"{path}: no joint is left or right by its name; mirrored pictures keep all joints as they are")
+            warn_once(f"{path}: no joint is left or right by its name; mirrored pictures keep all joints as they are")
         elif len(skeletons) == 1 and (alone := one_sided(skeletons[0])):
-            warn(f"{path}: {', '.join(alone)}: no joint is the other side; mirrored pictures keep them as they are")
+            warn_once(
+                f"{path}: {', '.join(alone)}: no joint is the other side; mirrored pictures keep them as they are"
+            )
         size = (args.crop, round(args.crop * args.aspect))
         data[name] = split = read_split(content, folder, *size, left, args.device)
         left -= split.images.nbytes
         if split.images.nbytes == 0:
             number = len(split.images)
             note(f"{name}: {number:,} persons do not fit --memory {args.memory:.3g}; decoded batch by batch")
+    evolve.warn_of_shared(files)
     names, limbs, *tensors = skeletons[0]
     return data, Skeleton(names, limbs, *(tensor.to(args.device) for tensor in tensors))
 
@@ -550,6 +567,7 @@ def read_split(
     if not content["images"]:
         raise DataError(f"{folder}: too few pictures; give two or more, every eighth is held out")
     persons, entries = read_persons(content)
+    persons = persons._replace(countable=torch.ones_like(persons.countable))  # and id 0, for COCO's API nobody
     pictures = {picture["id"]: picture for picture in content["images"]}
     chosen = [k for k in range(len(entries)) if not persons.ignored[k]]
     if not chosen:
@@ -560,9 +578,8 @@ def read_split(
     pixel = MARGIN * torch.maximum(w / width, h / height).clamp(min=1 / height)
     frames = torch.stack([x + (w - pixel * W) / 2, y + (h - pixel * H) / 2, pixel], 1)
     owners = [pictures[entries[k]["image_id"]] for k in chosen]
-    paths = [folder / picture["file_name"] for picture in owners]
     sizes = [(p["height"], p["width"]) if p.get("height") and p.get("width") else None for p in owners]
-    check_files(paths)
+    paths = found_files(folder, [picture["file_name"] for picture in owners])
 
     def read(numbers: list[int]) -> list[Tensor]:
         whole = dict(zip((paths[k] for k in numbers), numbers))  # the persons of one picture mostly stand together
@@ -589,12 +606,24 @@ def cut(picture: Image.Image, left: float, top: float, pixel: float, height: int
     return torch.from_numpy(np.array(window)).movedim(-1, 0)
 
 
-def check_files(paths: list[Path]) -> None:
-    """DataError naming the first picture that is not there."""
-    there = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
-    for path in paths:
-        if path.name not in there.get(path.parent, ()):
-            raise DataError(f"{path}: not found")
+def found_files(folder: Path, names: list[str]) -> list[Path]:
+    """The pictures of these names, accents written in any way; DataError naming the first that is not there."""
+    found, there = [], {}
+    for path in (folder / name for name in names):
+        if path.parent not in there:
+            listed = os.listdir(path.parent) if path.parent.is_dir() else ()
+            there[path.parent] = {plain_name(name): path.parent / name for name in listed}
+        if plain_name(path.name) not in there[path.parent]:
+            raise DataError(f"{path}: not found; the annotations name it, names count from {folder}")
+        found.append(there[path.parent][plain_name(path.name)])
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A file's name so that it can be compared: in any locale, and with accents written in any way."""
+    if name.isascii():
+        return name
+    return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def rows_of(part: "Tensor | Pictures", index: Tensor) -> Tensor:
@@ -833,10 +862,13 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's 
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
+UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
+
+
 def unreadable(path: Path) -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
+    return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
 
 
 def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
@@ -881,13 +913,6 @@ def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
         pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
         return pixels[0].round().clamp(0, 255).to(torch.uint8)
     return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
-
-
-@functools.cache  # each one once
-def note(text: str) -> None:
-    """A line about the data; of several workers the first one says it."""
-    if evolve.speaks():
-        print(text, flush=True)
 
 
 def fingerprint(kind: str, paths: Iterable[Path]) -> str:

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 import evolve
 from data import shapes
-from evolve import Branch, Child, DataError, InvalidLoss, fail
+from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn_once
 from loss_ops import Expr, evaluate, parse, python_source, softmax_leaves, sources, standalone, wide
 
 IGNORE = 255
@@ -264,7 +264,7 @@ def read_label(path: Path, meaning: Meaning) -> Tensor:
     found, place = np.unique(values, return_inverse=True) if coloured else small_unique(values)
     if coloured and not all(value in known for value in found.tolist()):
         red, green, blue = found >> 16, found >> 8 & 255, found & 255
-        if not ((red == green) & (green == blue)).all():
+        if meaning.palette or not ((red == green) & (green == blue)).all():
             value = next(value for value in found.tolist() if value not in known)
             colour = f"{value >> 16},{value >> 8 & 255},{value & 255}"
             raise DataError(f"{path}: RGB colour {colour} in a mask, which is no class; list it in labelmap.txt")
@@ -290,7 +290,7 @@ def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
         with opened(path) as picture:
             if blurs(picture, path):
                 raise DataError(f"{path}: a JPEG or the like, which blurs the classes of a mask; save masks as PNG")
-            if picture.mode in ("RGB", "RGBA") and "16" in str(picture.tile[0][-1]):
+            if picture.mode in ("RGB", "RGBA") and "16" in str(picture.tile):
                 raise DataError(f"{path}: RGB with 16 bits a channel; save masks with 8, or as grey values")
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
@@ -309,7 +309,7 @@ def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
 
 def blurs(picture: Image.Image, path: Path) -> bool:
     """Whether the picture is compressed with loss: JPEG, also inside of a TIFF, or lossy WebP."""
-    lossy_webp = picture.format == "WEBP" and b"VP8L" not in path.read_bytes()[:64]
+    lossy_webp = picture.format == "WEBP" and b"VP8L" not in path.read_bytes()
     return picture.format == "JPEG" or picture.info.get("compression") == "jpeg" or lossy_webp
 
 
@@ -332,9 +332,9 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
         return plain_meaning(number)._replace(colours={colour_number(224, 224, 192): IGNORE} | colours, palette=True)
     sample = masks if number == 2 else masks[:: math.ceil(len(masks) / 64)]
     kinds = [*threads().map(distinct_values, sample)]
-    if any(coloured for coloured, _ in kinds) and args.data == "folder":
+    if any(kind.coloured for kind in kinds) and args.data == "folder":
         return found_meaning(masks, number)
-    values = set(itertools.chain.from_iterable(found for coloured, found in kinds if not coloured))
+    values = set(itertools.chain.from_iterable(kind.shares for kind in kinds if not kind.coloured))
     most = max(values, default=0)  # 0 and 255, or 0 and 65535: a binary mask as many tools save it
     return (
         Meaning(2, {0: 0, most: 1}, {}) if number == 2 and values in ({0, 255}, {0, 65535}) else plain_meaning(number)
@@ -349,6 +349,8 @@ def read_classes(source: int | Path) -> tuple[int, list[int]]:
     if isinstance(source, int):
         return source, []
     lines = [line for line in read_lines(Path(source)) if not line.startswith("#")]
+    if wrong := [line for line in lines if re.match(r"[\[\]{}]|- |.*(?<!:)[:\[{]$|(?i:pixel value)", line)]:
+        raise DataError(f"{source}: '{wrong[0]:.40}' is no class; give one name a line, no JSON, YAML or other table")
     found = [re.fullmatch(r"(.+?)[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)\b.*", line) for line in lines]
     if None in found:
         if any(found):
@@ -375,22 +377,38 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
         note(
             f"looking for the classes in {len(masks):,} masks; --classes N spares the search in masks that are not RGB"
         )
-    values, colours = {}, {}  # and where they were first seen
-    for path, (coloured, found) in zip(masks, threads().map(distinct_values, masks)):
-        for value in found:
+    values, colours, looks = {}, {}, {}  # and where they were first seen
+    largest: dict[int, float] = {}  # share of the pixels of a mask
+    for path, (coloured, shares, palette) in zip(masks, threads().map(distinct_values, masks)):
+        for value, share in shares.items():
             (colours if coloured else values).setdefault(value, path)
+            largest[value] = max(share, largest.get(value, 0.0))
+            look = palette[3 * value : 3 * value + 3]
+            if look and looks.setdefault(value, (look, path))[0] != look:
+                raise DataError(
+                    f"{path}: value {value} is another colour in its palette than in {looks[value][1]}; save masks as "
+                    "RGB, give --classes a file with the colours, or --classes N if the values are the classes"
+                )
     if all(value >> 16 == value >> 8 & 255 == value & 255 for value in colours):  # grey masks saved as RGB
         values, colours = {value & 255: path for value, path in colours.items()} | values, {}
     if colours and values.keys() - {0}:
         one, other = next(iter(colours.values())), next(iter(values.values()))
         raise DataError(f"{one}: an RGB mask, and {other} is none; save all of them in one way")
     found = sorted(colours or values)
+    between = found[1:-1]
+    if (found[0], found[-1]) == (0, 255) and between and between != [*range(1, len(found) - 1)]:
+        if max(largest[value] for value in between) < 0.01:
+            raise DataError(
+                f"{values[between[0]]}: value {between[0]} at a few pixels between 0 and 255, as of soft edges; save "
+                "masks with two values or 0 .. N - 1, or say in labelmap.txt what is a class"
+            )
     ignored = {colour_number(224, 224, 192)} if colours else {255, 65535}  # VOC's borders
     ignored = ignored & set(found) if len(set(found) - ignored) > 1 else set()
     classes = {value: k for k, value in enumerate(value for value in found if value not in ignored)}
     if number not in (None, len(classes)) or not 1 < len(classes) < 256:
         raise DataError(
-            f"{masks[0].parent}: {len(classes)} colours or values in these masks, not {number or '2 to 255'}"
+            f"{masks[0].parent}: {len(classes)} colours or values in these masks, not {number or '2 to 255'}; say in "
+            "labelmap.txt what they mean"
         )
     shown = [f"{v >> 16},{v >> 8 & 255},{v & 255}" if colours else str(v) for v in classes]
     shown = " ".join(shown if len(shown) <= 30 else [*shown[:29], "..."])
@@ -400,10 +418,20 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     return Meaning(len(classes), {0: 0} if colours else meaning, meaning if colours else {})
 
 
-def distinct_values(path: Path) -> tuple[bool, list[int]]:
-    """Whether a mask has colours, and which or which values."""
+class Distinct(NamedTuple):
+    """What a mask is made of."""
+
+    coloured: bool
+    shares: dict[int, float]  # of the pixels, by value or colour
+    palette: list[int]  # red green blue red ... of value 0, 1, ..., as far as it has one
+
+
+def distinct_values(path: Path) -> Distinct:
     values, coloured = read_values(path)
-    return coloured, (np.unique(values) if coloured else small_unique(values)[0]).tolist()
+    found, number = np.unique(values, return_counts=True)
+    with Image.open(path) as picture:
+        palette = (picture.getpalette() if picture.mode == "P" else None) or []
+    return Distinct(coloured, dict(zip(found.tolist(), (number / values.size).tolist())), palette)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -416,7 +444,7 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: not a text in UTF-8; save it so") from None
 
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 def named_files(folder: Path) -> dict[str, Path]:
@@ -435,6 +463,8 @@ def named_files(folder: Path) -> dict[str, Path]:
 
 def plain_name(name: str) -> str:
     """A file's name so that it can be compared: in any locale, and with accents written in any way."""
+    if name.isascii():
+        return name
     return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
 
 
@@ -443,18 +473,22 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
     files: dict[Path, dict[str, Path]] = {}
 
     def find(text: str, folder: Path, endings: tuple[str, ...] = ("",)) -> Path | None:
+        text = text.replace("\\", "/")  # as Windows writes it
         for path in (root / text.lstrip("/"), folder / text):
             if path.suffix.lower() in IMAGES and path.is_file():
                 return path
-        path = folder / (text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text)
-        if path.parent not in files:
-            files[path.parent] = named_files(path.parent) if path.parent.is_dir() else {}
-        names = (plain_name(path.name + ending) for ending in endings)
-        return next((files[path.parent][name] for name in names if name in files[path.parent]), None)
+        text = text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text
+        for path in (folder / text, root / text.lstrip("/")):
+            if path.parent not in files:
+                files[path.parent] = named_files(path.parent) if path.parent.is_dir() else {}
+            names = (plain_name(path.name + ending) for ending in endings)
+            if found := next((files[path.parent][name] for name in names if name in files[path.parent]), None):
+                return found
+        return None
 
     pairs = []
     for line in read_lines(listing):
-        names, image = line.split(), find(line, images)
+        names, image = re.split(r"\s*[,\t]\s*" if re.search("[,\t]", line) else r"\s+", line), find(line, images)
         if image is None and len(names) == 2:
             image = find(names[0], images)
             if names[1] in ("-1", "0", "1"):  # in VOC's lists by class it says whether a picture has some of it
@@ -462,9 +496,9 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
         else:
             names = [line]
         if image is None:
-            raise DataError(
-                f"{images / names[0]}{'' if Path(names[0]).suffix else '.jpg'}: not found; {listing} has it"
-            )
+            missing = images / (names[0] if Path(names[0]).suffix else f"{names[0]}.jpg")
+            what = "no kind of picture that is read; save it as JPEG or PNG" if missing.exists() else "not found"
+            raise DataError(f"{missing}: {what}; {listing} has it")
         inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
         wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
         label = find(wanted, masks, MASK_ENDINGS)
@@ -474,7 +508,7 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
     if not pairs:
         raise DataError(f"{listing}: empty; it must list one image name per line")
     if double := len(pairs) - len(set(pairs)):
-        note(f"warning: {listing}: {double} of its pictures stand there more than once")
+        warn_once(f"{listing}: {double} of its pictures stand there more than once")
     return pairs
 
 
@@ -508,7 +542,11 @@ FOLDERS = (
     ("img_dir", "ann_dir"),
     ("JPEGImages", "SegmentationClass"),
 )
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLITS = {
+    "train": ("train", "training", "Train", "Training"),  # CVAT writes capitals
+    "val": ("val", "valid", "validation", "Val", "Valid", "Validation"),
+    "test": ("test", "testing", "Test", "Testing"),
+}
 MASK_ENDINGS = ("", "_mask", "_label", "_seg")  # what the name of a mask has more than its image's
 
 
@@ -540,7 +578,8 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
         ]
         if pairs or not whole:
             raise DataError(f"{root}: no training pictures; it must hold images and masks, and train.txt and val.txt")
-        pairs = {"train": paired(*whole[0])}
+        listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
+        pairs = {"train": listed_pairs(root, listing, *whole[0]) if listing.is_file() else paired(*whole[0])}
     if "test" not in pairs:
         pairs = {"train": [p for k, p in enumerate(pairs["train"]) if k % 8 != 7], "test": pairs["train"][7::8]}
         if not pairs["test"]:
@@ -561,6 +600,11 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if label is None:
             raise DataError(f"{path}: no mask of that name in {masks}")
         pairs.append((path, label))
+    used = {path for pair in pairs for path in pair}
+    for folder, why in ((images, "no pictures of a kind that is read"), (masks, "masks of no picture")):
+        rest = {path for path in folder.iterdir() if not re.match(r"\.|Thumbs\.db|desktop\.ini", path.name)} - used
+        if rest:
+            warn_once(f"{folder}: left out {len(rest):,} files or folders (first: {min(rest).name}), {why}")
     return pairs
 
 
@@ -588,9 +632,7 @@ def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
         pairs = {"train": cityscapes_pairs(root, "train"), "test": cityscapes_pairs(root, "val")}
     else:
         pairs = folder_pairs(root)
-    known = {*pairs["train"], *pairs.get("val", ())}
-    if shared := [image for image, label in pairs["test"] if (image, label) in known]:
-        note(f"warning: {len(shared)} test pictures (first: {shared[0]}) are in another split, too; it tests nothing")
+    evolve.warn_of_shared({split: [image for image, _ in chosen] for split, chosen in pairs.items()})
     if "val" not in pairs:
         if len(pairs["train"]) < 2:
             raise DataError(f"{pairs['train'][0][0]}: the only training picture; give two or more, one is held out")
@@ -625,7 +667,7 @@ def check_classes(split: Split, where: str) -> None:
             return
     if not classes:
         raise DataError(f"{where}: every pixel is 255, ignored; there is nothing to learn or to measure")
-    note(f"warning: {where}: only class {min(classes)} in all masks (255 is ignored; 0 and 255 need --data folder)")
+    warn_once(f"{where}: only class {min(classes)} in all masks (255 is ignored; 0 and 255 need --data folder)")
 
 
 def check_boundaries(split: Split, where: str, metric: str) -> None:
@@ -636,7 +678,7 @@ def check_boundaries(split: Split, where: str, metric: str) -> None:
             return
     if metric in ("biou", "bf1"):
         raise DataError(f"{where}: no mask has a boundary of a class other than 0; {metric} has nothing to measure")
-    note(f"warning: {where}: no mask has a boundary of a class other than 0; biou and bf1 count as 0")
+    warn_once(f"{where}: no mask has a boundary of a class other than 0; biou and bf1 count as 0")
 
 
 SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
@@ -870,10 +912,13 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's 
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
+UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
+
+
 def unreadable(path: Path) -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {'not a readable image, or cut off' if path.exists() else 'not found'}")
+    return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
 
 
 def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
@@ -918,13 +963,6 @@ def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
         pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
         return pixels[0].round().clamp(0, 255).to(torch.uint8)
     return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
-
-
-@functools.cache  # each one once
-def note(text: str) -> None:
-    """A line about the data; of several workers the first one says it."""
-    if evolve.speaks():
-        print(text, flush=True)
 
 
 def fingerprint(kind: str, paths: Iterable[Path]) -> str:
@@ -1904,7 +1942,8 @@ class AslSearch:
         return (1 - (1 - share).cumprod(1)).flatten()
 
     def learn(self, record: dict) -> None:
-        self.round.append(record)
+        numbers = [float] * len(self.mu)
+        self.round.append(evolve.checked(record, {"sample": numbers, "mu": numbers}))
         if len(self.round) == self.ROUND:
             self.update()
             self.round, self.rounds = [], self.rounds + 1

@@ -509,6 +509,7 @@ def read_folder(root, *argv):
 def test_any_folder_of_masks(tmp_path, layout, capsys):
     masks = [index_map() * (k + 1) for k in range(8)]  # values 0, 1, 2, 3 ...
     search_seg.note.cache_clear()
+    search_seg.warn_once.cache_clear()
     data = read_folder(write_folder(tmp_path, masks, layout, ("PNG", "png")))
     number = {name: len(split.images) for name, split in data.items()}
     assert number == ({"train": 6, "val": 1, "test": 1} if layout == "no splits" else {"train": 3, "val": 1, "test": 4})
@@ -538,6 +539,7 @@ def test_classes_are_found_in_masks(tmp_path, values, classes):
 
 def test_colours_are_found_in_masks(tmp_path, capsys):
     search_seg.note.cache_clear()
+    search_seg.warn_once.cache_clear()
     masks = [Image.fromarray(np.array([(0, 0, 0), (9, 9, 9), (200, 3, 4)], np.uint8)[index_map()])] * 5
     data = read_folder(write_folder(tmp_path, [*masks, np.zeros((20, 30), np.uint8)]))
     assert "3 classes found in 6 masks: 0,0,0 9,9,9 200,3,4\n" in capsys.readouterr().out
@@ -599,10 +601,11 @@ def test_more_classes_than_bits(tmp_path):
 
 def test_splits_without_a_boundary(tmp_path, capsys):
     search_seg.note.cache_clear()
+    search_seg.warn_once.cache_clear()
     flat = [np.full((20, 30), k, np.uint8) for k in (0, 1, 0)]
     root = write_folder(tmp_path, [*[index_map()] * 3, *flat])
     split = read_folder(root)["test"]
-    assert "test: no mask has a boundary of a class other than 0; biou and bf1 count as 0" in capsys.readouterr().out
+    assert "test: no mask has a boundary of a class other than 0; biou and bf1 count as 0" in capsys.readouterr().err
     net = search_seg.build_model("small", 3)
     scores = search_seg.test_network(net, split, 3, "cpu")
     assert scores["biou"] == scores["bf1"] == 0 and all(map(math.isfinite, scores.values()))
@@ -618,15 +621,17 @@ def test_one_class_teaches_nothing(tmp_path):
 
 def test_pictures_of_two_splits_are_named(tmp_path, capsys):
     search_seg.note.cache_clear()
+    search_seg.warn_once.cache_clear()
     root = write_folder(tmp_path, [index_map()] * 6)
     (root / "val.txt").write_text((root / "train.txt").read_text())
     read_folder(root)
-    assert "warning: 3 test pictures (first: " in capsys.readouterr().out
+    assert "warning: 3 test pictures (first: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["one", "binary in VOC", "none in train", "none in test"])
 def test_masks_without_classes(tmp_path, kind, capsys):
     search_seg.note.cache_clear()
+    search_seg.warn_once.cache_clear()
     masks = [index_map()] * 6
     if kind == "one":
         masks = [np.zeros((20, 30), np.uint8)] * 6
@@ -642,7 +647,7 @@ def test_masks_without_classes(tmp_path, kind, capsys):
             search_seg.read_data(args)
     else:
         search_seg.read_data(args)
-        assert "train: only class 0 in all masks (255 is ignored" in capsys.readouterr().out
+        assert "train: only class 0 in all masks (255 is ignored" in capsys.readouterr().err
 
 
 # Lists and folders
@@ -650,6 +655,7 @@ def test_masks_without_classes(tmp_path, kind, capsys):
 
 def test_lists_as_people_write_them(tmp_path, capsys):
     search_seg.note.cache_clear()
+    search_seg.warn_once.cache_clear()
     root = write_folder(tmp_path, [index_map()] * 6, "voc")
     (root / "JPEGImages/0.jpg").rename(root / "JPEGImages/0.JPEG")
     (root / "JPEGImages/1.jpg").rename(root / "JPEGImages/übung 1.jpg")
@@ -670,7 +676,7 @@ def test_lists_as_people_write_them(tmp_path, capsys):
     pairs = search_seg.voc_pairs(root, "train")
     assert [path.stem for path, _ in pairs] == ["0", "übung 1", "2", "3", "4", "5", "2"]
     assert all(image.parent.name == "JPEGImages" and mask.stem == image.stem for image, mask in pairs)
-    assert "1 of its pictures stand there more than once" in capsys.readouterr().out
+    assert "1 of its pictures stand there more than once" in capsys.readouterr().err
     listing.write_bytes("0\n".encode("utf-16"))
     with pytest.raises(DataError, match="train.txt: not a text in UTF-8"):
         search_seg.voc_pairs(root, "train")

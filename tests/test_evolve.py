@@ -930,14 +930,20 @@ def test_several_branches(tmp_path, capsys):
     lines = journal(directory)
     trials, children = lines[: evolve.TRIALS], lines[evolve.TRIALS :]
     assert capsys.readouterr().out.count(" alone\n") == len(trials)
-    assert all(line["trial"] and len(line["losses"]) == 1 and not line["parent"] for line in trials)
+    assert all(line["trial"] and len(line["losses"]) == 1 for line in trials)
+    mutated = [line for line in trials if line["parent"]]
+    assert 0 < len(mutated) < len(trials) and all(line["parent"].keys() == line["losses"].keys() for line in mutated)
     best = dict.fromkeys(("cls", "reg"), -math.inf)
+    parts = {}
+    for line in sorted(trials, key=lambda line: line["score"] or 0):
+        parts |= line["losses"]
+    assert children[0]["losses"] == parts and not children[0]["parent"], "the best trials are put together first"
     for line in trials:
         (name,) = line["losses"]
         assert name == min(best, key=best.get), "where the trees are worst another one is tried"
         assert line["identity"][0].startswith(f"{name}:"), "the same tree in another branch is another candidate"
         best[name] = max(best[name], -math.inf if line["score"] is None else line["score"])
-    for k, line in enumerate(children):
+    for k, line in enumerate(children[1:]):
         assert set(line["losses"]) == set(line["parent"]) == {"cls", "reg"} and "trial" not in line
         changes = sum(line["losses"][name] != line["parent"][name] for name in ("cls", "reg"))
         assert changes == 1 or (k < evolve.ASSEMBLED and changes == 0)

@@ -615,7 +615,7 @@ def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path, capsys, scoring):
     refused = loaded = 0
     for what, text in damaged(truth):
         path.write_bytes(text)
-        search_pose.warn.cache_clear()
+        search_pose.warn_once.cache_clear()
         try:
             if scoring:
                 assert all(-1 <= number <= 1 for number in oks_eval(path, [], [0.1] * 3).values()), what

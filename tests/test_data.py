@@ -588,6 +588,108 @@ def test_classes_by_number_and_by_names(tmp_path, monkeypatch, capsys):
         assert read_folder(tmp_path / name, "--classes", "2")["test"].labels.unique().tolist() == [0, 1]
 
 
+def soft(index):
+    """A binary mask with one pixel of 128 in it, as scaling leaves them."""
+    mask = (index > 0).astype(np.uint8) * 255
+    mask[3, 7] = 128
+    return mask
+
+
+def own_palettes():
+    """One label map, stored by programs that sort the colours of each file in another way."""
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        mask, palette = Image.fromarray(np.array(order, np.uint8)[index_map()]), np.zeros((256, 3), np.uint8)
+        palette[order] = COLOURS
+        mask.putpalette(palette.tobytes())
+        yield mask
+
+
+REFUSED_MASKS = {
+    "soft edges": ([soft(index_map())] * 6, "value 128 at a few pixels between 0 and 255, as of soft edges"),
+    "own palettes": ([*own_palettes()] * 2, "is another colour in its palette than in"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_MASKS)
+def test_masks_that_would_be_misread(tmp_path, kind):
+    masks, words = REFUSED_MASKS[kind]
+    with pytest.raises(DataError, match=words):
+        read_folder(write_folder(tmp_path, masks))
+
+
+@pytest.mark.parametrize("values", [(0, 1, 255), (0, 128, 255), (7, 9, 255)])
+def test_few_grey_values_are_classes(tmp_path, values):
+    split = read_folder(write_folder(tmp_path, [np.array(values, np.uint8)[index_map()]] * 6))["test"]
+    assert split.labels.unique().tolist() == [0, 1, 255]
+
+
+def test_lossless_webp_in_colour(tmp_path):
+    for k in range(8):
+        save(noise(20, 30, k), tmp_path / f"images/{k}.png")
+        save(COLOURS[index_map()], tmp_path / f"masks/{k}.webp", lossless=True)
+    assert read_folder(tmp_path)["test"].labels[0].tolist() == index_map().tolist()
+
+
+def test_a_colour_that_no_class_has_though_it_is_grey(tmp_path):
+    root = write_folder(tmp_path, [COLOURS[index_map()]] * 6)
+    (root / "labelmap.txt").write_text("a:128,0,0::\nb:0,128,0::\n")
+    with pytest.raises(DataError, match="RGB colour 0,0,0 in a mask, which is no class"):
+        read_folder(root)
+
+
+@pytest.mark.parametrize("text", ['[\n "sky",\n "sea"\n]', "nc: 2\nnames:\n- sky\n- sea", "Pixel Value, Class\n0, sky"])
+def test_a_list_of_classes_in_another_language(tmp_path, text):
+    root = write_folder(tmp_path / "data", [index_map()] * 6)
+    (tmp_path / "names").write_text(text)
+    with pytest.raises(DataError, match="is no class; give one name a line"):
+        read_folder(root, "--classes", tmp_path / "names")
+
+
+def test_lists_as_cvat_writes_them(tmp_path):
+    root = write_folder(tmp_path / "a", [index_map()] * 8, "no splits")
+    (root / "Train.txt").write_text("0\n1\n2\n3\n4\n")
+    (root / "Validation.txt").write_text("5\n6\n7\n")
+    assert len(read_folder(root)["test"].images) == 3
+    root = write_folder(tmp_path / "b", [index_map()] * 9, "no splits")
+    (root / "labels/3.png").unlink()  # a frame without a mask
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/default.txt").write_text("0\n1\n2\n4\n5\n6\n7\n8\n")
+    assert sum(len(split.images) for split in read_folder(root).values()) == 8
+
+
+def test_what_a_folder_holds_besides_is_told(tmp_path, capsys):
+    search_seg.warn_once.cache_clear()
+    root = write_folder(tmp_path, [index_map()] * 8, "no splits")
+    for name in ("images/a.heic", "images/b.heic", "labels/z.png", "images/.DS_Store"):
+        (root / name).write_bytes(b"?")
+    read_folder(root)
+    said = capsys.readouterr().err
+    assert f"{root / 'images'}: left out 2 files or folders (first: a.heic)" in said
+    assert f"{root / 'labels'}: left out 1 files or folders (first: z.png)" in said
+
+
+def test_lists_from_elsewhere(tmp_path):
+    root = write_folder(tmp_path, [index_map()] * 8, "no splits", ("png", "png"))
+    (root / "images/7.png").rename(root / "images/e\u0301.png")  # composed in the list, and not on disk
+    (root / "labels/7.png").rename(root / "labels/e\u0301.png")
+    (root / "train.txt").write_text("images\\0.png\nimages/1.png,labels/1.png\nimages/2.png\tlabels/2.png\n3\n")
+    (root / "val.txt").write_text("4\n5\nimages/\u00e9.png\n", "utf-8")
+    assert {name: len(split.images) for name, split in read_folder(root).items()} == {"train": 3, "val": 1, "test": 3}
+    (root / "images/h.heic").write_bytes(b"?")
+    (root / "val.txt").write_text("h.heic\n")
+    with pytest.raises(DataError, match="h.heic: no kind of picture that is read; save it as JPEG or PNG"):
+        read_folder(root)
+
+
+def test_a_picture_by_which_a_loss_is_trained_and_chosen_is_told(tmp_path, capsys):
+    search_seg.warn_once.cache_clear()
+    root = write_folder(tmp_path, [index_map()] * 8, "no splits")
+    for split, names in (("train", "01234"), ("val", "45"), ("test", "67")):
+        (root / f"{split}.txt").write_text("\n".join(names))
+    read_folder(root)
+    assert "1 val pictures (first: " in capsys.readouterr().err
+
+
 def test_more_classes_than_bits(tmp_path):
     masks = [np.arange(600).reshape(20, 30).astype(np.uint16) % 150 for _ in range(6)]
     args = arguments(search_seg, write_folder(tmp_path, masks), "--data", "folder", "--model", "small", "--crop", "16")

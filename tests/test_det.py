@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -463,6 +464,67 @@ def test_coco_layout(tmp_path):
     assert task.train("ce+l1") >= 0
 
 
+def sources_of(root, change=lambda content: None, change_val=None, names=None):
+    """A COCO folder of 16 pictures with an object each, its files changed; the task that reads it."""
+    pictures = dict.fromkeys(range(16), (20, 30))
+    write_coco(root, pictures, [entry(k, k, 3 + 4 * (k % 2), box=(1, 1, 8 + k, 9)) for k in range(16)])
+    for split, change in (("train", change), ("val", change_val or change)):
+        path = root / f"annotations/instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return search_det.DetTask(arguments(root, "--data", "coco", "--size", "64", "--model", "small"))
+
+
+def test_categories_that_val_counts_anew_are_refused(tmp_path):
+    def exchange(content):
+        content["categories"] = [{"id": 3, "name": "7"}, {"id": 7, "name": "3"}]
+
+    with pytest.raises(DataError, match="category 3 is '7', in the training split '3'; give both the same"):
+        sources_of(tmp_path, change_val=exchange).load()
+
+
+def test_an_object_of_id_0_counts(tmp_path):
+    task = sources_of(tmp_path)
+    task.load()
+    truth = task.data["test"].truth
+    found = truth.objects._replace(score=torch.ones(len(truth.objects.box)))
+    assert search_det.coco_metrics(truth, found, "cpu")["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "box, words",
+    [
+        ((0.1, 0.1, 0.3, 0.3), "all boxes are within 0..1"),
+        ((18, 12, 28, 19), "boxes seem to be x1 y1 x2 y2"),
+    ],
+)
+def test_boxes_in_other_units(tmp_path, box, words):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"] = list(box)
+
+    with pytest.raises(DataError, match=words):
+        sources_of(tmp_path, change).load()
+
+
+def test_names_of_pictures_as_systems_write_them(tmp_path, capsys):
+    """A narrow space before PM, accents composed in the file and not on disk; and what train and val share is told."""
+    search_det.warn_once.cache_clear()
+    for name in ("10\u202fPM.jpg", "e\u0301.jpg"):
+        root = tmp_path / name
+        task = sources_of(
+            root, lambda content: content["images"][0].update(file_name=unicodedata.normalize("NFC", name))
+        )
+        for split in ("train2017", "val2017"):
+            (root / split / "0.jpg").rename(root / split / name)
+        shutil.rmtree(root / "val2017")
+        (root / "val2017").symlink_to(root / "train2017")
+        task.load()
+        assert len(task.data["test"].images) == 16
+    assert capsys.readouterr().err.count("16 test pictures") == 2
+
+
 BROKEN = {
     "no picture": ("2017/7.jpg", "not found"),
     "torn picture": ("2017/7.jpg", "not a readable image"),
@@ -530,7 +592,8 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
     assert objects.area.tolist() == [48, 48, 48, 48, 396] and objects.counts.tolist() == 5 * [True]
     assert [int(rle.area(mask)) for mask in objects.masks] == [48, 48, 48, 20, 5]
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(f"warning: {source.annotations}: left out ")
+    assert f"warning: {source.annotations}: left out " in said and said.count("\n") == 2
+    assert "1 boxes reach out of their pictures (first: annotation 4)" in said
     for words in (
         "2 annotations of unlisted images (first: annotation 5 of image 77)",
         "1 annotations of unlisted categories (first: annotation 6 of category 5)",

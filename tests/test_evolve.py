@@ -1,5 +1,6 @@
 """The search, on a toy task that needs no data: mutations, gates, surrogate, state, journal, closing round, workers."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -634,6 +635,33 @@ def test_what_helped_a_little_may_help_a_lot():
     best = max(result.score for result in state.results.values())
     ahead, behind = guide.scores(predicted(task, guide, [far, back])[0])
     assert ahead > best + 0.05 and behind < 0.45
+
+
+def test_what_is_in_training_moves_no_other_expectation():
+    """It is imagined at its own expectation: that of a proxy score, which a converged one may contradict."""
+    task, known, others = spread(40)
+    state = begin(task, baseline=0.5)
+    scored(task, state, known)
+    again(state, "ce", 0.5)
+    for text in list(known)[:8]:
+        again(state, text, known[text] - 0.3)
+    waiting, *rest = others
+    alone = predicted(task, state.surrogate.fit(task, state, []), rest)
+    busy = predicted(task, state.surrogate.fit(task, state, [{"loss": parse(waiting)}]), rest)
+    torch.testing.assert_close(busy[0], alone[0], atol=1e-4, rtol=0)
+    assert (busy[1] < alone[1]).any(), "but all around it is better known"
+
+
+def test_sketches_tell_the_scale_where_it_counts():
+    twice = "Add(Mul(y, Log(p)), Mul(y, Log(p)))"
+    for scale_free in (True, False):
+        branch = toy_branch()
+        branch.scale_free = scale_free
+        one, two = (evolve.sketch(branch, evolve.gradients(branch, [parse(t)])[0]) for t in ("Mul(y, Log(p))", twice))
+        number = evolve.SKETCH * math.prod(branch.prediction.shape[:2])
+        torch.testing.assert_close(one[:number], two[:number])
+        scale = [] if scale_free else [evolve.SCALE * math.log10(2)]
+        torch.testing.assert_close((two - one)[number:], torch.tensor(scale))
 
 
 def test_bad_scores_are_compressed():
@@ -1324,6 +1352,14 @@ def test_a_claim_of_the_dead_is_taken_over_and_one_of_the_living_is_not(two):
     assert first.claim("another"), "who has left has no sign of life"
 
 
+def test_of_several_who_take_over_a_claim_one_has_it(two, monkeypatch):
+    first, second = two
+    dead = evolve.write_once(first.room / f"claim-{hashlib.blake2b(b'a job', digest_size=8).hexdigest()}", "2-gone-1")
+    assert first.claim("a job")
+    monkeypatch.setattr(evolve, "write_once", lambda path, text: dead)  # what the second had read just before
+    assert not second.claim("a job") and first.claim("a job")
+
+
 def test_who_takes_over_a_journal_knows_its_owner_to_be_dead(tmp_path, monkeypatch):
     """A resume right after a kill, while the sign of life is still fresh: or it would do other jobs first."""
     monkeypatch.setattr(Worker, "live", lambda self: None)
@@ -1626,6 +1662,18 @@ def test_difference_over_paired_seeds_and_its_words(found, baseline, wanted, wor
     assert ("0.000)" in told) is False, "one seed has no error"
 
 
+def test_trainings_that_became_invalid_are_told(capsys):
+    told = evolve.verdict_in_words(ToyTask(), "toy", {"toy": [0.3, None]}, invalid=2)
+    assert "2 of its trainings became invalid" in told and "ahead" not in told
+    evolve.show_table({"found": {"toy": [0.8]}, "ce": {"toy": [0.9, 0.5, 0.9]}}, ("toy",), "toy", 3)
+    printed = capsys.readouterr().out
+    assert "over 3 fresh seeds" in printed and printed.endswith(
+        "found: 2 of 3 trainings became invalid; the others count\n"
+    )
+    evolve.show_losses({"ce": {"toy": [0.9, 0.5]}}, ("toy",), 2)
+    assert "invalid" not in capsys.readouterr().out
+
+
 def test_files_of_a_run(tmp_path, short):
     directory = run(tmp_path, "--evals", "6", "--seeds", "2", "--without", "rejected", planted=PLANTED)
     for name in ("args.json", "journal-0.jsonl", "hall_of_fame.csv", "best_loss.py", "result.json"):
@@ -1678,8 +1726,49 @@ def test_an_unfinished_run_gives_its_best_so_far(tmp_path, short):
     with pytest.raises(Killed):
         run(tmp_path, *SHORT, "rejected", task=Fragile(5, planted=PLANTED))
     (directory,) = tmp_path.iterdir()
-    best = max(journal(directory), key=lambda line: line["score"] or -1)
+    first, *_, best = sorted(journal(directory), key=lambda line: line["score"] or -1)
+    path = directory / "journal-0.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"retrained"' not in line))
     assert evolve.texts(evolve.read_found(directory, ToyTask, "--loss")) == best["losses"]
+    proven = STAMP | {"retrained": first["losses"], "seed": 0, "scores": {k: {"toy": 0.1} for k in ("val", "test")}}
+    with path.open("a") as file:
+        file.write(json.dumps(proven) + "\n")
+    assert evolve.texts(evolve.read_found(directory, ToyTask, "--loss")) == first["losses"], "proven by convergence"
+
+
+def test_only_searching_takes_from_the_minutes(tmp_path, short):
+    directory = run(tmp_path, *SHORT, "rejected", planted=PLANTED)
+    path, number = directory / "journal-0.jsonl", result_of(directory)["evaluated"]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    closing = [line for line in lines if "retrained" in line and not line.get("leader")]
+    for line in closing:
+        line["elapsed"] = 1e6
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "gradients.png").write_bytes(b"of another loss")
+    run(tmp_path, *SHORT, "rejected", "--evals", str(number + 3), resume=directory, planted=PLANTED)
+    assert result_of(directory)["evaluated"] == number + 3, "though the closing round took longer than --minutes"
+    assert (directory / "gradients.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_journals_are_read_in_order_of_time(tmp_path):
+    """Or the newest candidates would be those of the worker whose file is read last."""
+    task = ToyTask()
+    lines = {0: [], 1: []}
+    for k, text in enumerate(spread(12)[1]):
+        state = begin(task)
+        scored(task, state, {text: 0.5})
+        child = make_child(state, text)
+        child.tried = {"counts": {}, "verdicts": [], "reused": [], "failed": []}
+        worker = k * 7 % 2
+        elapsed = k if k != 5 else 0  # a clock that was set back: a file keeps its own order
+        stamp = {"worker": worker, "turn": k, "elapsed": elapsed}
+        lines[worker].append(json.dumps(evolve.evaluate(task, nobody, child) | stamp))
+    for worker, text in lines.items():
+        (tmp_path / f"journal-{worker}.jsonl").write_text("\n".join(text) + "\n")
+    state = begin(task)
+    evolve.Journal(tmp_path).hear(state)
+    known = [*spread(12)[1]]
+    assert [*state.results] == [known[k] for k in (0, 1, 2, 3, 5, 4, 6, 7)]
 
 
 # Other searches

@@ -22,7 +22,8 @@ EVERYWHERE = (
 ).split()
 COPIES = set(  # the same to the letter wherever they occur
     "conv normalise unreadable load_coco identity floats EmptyObject check_image picture_size check_annotation "
-    "within_reach check_boxes check_coco entries_of by_id plain_name list_results places check_places column ranks_within best_first "
+    "within_reach check_boxes check_coco entries_of by_id plain_name list_results places check_places column "
+    "ranks_within best_first "
     "match accumulate batch_colour_jitter resnet Pictures threads map_pictures read_ahead shared_bytes decode "
     "opened turning eight_bits read_pictures is_plain_jpeg group_size scaled fingerprint found_files "
     "rows_of".split()

@@ -607,3 +607,21 @@ def test_any_title_is_valid(tmp_path, title):
     assert scope["__doc__"].startswith(f"{shown}\n\n    {expr}\n") and latex(expr) in scope["__doc__"]
     logits, label = sample(32)
     assert scope["loss"](logits, label) == evaluate(expr, *softmax_leaves(logits, label))
+
+
+def test_constants_are_folded_where_all_precisions_agree():
+    """Log(1) is 1e-12 in double precision and 0 in single: Tanh(Log(Log(1))) is -1, or 0."""
+    loss = parse("Mul(Add(1, Tanh(Log(Log(1)))), Neg(Mul(y, Log(p))))")
+    assert not is_dead(loss) and not is_dead(canonical(loss))
+    logits, label = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4, 4).long()
+    leaves, mask = softmax_leaves(logits, label)
+    for dtype in (torch.float32, torch.float64):
+        those = {name: leaf.to(dtype) for name, leaf in leaves.items()}
+        torch.testing.assert_close(evaluate(canonical(loss), those, mask), evaluate(loss, those, mask))
+
+
+def test_an_ignored_position_has_no_gradient_whatever_is_predicted_there():
+    loss, label = parse("Exp(Inv(Add(p, Add(1, Neg(y)))))"), torch.tensor([[1, 255]])
+    logits = torch.tensor([[[0.0, -20.0], [0.0, 20.0]]], requires_grad=True)
+    evaluate(loss, *softmax_leaves(logits, label)).backward()
+    assert logits.grad.isfinite().all() and logits.grad[..., 1].abs().max() == 0 < logits.grad[..., 0].abs().max()

@@ -2591,7 +2591,8 @@ def compare(args, task: Task) -> None:
     formulas, path = {name: losses_name(losses) for name, losses in args.wanted.items()}, directory / "losses.json"
     write_once(path, json.dumps(formulas, indent=1))
     if changed := formulas.items() - read_json(path, {str: str}, "remove it").items():
-        fail(f"--loss or --compare {min(changed)[0]}: another loss by now than when this run began; begin a new one")
+        flag = "--loss" if args.compare is None else "--compare"
+        fail(f"{flag} {min(changed)[0]}: another loss by now than when this run began; begin a new one")
     done = {(line["loss"], line["seed"]): line for line in finished_lines(directory, task.metrics)}
     seeds = range(args.seed, args.seed + args.seeds)
     try:

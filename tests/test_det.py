@@ -468,10 +468,10 @@ def sources_of(root, change=lambda content: None, change_val=None, names=None):
     """A COCO folder of 16 pictures with an object each, its files changed; the task that reads it."""
     pictures = dict.fromkeys(range(16), (20, 30))
     write_coco(root, pictures, [entry(k, k, 3 + 4 * (k % 2), box=(1, 1, 8 + k, 9)) for k in range(16)])
-    for split, change in (("train", change), ("val", change_val or change)):
+    for split, act in (("train", change), ("val", change_val or change)):
         path = root / f"annotations/instances_{split}2017.json"
         content = json.loads(path.read_text())
-        change(content)
+        act(content)
         path.write_text(json.dumps(content))
     return search_det.DetTask(arguments(root, "--data", "coco", "--size", "64", "--model", "small"))
 
@@ -512,10 +512,8 @@ def test_names_of_pictures_as_systems_write_them(tmp_path, capsys):
     """A narrow space before PM, accents composed in the file and not on disk; and what train and val share is told."""
     search_det.warn_once.cache_clear()
     for name in ("10\u202fPM.jpg", "e\u0301.jpg"):
-        root = tmp_path / name
-        task = sources_of(
-            root, lambda content: content["images"][0].update(file_name=unicodedata.normalize("NFC", name))
-        )
+        root, written = tmp_path / name, unicodedata.normalize("NFC", name)
+        task = sources_of(root, lambda content, written=written: content["images"][0].update(file_name=written))
         for split in ("train2017", "val2017"):
             (root / split / "0.jpg").rename(root / split / name)
         shutil.rmtree(root / "val2017")

@@ -20,6 +20,7 @@ from conftest import damaged, journal, records, refusals, refused, retrained
 import evolve
 import search_seg
 from data import shapes
+from loss_ops import parse
 
 REPOSITORY = Path(__file__).parent.parent
 GLOSSARY = (REPOSITORY / "tests/RESULTS.md").read_text().split("## TensorBoard")[1].split("\n## ")[0]
@@ -495,6 +496,9 @@ def test_bad_resume(monkeypatch, capsys, finished, tmp_path):
     assert "search_pose.py" in bad(monkeypatch, capsys, "--resume", tmp_path)
     error = bad(monkeypatch, capsys, "--resume", finished[0], "--metric", "miou")
     assert "--metric miou" in error and "macc" in error
+    assert "--pretrained True: the run was made with False" in bad(
+        monkeypatch, capsys, "--resume", finished[0], "--pretrained"
+    )
 
 
 READERS = {  # of the files of a run directory, and which damages they cannot see
@@ -540,6 +544,35 @@ def test_damaged_weights_are_refused(tmp_path, capsys, name, content):
             evolve.Checkpoint(path, 1).load([net], [torch.Generator()])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith(f"error: {path}: damaged, ") and error.count("\n") == 1
+
+
+def test_a_torn_line_of_a_comparison_is_cut_off(tmp_path, capsys):
+    line = {"loss": "ce", "seed": 0, "scores": {"val": {"miou": 0.5}, "test": {"miou": 0.5}}, "seconds": 1.0}
+    whole = json.dumps(line) + "\n"
+    (tmp_path / "retrain.jsonl").write_text(whole + whole[:40])
+    assert evolve.finished_lines(tmp_path, ("miou",)) == [line] and "torn" in capsys.readouterr().err
+    assert (tmp_path / "retrain.jsonl").read_text() == whole, "or the next line would be glued to it"
+
+
+def test_a_comparison_goes_on_with_the_losses_that_it_began_with(root, tmp_path, monkeypatch, capsys):
+    args = search_seg.parse_arguments(
+        ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--compare", "ce,dice"]
+    )
+    args.wanted = {"RUN": {"loss": parse("Neg(Mul(y, p))")}}
+    (tmp_path / "losses.json").write_text(json.dumps({"RUN": "Neg(Mul(y, Log(p)))"}))  # what the run had found before
+    args.resume = tmp_path
+    with pytest.raises(SystemExit):
+        evolve.compare(args, search_seg.SegTask(args))
+    assert "--compare RUN: another loss by now than when this run began" in capsys.readouterr().err
+
+
+def test_a_worker_says_itself_what_ends_it_alone(monkeypatch, capsys):
+    monkeypatch.setenv("AUTOLOSS_RUN_DIR", "runs/x")
+    monkeypatch.setenv("RANK", "1")
+    for everyone, said in ((False, ""), (True, "error: no space\n")):
+        with pytest.raises(SystemExit):
+            evolve.fail("no space", everyone=everyone)
+        assert capsys.readouterr().err == said
 
 
 def test_damaged_lines_of_a_comparison_are_trained_again(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Segmentation, piece by piece: metrics and losses against slow, obvious versions; loader; networks; training."""
 
 import functools
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from conftest import ready, through_onnx
 from PIL import Image
 
+import evolve
 import search_seg
 from data import shapes
 from loss_ops import parse
@@ -761,6 +763,27 @@ def test_asl_search_moves_towards_what_scores():
             distances.append((search.mu - want).norm().item())
     assert search.rounds == 12 and distances[0] > 0.7 and distances[-1] < 0.35, distances
     assert all(0 < value < 1 for value in search.mu.tolist())
+
+
+@pytest.mark.parametrize("damage", [{"sample": [0.5]}, {"mu": None}, {"sample": None}])
+def test_a_damaged_sample_is_a_broken_line(tmp_path, damage, capsys):
+    task = search_seg.SegTask(arguments(tmp_path / "data", "--search", "asl", "--metric", "macc"))
+    state = evolve.make_state(task.args, task)
+    child = state.sampler.propose(random.Random(0))
+    record = {
+        "worker": 0,
+        "turn": 0,
+        "elapsed": 1.0,
+        "losses": evolve.texts(child.losses),
+        "parent": None,
+        "score": 0.5,
+    }
+    record |= {"gain": {}, "identity": list(child.identity), "predicted": None, "tried": child.tried, "curve": []}
+    record |= {"seconds": 1.0, **child.more}
+    lines = (record | damage, record | {"turn": 1})
+    (tmp_path / "journal-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evolve.Journal(tmp_path).hear(state)
+    assert state.evaluated == 1 == len(state.sampler.round) and "1 broken lines were skipped" in capsys.readouterr().err
 
 
 def test_simulation_prefers_what_teaches(task):

@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import socket
@@ -44,6 +43,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -92,18 +92,18 @@ def search(task: "Task", state: "State", worker: "Worker", args) -> None:
         if state.evaluated >= args.evals or time.time() >= deadline:
             return
         turn = state.next_turn(worker.rank)
-        rng = random.Random(f"{args.seed}/{worker.rank}/{turn}")
+        rng = Random(f"{args.seed}/{worker.rank}/{turn}")
         guide = state.surrogate.fit(task, state, worker.others_at_work(state)) if state.surrogate else None
         if guide and (leader := next_leader(task, state, guide, worker, args.seed)):
-            worker.tell(retrain(task, worker, leader, args.seed, leader=True))
+            worker.tell(converged_training(task, worker, leader, args.seed, leader=True))
             continue
         child = next_child(task, state, rng, guide, deadline)
         if child is None:  # the deadline came first
             return
-        worker.tell({"turn": turn, **evaluate(task, worker, child)})
+        worker.tell({"turn": turn, **proxy_training(task, worker, child)})
 
 
-def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surrogate | None", deadline: float):
+def next_child(task: "Task", state: "State", rng: Random, guide: "Surrogate | None", deadline: float):
     """A child that deserves a training; None if the deadline comes first.
 
     As published, one parent is drawn and mutated until a child passes: a new parent for every attempt would select for
@@ -118,7 +118,7 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
     fresh = rng.random() < FRESH or not state.method.mutate or state.evaluated < INITIAL
     while time.time() < deadline:
         if guide:
-            pool = breed(task, state, rng, guide, fresh, tried, deadline)
+            pool = breed(task, state, rng, guide, fresh, tried)
         else:
             parent = parent if parent or fresh else select_parent(state, rng, task.branches)
             children = [propose(task, state, rng, parent, tried) for _ in range(state.batch)]
@@ -130,18 +130,15 @@ def next_child(task: "Task", state: "State", rng: random.Random, guide: "Surroga
     return None
 
 
-def evaluate(task: "Task", worker: "Worker", child: "Child") -> dict:
+def proxy_training(task: "Task", worker: "Worker", child: "Child") -> dict:
     """The proxy training of a child, as its record in the journal."""
     start = time.time()
     worker.works_on(child.losses)
-    try:
-        score = task.train(child.losses)
-    except InvalidLoss:
-        score = None
+    score = proxy_score(task, child.losses)
     return {
         "losses": texts(child.losses),
-        "parent": child.parent and texts(child.parent),
-        "score": finite(score),
+        "parent": texts(child.parent),
+        "score": score,
         "gain": {tree.branch: tree.gain for tree in child.trees},
         "identity": child.identity,
         "predicted": child.predicted,
@@ -152,7 +149,16 @@ def evaluate(task: "Task", worker: "Worker", child: "Child") -> dict:
     }
 
 
-def retrain(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None, **more) -> dict:
+def proxy_score(task: "Task", losses) -> float | None:
+    """What a proxy training of losses scores; None where that is no number, or the training became invalid."""
+    try:
+        score = float(task.train(losses))
+    except InvalidLoss:
+        return None
+    return score if math.isfinite(score) else None
+
+
+def converged_training(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None, **more) -> dict:
     """A converged training of losses, or of the baseline by its name, as its record in the journal."""
     start = time.time()
     worker.works_on(losses, bool(more))
@@ -160,8 +166,8 @@ def retrain(task: "Task", worker: "Worker", losses, seed: int, picture: Path | N
         scores = task.retrain(losses, seed, picture)
     except InvalidLoss:
         scores = None
-    named = losses if isinstance(losses, str) else texts(losses)
-    return {"retrained": named, "seed": seed, "scores": scores, "seconds": round(time.time() - start, 3), **more}
+    seconds = round(time.time() - start, 3)
+    return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds, **more}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ class Branch:
 class Sampler(Protocol):
     """A search over losses that are not trees, which a script may bring along; the state is a fold over the records."""
 
-    def propose(self, rng: random.Random) -> "Child":
+    def propose(self, rng: Random) -> "Child":
         """Losses to train next (`str` writes, `Task.read` reads them); `more` is what else the record shall hold."""
 
     def learn(self, record: dict) -> None:
@@ -262,8 +268,10 @@ class Task:
         return parse(text)
 
     @classmethod
-    def read_losses(cls, texts: dict[str, str]) -> dict[str, object]:
-        """Searched losses from their texts. Raises ValueError where a branch or a symbol is none of this task."""
+    def read_losses(cls, texts: dict[str, str] | str) -> dict[str, object] | str:
+        """Losses from what `texts` makes of them. Raises ValueError where a branch or a symbol is none of this task."""
+        if isinstance(texts, str):
+            return texts
         losses = {name: cls.read(text) for name, text in texts.items()}
         for name, loss in losses.items():
             leaves = leaves_of(loss) if isinstance(loss, Expr) else set()
@@ -278,7 +286,7 @@ class Task:
 # Trees and mutations
 
 
-def random_tree(rng: random.Random, symbols: tuple[str, ...], depth: int = DEPTH) -> Expr:
+def random_tree(rng: Random, symbols: tuple[str, ...], depth: int = DEPTH) -> Expr:
     """A tree with `depth` operators above each leaf; operators and leaves uniformly at random."""
     if depth == 0:
         return Expr(rng.choice(symbols))
@@ -303,12 +311,12 @@ def replace_node(expr: Expr, index: int, new: Expr) -> Expr:
     return Expr(expr.op, tuple(args))
 
 
-def pick(rng: random.Random, expr: Expr, operators: bool) -> tuple[int, Expr]:
+def pick(rng: Random, expr: Expr, operators: bool) -> tuple[int, Expr]:
     """A random operator, or a random leaf, of `expr` with its number in preorder."""
     return rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if bool(node.args) == operators])
 
 
-def insert(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+def insert(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Put a random operator between a random node and its parent; a second operand is a random leaf [P]."""
     everything = nodes(expr)
     index = rng.randrange(len(everything))
@@ -318,13 +326,13 @@ def insert(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     return replace_node(expr, index, Expr(op, tuple(args)))
 
 
-def delete(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+def delete(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Remove a random operator; one of its operands, at random, takes its place [P]."""
     index, node = pick(rng, expr, operators=True)
     return replace_node(expr, index, rng.choice(node.args))
 
 
-def replace(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+def replace(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Exchange a random operator; surplus operands are dropped at random, missing ones are random leaves [P]."""
     index, node = pick(rng, expr, operators=True)
     op = rng.choice([name for name in OPERATORS if name != node.op])
@@ -336,13 +344,13 @@ def replace(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     return replace_node(expr, index, Expr(op, tuple(args)))
 
 
-def exchange_leaf(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+def exchange_leaf(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Another symbol in place of a random leaf [D]."""
     index, node = pick(rng, expr, operators=False)
     return replace_node(expr, index, Expr(rng.choice([symbol for symbol in symbols if symbol != node.op])))
 
 
-def swap(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+def swap(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Two operands of different operators, neither inside of the other, change places [D]; no operator is lost."""
     everything = nodes(expr)
     first, second = sorted(rng.sample(range(1, len(everything)), 2)) if len(everything) > 2 else (0, 0)
@@ -351,21 +359,21 @@ def swap(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     return replace_node(replace_node(expr, second, everything[first]), first, everything[second])
 
 
-def combine(rng: random.Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
+def combine(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Add a small random tree to a random node, or multiply by it [D]: a weight or a penalty in a single step."""
     index = rng.randrange(len(nodes(expr)))
     term = random_tree(rng, symbols, rng.randint(1, DEPTH))
     return replace_node(expr, index, Expr(rng.choice(("Add", "Mul")), (nodes(expr)[index], term)))
 
 
-def cross(rng: random.Random, expr: Expr, other: Expr) -> Expr:
+def cross(rng: Random, expr: Expr, other: Expr) -> Expr:
     """A random subtree of `other` in place of a random node of `expr`, or as a term or factor beside it [D]."""
     index, part = rng.randrange(len(nodes(expr))), rng.choice(nodes(other))
     beside = Expr(rng.choice(("Add", "Mul")), (nodes(expr)[index], part))
     return replace_node(expr, index, rng.choice((part, beside)))
 
 
-def mutate(rng: random.Random, expr: Expr, symbols: tuple[str, ...], other: Expr | None = None) -> Expr:
+def mutate(rng: Random, expr: Expr, symbols: tuple[str, ...], other: Expr | None = None) -> Expr:
     """One to three mutations in a row [D], each equally likely; some children have a second parent, `other`.
 
     A bare leaf can only grow, and what has outgrown NODES can only shrink.
@@ -446,7 +454,7 @@ class Tried:
         """What the record of `child`, which goes on to its training, has to tell of this turn."""
         for tree in child.trees:
             self.passed(state, tree)
-        state.open.clear()
+        state.waiting.clear()
         keys = [f"{name}:{expr}" for name, expr in child.losses.items()]
         if programs := {key: state.programs[key] for key in keys if key in state.programs}:
             child.more = child.more | {"programs": programs}
@@ -496,8 +504,8 @@ def seen(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
     verdicts = []
     for tree in trees:
         here = tree.branch, tree.text
-        verdicts.append(state.verdicts.get(here) or (Verdict("seen") if here in state.open else None))
-        state.open.add(here)
+        verdicts.append(state.verdicts.get(here) or (Verdict("seen") if here in state.waiting else None))
+        state.waiting.add(here)
     return verdicts
 
 
@@ -535,14 +543,13 @@ def describe(task: Task, trees: list[Tree]) -> list[str]:
 def gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
     """dL/d(prediction) at all states, (S, B, D) float64 for each tree; None where the first state teaches nothing.
 
-    That is: a gradient that is not finite, that is zero on every sample, or that stays the same (to a thousandth of its
-    norm, on every sample) when the targets are exchanged between samples and when they are shifted within each: along N
-    where there are several, so that each stays whole; a box shifted by a coordinate would be none. At later states a
-    gradient that is not finite counts as zero.
+    That is where it is not finite, where it is zero on every sample, or where it stays the same on every sample (to a
+    thousandth of its norm) with wrong targets: those of another sample, and its own ones shifted, along N where it has
+    several (a box shifted by a coordinate would be none). At later states a gradient that is not finite counts as zero.
     """
     x, y = branch.prediction, branch.target
-    several, flat = y.shape[1] > 1, y.flatten(1)
-    shifted = y.roll(y.shape[1] // 3 + 1, 1) if several else flat.roll(flat.shape[1] // 3 + 1, 1).view_as(y)
+    rows = y if y.shape[1] > 1 else y.flatten(1)
+    shifted = rows.roll(rows.shape[1] // 3 + 1, 1).view_as(y)
     targets = torch.stack([y, y.roll(1, 0), shifted, *[y] * (len(x) - 1)])  # (2 + S, B, ...)
     x = torch.cat([x[:1].expand(3, *x.shape[1:]), x[1:]])
     x = x.expand(len(exprs), *x.shape).clone().requires_grad_()  # (K, 2 + S, B, N, C, H, W)
@@ -598,9 +605,10 @@ def sketch(branch: Branch, slope: Tensor) -> Tensor:
 
 
 def bounded(branch: Branch, slope: Tensor) -> Tensor:
-    """Unit gradients (S, B, D) that no few positions rule: their length m there, over C, becomes m / (m + mean) [D].
+    """Unit gradients (S, B, D) in which a few positions cannot outweigh the rest [D].
 
-    Where a loss pulls most is soon learned, and then the rest decides (measured in tests/bench_surrogate.py).
+    At each position the length m over C becomes m / (m + mean). Where a loss pulls most is soon learned, and then the
+    rest decides (measured in tests/bench_surrogate.py).
     """
     field = slope.view(*slope.shape[:2], *branch.prediction.shape[2:4], -1)  # (S, B, N, C, H * W)
     length = field.norm(dim=3, keepdim=True)
@@ -675,8 +683,8 @@ class Surrogate:
     It learns from proxy scores and from converged ones: a converged score is the proxy score plus a deviation, a
     process of the same kind with `drift` times the variance. The baseline, which is trained anyway, is part of what it
     learns from, and the deviation is measured from the baseline's own: a family of losses that starts fast and does not
-    last is no better than it is. Length, noise, trend and drift are climbed to the greatest marginal likelihood, one
-    after another; the variance of the scores has it in closed form.
+    last is no better than it is. Length, noise, trend and drift are chosen by their marginal likelihood, one after
+    another, twice; the best variance is known in closed form.
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
@@ -696,44 +704,50 @@ class Surrogate:
         """
         if state.evaluated < INITIAL:
             return None
-        ranking = sorted(state.results, key=lambda text: state.results[text].score or 0.0)
-        rows = list(dict.fromkeys(ranking[-self.ROWS // 2 :] + list(state.results)[-self.ROWS // 2 :]))
-        self.rows = [state.results[text] for text in rows]
-        losses, proxy = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows]
-        again, anchor = {}, state.converged(task.baseline)
-        if state.baseline is not None:
-            losses, proxy = [*losses, {}], [*proxy, state.baseline]
-            if anchor not in (None, -math.inf):
-                again = {k: state.converged(text) for k, text in enumerate(rows)} | {len(rows): anchor}
-        again = {k: score - anchor + state.baseline for k, score in again.items() if score is not None}
-        # Converged scores have a quartile of their own: all may be less than proxies promise.
-        kinds = proxy, [score for score in again.values() if score > -math.inf]
-        knee = min(sorted(scores)[int(self.KNEE * len(scores))] for scores in kinds if scores)
-        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
-        values = compressed(values, knee, max((max(proxy) - knee) / 4, 1e-6))
-        known = state.baseline is not None
-        self.centre = values[len(proxy) - 1].item() if known else values.mean().item()
-        self.spread = max(values.std().item(), 1e-6)
-        self.values = (values - self.centre) / self.spread
-        self.points = torch.stack([self.point(task, those) for those in losses])
-        self.origin = self.point(task, {})[None]
-        self.index = torch.tensor([*range(len(losses)), *again])  # row of each value
-        self.late = torch.tensor([0.0] * len(losses) + [1.0] * len(again), dtype=torch.float64)
-        self.pairs = self.compare(self.points, self.points)
+        self.learn(task, state)
         choices_of = self.LENGTHS, self.NOISES, self.TRENDS, self.DRIFTS
         setting = [choices[len(choices) // 2] for choices in choices_of]
         for k, choices in [*enumerate(choices_of)] * 2:
             setting = max(([*setting[:k], value, *setting[k + 1 :]] for value in choices), key=self.evidence)
         self.solve(*setting)
+        points = self.points
         for those in at_work:
             self.expect(self.point(task, those))
-        mean, deviation = self.predict(self.points[: len(losses)], late=1.0)
+        mean, deviation = self.predict(points, late=1.0)
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
         self.promise = expected_improvement(mean, UPWARDS * deviation, self.best).tolist()
-        self.ranking = mean[: len(rows)].argsort(descending=True).tolist()
+        self.ranking = mean[: len(self.rows)].argsort(descending=True).tolist()
         self.names, self.niches = list(task.branches), {}
         return self
+
+    def learn(self, task: Task, state: "State") -> None:
+        """The points of what was trained, and for each score its value, its row among them, and whether it is late.
+
+        The rows are candidates, then the baseline, if its proxy score is known.
+        """
+        half, texts = self.ROWS // 2, list(state.results)
+        ranking = sorted(texts, key=lambda text: state.results[text].score or 0.0)
+        self.rows = [state.results[text] for text in dict.fromkeys(ranking[-half:] + texts[-half:])]
+        losses, proxy, again = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows], []
+        if state.baseline is not None:
+            losses, proxy, anchor = [*losses, {}], [*proxy, state.baseline], state.converged(task.baseline)
+            if anchor not in (None, -math.inf):
+                again = [*(state.converged(row.text) for row in self.rows), anchor]
+        again = {k: score - anchor + state.baseline for k, score in enumerate(again) if score is not None}
+        # Converged scores have a quartile of their own: all may be less than proxies promise.
+        kinds = proxy, [score for score in again.values() if score > -math.inf]
+        knee = min(sorted(scores)[int(self.KNEE * len(scores))] for scores in kinds if scores)
+        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
+        values = compressed(values, knee, max((max(proxy) - knee) / 4, 1e-6))
+        self.centre = (values.mean() if state.baseline is None else values[len(self.rows)]).item()
+        self.spread = max(values.std().item(), 1e-6)
+        self.values = (values - self.centre) / self.spread
+        self.index = torch.tensor([*range(len(losses)), *again])  # row of each value
+        self.late = torch.tensor([0.0] * len(losses) + [1.0] * len(again), dtype=torch.float64)
+        self.points = torch.stack([self.point(task, those) for those in losses])
+        self.origin = self.point(task, {})[None]
+        self.pairs = self.compare(self.points, self.points)
 
     def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
         """The best candidates, by identity, of which no two are near relatives in these branches.
@@ -781,6 +795,7 @@ class Surrogate:
         return torch.stack([squared, (from_one + from_other.mT - squared) / 2])
 
     def covariance(self, pairs: Tensor, late: Tensor, other: Tensor) -> Tensor:
+        """(n, m) of two lots of scores: what `compare` says of their points, and which are converged (n,) and (m,)."""
         squared, inner = pairs
         alike = (-squared / self.length**2).exp() + self.trend * inner
         return alike.mean(0) * (1 + self.drift * late[:, None] * other)
@@ -835,14 +850,13 @@ class Surrogate:
         mean, deviation = self.predict(torch.stack([self.point(task, c.losses, c.trees) for c in children]), late=0.0)
         for child, m, d in zip(children, self.scores(mean), deviation.tolist()):
             child.predicted = [round(m, 4), round(d * self.spread, 4)]
-        cost = torch.tensor([1 + 0.03 * tree_size(child.losses) for child in children], dtype=torch.float64)
+        sizes = [sum(len(nodes(expr)) for expr in child.losses.values()) for child in children]
+        cost = 1 + 0.03 * torch.tensor(sizes, dtype=torch.float64)
         promise = (expected_improvement(mean, UPWARDS * deviation, self.best) / cost).tolist()
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
 
-def breed(
-    task: Task, state: "State", rng: random.Random, guide: Surrogate, fresh: bool, tried: Tried, deadline: float
-) -> list[Child]:
+def breed(task: Task, state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tried) -> list[Child]:
     """Children that pass the cheap gates, the greatest expected improvement first.
 
     Half of them are children of the most promising ones before them. So several mutations in a row, each chosen by what
@@ -855,26 +869,25 @@ def breed(
     for _ in range(0, ATTEMPTS, state.batch):
         if len(pool) >= ranked + POOL // 5:
             elite, ranked = guide.rank(task, list(pool.values()))[: POOL // 10], len(pool)
-        if len(pool) >= POOL or time.time() >= deadline:
+        if len(pool) >= POOL or time.time() >= tried.deadline:
             break
-        parents, children = [], []
+        children, elders = [], {}
         for _ in range(state.batch):
-            parents.append(rng.choice(elite) if elite and whole and rng.random() < ELITE else None)
-            known = parents[-1] or (None if fresh else select_parent(state, rng, task.branches))
-            children.append(propose(task, state, rng, known, tried))
-        passing = {id(child) for child in judge(task, state, children, CHEAP, tried)}
-        for parent, child in zip(parents, children):
-            if id(child) in passing:
-                if parent:  # in the journal its parent is the last one that was trained
-                    new = {tree.branch for tree in child.trees}
-                    child.trees = [*child.trees, *(tree for tree in parent.trees if tree.branch not in new)]
-                    child.parent, child.identity = parent.parent, state.identity(child)
-                pool[child.identity] = child
+            elder = rng.choice(elite) if elite and whole and rng.random() < ELITE else None
+            parent = elder or (None if fresh else select_parent(state, rng, task.branches))
+            children.append(propose(task, state, rng, parent, tried))
+            elders[id(children[-1])] = elder
+        for child in judge(task, state, children, CHEAP, tried):
+            if elder := elders[id(child)]:  # in the journal its parent is the last one that was trained
+                new = {tree.branch for tree in child.trees}
+                child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch not in new)]
+                child.parent, child.identity = elder.parent, state.identity(child)
+            pool[child.identity] = child
     return guide.rank(task, list(pool.values()))
 
 
 def in_short(task: Task, name: str, expr: Expr) -> Expr:
-    """The tree of a branch without the operators that all its gradients do not need [D]; no training is needed for it.
+    """The tree of a branch without the operators that make no difference to its gradients [D]; nothing is trained.
 
     Where the scale of a loss counts, the norms must stay the same, too.
     """
@@ -893,10 +906,8 @@ def in_short(task: Task, name: str, expr: Expr) -> Expr:
 
     while True:
         cuts = {replace_node(expr, k, arg) for k, node in enumerate(nodes(expr)) for arg in node.args}
-        living = sorted(
-            (cut for cut in cuts if not is_dead(canonical(cut))), key=lambda cut: (len(nodes(cut)), str(cut))
-        )
-        cut = next((cut for cut in living if same(cut)), None)
+        shortest_first = sorted(cuts, key=lambda cut: (len(nodes(cut)), str(cut)))
+        cut = next((cut for cut in shortest_first if not is_dead(canonical(cut)) and same(cut)), None)
         if cut is None:
             return expr
         expr = cut
@@ -927,10 +938,6 @@ def compressed(scores: Tensor, knee: float, scale: float) -> Tensor:
     return torch.where(below > 0, knee - scale * (below / scale).log1p(), scores)
 
 
-def tree_size(losses: dict[str, Expr]) -> int:
-    return sum(len(nodes(expr)) for expr in losses.values())
-
-
 def squared_distances(one: Tensor, other: Tensor) -> Tensor:
     """(branches, n, m) float64 of points (n, branches, size) and (m, branches, size)."""
     one, other = one.movedim(1, 0), other.movedim(1, 0)
@@ -945,9 +952,7 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
     return deviation * (z * torch.special.ndtr(z) + density)
 
 
-def next_leader(
-    task: Task, state: "State", guide: Surrogate, worker: "Worker", seed: int
-) -> dict[str, Expr] | str | None:
+def next_leader(task: Task, state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict | str | None:
     """What to train to convergence in the middle of a search: the most promising one so far, every LEADER_EVERY turns.
 
     A proxy is one thing, what it stands for another: the surrogate learns from both. The baseline comes first, to
@@ -966,7 +971,7 @@ def next_leader(
     ranked = [losses for _, losses in sorted(able, key=lambda pair: -pair[0])]
     if state.converged(task.baseline) is None:
         ranked.insert(0, task.baseline)
-    return next((losses for losses in ranked if worker.claim(f"{losses_name(losses)} {seed}")), None)
+    return next((losses for losses in ranked if worker.claim(f"{losses_text(losses)} {seed}")), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -974,20 +979,15 @@ def next_leader(
 
 
 class Member(NamedTuple):
+    """A candidate with the score of its proxy training, or with that of an equivalent one."""
+
     losses: dict[str, Expr]
     score: float | None  # None: invalid
     identity: tuple[str, ...]
-
-
-class Result(NamedTuple):
-    """A candidate that had its proxy training."""
-
-    text: str
-    losses: dict[str, Expr]
-    identity: tuple[str, ...]
-    score: float | None
-    gain: float | None
-    whole: bool  # a loss for every branch
+    text: str = ""
+    gain: float | None = None
+    whole: bool = True  # a loss for every branch
+    parent: str | None = None  # its text
 
 
 class Recent(dict):
@@ -1001,7 +1001,7 @@ class Recent(dict):
 
 @dataclass
 class State:
-    """Everything a search knows; it changes by `absorb` alone, but for verdicts within a turn."""
+    """Everything a search knows. It changes by `absorb` alone, but for what a turn has learned before its record."""
 
     task: Task
     method: "Method"
@@ -1014,10 +1014,10 @@ class State:
     counts: Counter = field(default_factory=Counter)  # by gate, and of invalid trainings
     verdicts: dict[tuple[str, str], Verdict] = field(default_factory=Recent)  # by branch and text
     keys: dict[tuple[str, str], Verdict] = field(default_factory=Recent)  # by branch and key
-    open: set[tuple[str, str]] = field(default_factory=set)  # branch and text of what waits in the pool
+    waiting: set[tuple[str, str]] = field(default_factory=set)  # branch and text of what is in the pool of this turn
     failed: set[tuple[str, ...]] = field(default_factory=set)  # identities that CSE's short training turned away
     scores: dict[tuple[str, ...], float | None] = field(default_factory=dict)  # of proxy trainings, by identity
-    results: dict[str, Result] = field(default_factory=dict)  # distinct candidates, by text
+    results: dict[str, Member] = field(default_factory=dict)  # distinct candidates, by text
     again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # converged trainings by text and seed
     turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
     programs: dict[str, list] = field(default_factory=dict)  # the latest one that computes a tree
@@ -1075,8 +1075,7 @@ class State:
         if kind == "baseline":
             self.baseline = record["baseline"]
         elif kind == "retrained":
-            named, scores = record["retrained"], record["scores"]
-            key = named if isinstance(named, str) else losses_text(self.task.read_losses(named))
+            key, scores = losses_text(self.task.read_losses(record["retrained"])), record["scores"]
             if scores is not None:
                 checked(scores, dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), "scores")
             self.leaders += record["leader"]
@@ -1106,9 +1105,10 @@ class State:
         self.scores.setdefault(identity, score)
         for child, known in reused:
             self.population.append(Member(child, self.scores.get(known), known))
-        self.population.append(Member(losses, score, identity))
-        text = losses_text(losses)
-        self.results.setdefault(text, Result(text, losses, identity, score, gain, not record["trial"]))
+        parent = record["parent"] and losses_text(record["parent"])
+        member = Member(losses, score, identity, losses_text(losses), gain, not record["trial"], parent)
+        self.population.append(member)
+        self.results.setdefault(member.text, member)
         self.programs.update(record["programs"])
 
     def chosen_by(self, text: str) -> dict[int, dict | None]:
@@ -1126,44 +1126,42 @@ class State:
         """What a candidate is chosen by: what its converged training is expected to score, else its proxy score."""
         return self.surrogate.merits.get(member.identity, member.score) if self.surrogate else member.score
 
-    def ranking(self) -> list[Result]:
-        """The valid whole candidates, best first: by merit, where that is known."""
-        valid = [result for result in self.results.values() if result.score is not None and result.whole]
-        return sorted(valid, key=lambda result: -self.merit(result))
+    def valid(self) -> list[Member]:
+        """The valid whole candidates, the oldest first."""
+        return [result for result in self.results.values() if result.score is not None and result.whole]
 
-    def best(self) -> Result | None:
-        """The best by converged trainings; as long as there is none, by the proxy."""
-        valid = [result for result in self.results.values() if result.score is not None and result.whole]
-        again = [result for result in valid if self.converged(result.text) not in (None, -math.inf)]
-        if again:
-            return max(again, key=lambda result: self.converged(result.text))
-        return max(valid, key=lambda result: result.score, default=None)
+    def ranking(self) -> list[Member]:
+        """The same, best first: by merit, where that is known."""
+        return sorted(self.valid(), key=lambda result: -self.merit(result))
 
+    def hall_of_fame(self) -> list[Member]:
+        """The same by what they have shown: converged scores, then proxy scores; what became invalid comes last."""
 
-def finite(score: float | None) -> float | None:
-    """A score; None where it is no number."""
-    return float(score) if score is not None and math.isfinite(score) else None
+        def key(result: Member):
+            again = self.converged(result.text)
+            return again == -math.inf, again is None, -(result.score if again in (None, -math.inf) else again)
 
+        return sorted(self.valid(), key=key)
 
-def texts(losses: dict[str, object]) -> dict[str, str]:
-    return {branch: str(loss) for branch, loss in losses.items()}
+    def best(self) -> Member | None:
+        return next(iter(self.hall_of_fame()), None)
 
 
-def losses_name(losses: dict[str, object] | str) -> str:
-    """The text of losses, or the name of hand-made ones."""
-    return losses if isinstance(losses, str) else losses_text(losses)
+def texts(losses: dict[str, object] | str | None) -> dict[str, str] | str | None:
+    """Losses as the journal has them: their texts by branch; the name of hand-made ones, or None, as it is."""
+    return {branch: str(loss) for branch, loss in losses.items()} if isinstance(losses, dict) else losses
 
 
-def losses_text(losses: dict[str, object]) -> str:
-    """One line for one or several losses, or their texts."""
+def losses_text(losses: dict[str, object] | str) -> str:
+    """One line for one or several losses, or their texts; the name of hand-made ones as it is."""
+    if isinstance(losses, str):
+        return losses
     if len(losses) == 1:
         return str(next(iter(losses.values())))
     return "; ".join(f"{branch}={loss}" for branch, loss in losses.items())
 
 
-def select_parent(
-    state: State, rng: random.Random, branches: Sequence[str], least: int = TOURNAMENT_MIN
-) -> Member | None:
+def select_parent(state: State, rng: Random, branches: Sequence[str], least: int = TOURNAMENT_MIN) -> Member | None:
     """The best of a random 5 % of the population; None while no candidate of it has all `branches` and is valid.
 
     Equivalent losses share their score to the last digit; the newest stands for all of them [D], and of near relatives
@@ -1181,7 +1179,7 @@ def select_parent(
     return max(rng.sample(distinct, min(size, len(distinct))), key=state.merit)
 
 
-def propose(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child | None:
+def propose(task: Task, state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
     """A mutated copy of the parent, or a fresh candidate."""
     if len(task.branches) > 1:
         return propose_several(task, state, rng, parent, tried)
@@ -1208,7 +1206,8 @@ EXCHANGE = 0.3  # probability that a child takes a branch from the winner of ano
 TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
 
 
-def propose_several(task: Task, state: State, rng: random.Random, parent: Member | None, tried: Tried) -> Child | None:
+def propose_several(task: Task, state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
+    """A child of several branches, by the phase of the search, see above; None if the deadline comes first."""
     branches, method = task.branches, state.method
     if not method.mutate:
         return whole_fresh(task, state, rng, tried)
@@ -1236,31 +1235,29 @@ def propose_several(task: Task, state: State, rng: random.Random, parent: Member
     return Child(losses, parts or None, [state.tree(name, expr)], more=more)
 
 
-def whole_fresh(task: Task, state: State, rng: random.Random, tried: Tried) -> Child | None:
+def whole_fresh(task: Task, state: State, rng: Random, tried: Tried) -> Child | None:
     """A random tree for each branch, drawn until it passes the gates by itself; None if the deadline comes first."""
-    losses, names = {}, [name for name in (*CHEAP, *DEAR) if name != "simulation"]
+    losses = {}
     for name, branch in task.branches.items():
         passing = []
         while not passing:
             if time.time() >= tried.deadline:
                 return None
-            expr = state.method.fresh(state, rng, name, branch)
-            tree = state.tree(name, expr)
-            passing = judge(task, state, [Child({name: expr}, None, [tree])], names, tried)
+            tree = state.tree(name, state.method.fresh(state, rng, name, branch))
+            passing = judge(task, state, [Child({name: tree.expr}, None, [tree])], (*CHEAP, *DEAR), tried)
         tried.passed(state, tree)
-        losses[name] = expr
+        losses[name] = tree.expr
     return Child(losses)
 
 
 def best_trials_together(task: Task, state: State) -> Child | None:
     """The best trials of all branches as one candidate, the first whole one; None before and after its turn."""
-    whole = any(result.whole for result in state.results.values())
-    if whole or not state.method.mutate or state.evaluated < TRIALS:
+    whole, parts = any(result.whole for result in state.results.values()), best_parts(state)
+    if whole or not state.method.mutate or state.evaluated < TRIALS or parts.keys() != task.branches.keys():
         return None
-    parts = best_parts(state)
-    child = Child({name: parts[name] for name in task.branches if name in parts})
+    child = Child({name: parts[name] for name in task.branches})
     child.identity = state.identity(child)
-    return child if len(child.losses) == len(task.branches) else None
+    return child
 
 
 def best_trial(state: State, branch: str) -> float:
@@ -1298,18 +1295,16 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
     short = worker.agree("short", state, lambda: found and shorten(task, found))
     if short != found:
         worker.serve(task, state, [(short, args.seed)])
-        worst = min(
-            run["val"][state.metric] for k, run in state.again[losses_text(found)].items() if k < args.seed + seeds
-        )
+        again = state.again[losses_text(found)]
+        worst = min(run["val"][state.metric] for seed, run in again.items() if seed < args.seed + seeds)
         found = short if score(short, 1) >= worst else found
     found = worker.agree("found", state, lambda: found)
-    picture = draw_gradients(task, found) if found else None
-    if picture:
+    if found and (picture := draw_gradients(task, found)):
         write_atomically(worker.directory / "gradients.png", picture)
-    table = [(task.baseline, "baseline"), *([(found, "found")] if found else [])]
+    table = {"baseline": task.baseline} | ({"found": found} if found else {})
     for k in range(args.seeds):
-        pictures = [worker.directory / f"{name}.png" if k == 0 else None for _, name in table]
-        jobs = [(losses, args.seed + TABLE_SEEDS + k, picture) for (losses, _), picture in zip(table, pictures)]
+        pictures = {name: worker.directory / f"{name}.png" for name in table if k == 0}
+        jobs = [(losses, args.seed + TABLE_SEEDS + k, pictures.get(name)) for name, losses in table.items()]
         worker.serve(task, state, jobs)
 
 
@@ -1319,15 +1314,14 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
     First come those that have shown it in a converged training, for half of the places, then those that promise it.
     Near relatives train alike: a few of them would be one candidate, trained a few times. So does an equal score.
     """
-    guide = state.surrogate and state.surrogate.fit(task, state, [])
-    guide = guide or Surrogate()
-    chosen, others, points, last = [], [], [], None
-    proven = [result for result in hall_of_fame(state) if state.converged(result.text) not in (None, -math.inf)]
-    candidates = [*proven[: RUNGS[0][0] // 2], *state.ranking()[: 20 * RUNGS[0][0]]]
+    number, chosen, others, points, last = RUNGS[0][0], [], [], [], None
+    guide = state.surrogate and state.surrogate.fit(task, state, []) or Surrogate()
+    proven = [result for result in state.hall_of_fame() if state.converged(result.text) not in (None, -math.inf)]
+    candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():
-        tree = all(isinstance(loss, Expr) for loss in result.losses.values())
-        point = guide.point(task, result.losses) if tree else None
-        related = tree and any((point - other).square().sum(1).mean() < 2 - 2 * RELATED for other in points)
+        trees = all(isinstance(loss, Expr) for loss in result.losses.values())
+        point = [guide.point(task, result.losses)] if trees else []
+        related = any((own - other).square().sum(1).mean() < 2 - 2 * RELATED for own in point for other in points)
         score, bar = state.converged(result.text), state.converged(task.baseline)
         if score is None:  # the proxy has to do
             score, bar = result.score, state.baseline
@@ -1336,13 +1330,13 @@ def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
             others.append(texts(result.losses))
         else:
             chosen.append(texts(result.losses))
-            points += [point] if tree else []
+            points += point
         last = result.score
-        if len(chosen) == RUNGS[0][0]:
+        if len(chosen) == number:
             break
-    finalists = (chosen + others)[: RUNGS[0][0]]
+    finalists = (chosen + others)[:number]
     parts = texts(best_parts(state))
-    if len(finalists) < RUNGS[0][0] and len(parts) > 1 and parts not in finalists:  # a short search of several branches
+    if len(finalists) < number and len(parts) > 1 and parts not in finalists:  # a short search of several branches
         finalists.append(parts)
     return finalists
 
@@ -1362,17 +1356,12 @@ def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
 
 TREES = {str: str}  # the text of a loss by branch
 SCORES = {"val": {str: float}, "test": {str: float}}
+CONVERGED = {"seed": int, "scores": (SCORES, None), "seconds": float}  # a converged training
+TRAINING = {**CONVERGED, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
 RECORDS = {  # the lines of a journal, by the key that tells their kind
     "baseline": {**STAMP, "baseline": (float, None)},
-    "retrained": {
-        **STAMP,
-        "retrained": (TREES, str),
-        "seed": int,
-        "leader": bool,
-        "scores": (SCORES, None),
-        "seconds": float,
-    },
+    "retrained": {**STAMP, **CONVERGED, "retrained": (TREES, str), "leader": bool},
     "losses": {
         **STAMP,
         "turn": int,
@@ -1397,7 +1386,6 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
 UNSAID = {"leader": False, "trial": False, "programs": {}}
 ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
 RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
-TRAINING = {"loss": str, "seed": int, "scores": (SCORES, None), "seconds": float}  # a line of retrain.jsonl
 ALIVE = {"losses": (TREES, str, None), "leader": bool, "searching": bool}  # a worker's sign of life
 AGREED = {"finalists": [TREES], "short": (TREES, None), "found": (TREES, None)}  # by the workers in the closing round
 
@@ -1426,6 +1414,16 @@ def is_a(value, shape) -> bool:
     if shape in (int, float):
         return isinstance(value, (int, shape)) and not isinstance(value, bool) and abs(value) < 1e300
     return isinstance(value, shape if isinstance(shape, type) else type(shape))
+
+
+@contextlib.contextmanager
+def uncollected():
+    """No garbage collection meanwhile: among the million entries of a COCO file it would take most of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def read_json(path: Path, shape, cure: str, use: Callable = lambda document: document):
@@ -1461,16 +1459,6 @@ def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: t
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The journal, and those who write it
-
-
-@contextlib.contextmanager
-def uncollected():
-    """No garbage collection meanwhile: among the million entries of a COCO file it would take most of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -1520,9 +1508,8 @@ def warn_of_shared(pictures: dict[str, list[Path]]) -> None:
     for split, others in (("test", ("train", "val")), ("val", ("train",))):
         known = {path for other in others for path in pictures.get(other, ())}
         if shared := [path for path in pictures.get(split, ()) if path in known]:
-            warn_once(
-                f"{len(shared)} {split} pictures (first: {shared[0]}) are in another split, too; it tests nothing"
-            )
+            many = f"{len(shared)} {split} pictures (first: {shared[0]})"
+            warn_once(f"{many} are in another split, too; it tests nothing")
 
 
 def read_records(path: Path, start: int = 0) -> tuple[list[dict], int]:
@@ -1584,7 +1571,7 @@ class Worker(Journal):
 
     def __init__(self, directory: Path, report: Callable[[], None] = lambda: None):
         super().__init__(directory)
-        self.report, self.start, self.earlier = report, time.time(), 0.0
+        self.report, self.start = report, time.time()
         self.room = directory / "workers"
         self.room.mkdir(exist_ok=True)
         self.rank, self.file = self.enlist()
@@ -1598,28 +1585,24 @@ class Worker(Journal):
         threading.Thread(target=self.live, daemon=True).start()
 
     def enlist(self) -> tuple[int, io.FileIO]:
-        rank = 0
-        while True:
+        for rank in itertools.count():
             path = self.directory / f"journal-{rank}.jsonl"
             file = path.open("ab+", buffering=0)
-            if not hold(file):
-                file.close()
-                rank += 1
-                continue
-            size = file.seek(0, os.SEEK_END)
-            _, whole = read_records(path)
-            if whole < size:
-                warn(f"{path}: the last line is torn and was skipped")
-                file.truncate(whole)
-            return rank, file
+            if hold(file):
+                break
+            file.close()
+        size = file.seek(0, os.SEEK_END)
+        _, whole = read_records(path)
+        if whole < size:
+            warn(f"{path}: the last line is torn and was skipped")
+            file.truncate(whole)
+        return rank, file
 
     def live(self) -> None:
         """Touch the sign of life; end with whoever launched this process."""
         while not self.gone.wait(1.0):
-            try:
+            with contextlib.suppress(OSError):  # the run directory has gone; the next record will say so
                 os.utime(self.sign)
-            except OSError:  # the run directory has gone; the next record will say so
-                pass
             if os.environ.get("AUTOLOSS_LAUNCHER", str(os.getppid())) != str(os.getppid()):
                 os._exit(1)
 
@@ -1631,7 +1614,7 @@ class Worker(Journal):
     @property
     def elapsed(self) -> float:
         """Seconds of this run, also those of searching before a resume."""
-        return self.earlier + time.time() - self.start
+        return time.time() - self.start
 
     def hear(self, state: State) -> list[dict]:
         heard = super().hear(state)
@@ -1647,19 +1630,16 @@ class Worker(Journal):
         self.works_on(None)
 
     def works_on(self, losses: dict | str | None, leader: bool = False) -> None:
-        losses = texts(losses) if isinstance(losses, dict) else losses
-        doing = {"losses": losses, "leader": leader, "searching": self.searching}
+        doing = {"losses": texts(losses), "leader": leader, "searching": self.searching}
         write_atomically(self.sign, json.dumps(doing))
 
     def others(self) -> dict[str, dict]:
         """What the other living workers are doing, by their life."""
         found = {}
         for path in self.room.glob("*.alive"):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # it has left in this moment
                 if path != self.sign and path.stat().st_mtime > self.sign.stat().st_mtime - self.STALE:
                     found[path.stem] = checked(json.loads(path.read_text(encoding="utf-8")), ALIVE)
-            except (OSError, ValueError):  # it has left in this moment
-                pass
         return found
 
     def others_at_work(self, state: State) -> list[dict]:
@@ -1690,12 +1670,11 @@ class Worker(Journal):
         """Converged trainings (losses, seed[, picture]) that nobody else has claimed, until all are done."""
         while True:
             self.hear(state)
-            left = [job for job in jobs if job[1] not in state.again.get(losses_name(job[0]), {})]
-            mine = next((job for job in left if self.claim(f"{losses_name(job[0])} {job[1]}")), None)
+            left = [job for job in jobs if job[1] not in state.again.get(losses_text(job[0]), {})]
+            mine = next((job for job in left if self.claim(f"{losses_text(job[0])} {job[1]}")), None)
             if mine:
                 losses, *more = mine
-                losses = losses if isinstance(losses, str) else task.read_losses(losses)
-                self.tell(retrain(task, self, losses, *more))
+                self.tell(converged_training(task, self, task.read_losses(losses), *more))
             elif left:
                 time.sleep(0.1)
             else:
@@ -1733,21 +1712,13 @@ class Reporter:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
         self.directory, self.task, self.state, self.args = directory, task, state, args
-        self.journal, self.parents = Journal(directory), {}
-        self.remember(self.journal.hear(state))
+        self.journal = Journal(directory)
+        self.journal.hear(state)
         self.board = SummaryWriter(str(directory))
         self.start, self.explored_earlier = time.time(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
-
-    def remember(self, records: list[dict]) -> list[dict]:
-        """Whose child each candidate is."""
-        for record in records:
-            if "losses" in record:
-                parent = record["parent"] and losses_text(record["parent"])
-                self.parents.setdefault(losses_text(record["losses"]), parent)
-        return records
 
     def lineage(self, text: str) -> str:
         """A candidate and its ancestors, the newest first, with their scores."""
@@ -1755,90 +1726,85 @@ class Reporter:
         while text in self.state.results and len(lines) < 100:  # two workers may have made each other's children
             score, again = shown(self.state.results[text].score), shown(self.state.converged(text))
             lines.append(f"| {score} | {again} | `{text}` |")
-            text = self.parents.get(text)
+            text = self.state.results[text].parent
         return "\n".join(lines)
 
     def hear(self) -> None:
-        for record in self.remember(self.journal.hear(self.state)):
+        for record in self.journal.hear(self.state):
             if "baseline" in record:
-                score = "invalid" if self.state.baseline is None else f"{self.state.baseline:.3f}"
-                print(
-                    f"baseline {self.task.baseline}: {self.args.metric} {score} in the same proxy training", flush=True
-                )
-            elif "retrained" in record:
+                self.tell_baseline()
+                continue
+            earlier, self.best = self.best, self.state.best()
+            improved = self.best is not None and (earlier is None or earlier.text != self.best.text)
+            if "retrained" in record:
                 self.tell_retrained(record)
             else:
-                self.tell_evaluated(record)
+                self.tell_evaluated(record, improved)
+            if improved:
+                self.show_best(self.best)
+            self.write_hall_of_fame()
 
-    def tell_evaluated(self, record: dict) -> None:
+    def tell_baseline(self) -> None:
+        name, metric, score = self.task.baseline, self.args.metric, self.state.baseline
+        score = "invalid" if score is None else f"{score:.3f}"
+        print(f"baseline {name}: {metric} {score} in the same proxy training", flush=True)
+
+    def tell_evaluated(self, record: dict, improved: bool) -> None:
         state, args, score = self.state, self.args, record["score"]
         self.told += 1
-        n, best, gates = self.told, state.best(), state.gate_counts()
+        n, gates = self.told, state.gate_counts()
         seconds = time.time() - self.start
         rate = (state.explored - self.explored_earlier) / max(1e-9, seconds)
         share = max(n / args.evals, state.searched / (60 * args.minutes))
         left = max(0, int(state.searched * (1 / max(share, 1e-9) - 1)))
-        top = max((r.score for r in state.results.values() if r.score is not None and r.whole), default=None)
-        improved = best is not None and (self.best is None or best.text != self.best.text)
-        self.best = best
+        top = max((result.score for result in state.valid()), default=None)
         print(
             f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(top)}  "
             f"explored {state.explored:,} ({rate:,.0f}/s)  "
             f"equivalent {gates.get('equivalent', 0)}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            + (f"  * {best.text}" if improved else "")
+            + (f"  * {self.best.text}" if improved else "")
             + (f"  {' '.join(record['losses'])} alone" if record.get("trial") else ""),
             flush=True,
         )
         self.draw_evaluated(record, rate, gates)
-        if improved:
-            for step, loss in record["curve"]:
-                self.board.add_scalar(f"proxy_curve/{n:04d}", loss, step)
-            self.show_best(best)
-        self.write_hall_of_fame()
+        for step, loss in record["curve"] if improved else ():
+            self.board.add_scalar(f"proxy_curve/{n:04d}", loss, step)
 
     def draw_evaluated(self, record: dict, rate: float, gates: dict[str, int]) -> None:
         state, score = self.state, record["score"]
-        add = functools.partial(self.board.add_scalar, global_step=state.explored)
         scores = [member.score for member in state.population if member.score is not None]
-        if score is not None:
-            add("search/score", score)
+        mean, deviation = record["predicted"] or (None, None)
+        tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
+            "search/score": score,
+            "search/best": max(scores, default=None),
+            "search/population_mean": sum(scores) / len(scores) if scores else None,
+            "search/baseline": state.baseline,
+            "search/explored_per_second": rate,
+            "search/evaluated": state.evaluated,
+            "proxy/seconds": record["seconds"],
+            "surrogate/predicted": mean,
+            "surrogate/deviation": deviation,
+            "surrogate/screened": None if mean is None else record["tried"]["counts"].get("surrogate", 0),
+            "surrogate/error": None if None in (mean, score) else score - mean,
+        }
+        for tag, value in tags.items():
+            if value is not None:
+                self.board.add_scalar(tag, value, state.explored)
         if scores:
-            add("search/best", max(scores))
             self.board.add_scalar("search/best_by_minute", max(scores), int(state.elapsed))
-            add("search/population_mean", sum(scores) / len(scores))
-        if state.baseline is not None:
-            add("search/baseline", state.baseline)
-        add("search/explored_per_second", rate)
-        add("search/evaluated", state.evaluated)
-        add("proxy/seconds", record["seconds"])
-        for gate, number in gates.items():
-            add(f"gates/{gate}", number / max(1, state.explored))
-        if record["predicted"]:
-            mean, deviation = record["predicted"]
-            add("surrogate/predicted", mean)
-            add("surrogate/deviation", deviation)
-            add("surrogate/screened", record["tried"]["counts"].get("surrogate", 0))
-            if score is not None:
-                add("surrogate/error", score - mean)
         if state.sampler:
             state.sampler.show(self.board)
 
     def tell_retrained(self, record: dict) -> None:
-        name, scores, metric = record["retrained"], record["scores"], self.args.metric
-        text = name if isinstance(name, str) else losses_text(name)
+        text, scores, metric = losses_text(record["retrained"]), record["scores"], self.args.metric
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
         print(f"converged, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
         if scores and record.get("leader"):
-            tag = "search/converged" + "_baseline" * (name == self.task.baseline)
+            tag = "search/converged" + "_baseline" * (text == self.task.baseline)
             self.board.add_scalar(tag, scores["val"][metric], self.state.explored)
-        best = self.state.best()
-        if best and (self.best is None or best.text != self.best.text):
-            self.best = best
-            self.show_best(best)
-        self.write_hall_of_fame()
 
-    def show_best(self, best: Result) -> None:
+    def show_best(self, best: Member) -> None:
         formulas = [
             f"{name}: `{loss}`" + (f"\n\n$${latex(loss)}$$" if isinstance(loss, Expr) else "")
             for name, loss in best.losses.items()
@@ -1847,43 +1813,37 @@ class Reporter:
         self.export(best.losses, f"proxy score {best.score:.4f}")
 
     def export(self, losses: dict[str, object], score: str) -> None:
-        title = (
-            f"A loss found by search_{self.task.name}.py for {self.args.metric}: {score}. Run {self.directory.name}."
-        )
+        aim, run = f"search_{self.task.name}.py for {self.args.metric}", self.directory.name
+        title = f"A loss found by {aim}: {score}. Run {run}."
         write_atomically(self.directory / "best_loss.py", self.task.export(losses, title))
 
     def write_hall_of_fame(self) -> None:
         state, table = self.state, io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["rank", f"proxy_{self.args.metric}", f"converged_{self.args.metric}", "seeds", "gain", "loss"])
-        for rank, result in enumerate(hall_of_fame(state), 1):
-            again = state.converged(result.text)
-            again = "" if again is None else "invalid" if again == -math.inf else round(again, 6)
-            gain = "" if result.gain is None else result.gain
-            writer.writerow([rank, result.score, again, len(state.chosen_by(result.text)), gain, result.text])
+        for rank, result in enumerate(state.hall_of_fame()[:50], 1):
+            again = state.converged(result.text)  # None is written as nothing
+            again = "invalid" if again == -math.inf else again and round(again, 6)
+            writer.writerow([rank, result.score, again, len(state.chosen_by(result.text)), result.gain, result.text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
 
-    def found(self) -> dict | None:
-        """What the closing round has decided, once its table is complete: {"losses": {...} or None}."""
+    def found(self) -> tuple[dict[str, str] | None, dict[str, list]] | None:
+        """What the closing round has decided, and the columns of its table by seed; None until that is complete."""
         path = self.directory / "workers" / f"found-{self.state.evaluated}.json"
         if not path.exists():
             return None
         losses = read_agreed(path, "found", self.task)
-        seeds = {self.args.seed + TABLE_SEEDS + k for k in range(self.args.seeds)}
-        names = [self.task.baseline, *([losses_text(losses)] if losses else [])]
-        return {"losses": losses} if all(seeds <= self.state.again.get(name, {}).keys() for name in names) else None
+        seeds = [self.args.seed + TABLE_SEEDS + k for k in range(self.args.seeds)]
+        names = ({"found": losses_text(losses)} if losses else {}) | {"baseline": self.task.baseline}
+        again = {column: self.state.again.get(name, {}) for column, name in names.items()}
+        if not all({*seeds} <= runs.keys() for runs in again.values()):
+            return None
+        return losses, {column: [runs[seed] for seed in seeds] for column, runs in again.items()}
 
-    def finish(self, losses: dict[str, str] | None) -> None:
+    def finish(self, losses: dict[str, str] | None, runs: dict[str, list]) -> None:
         """The closing table, on the console, in TensorBoard and in result.json."""
         args, task, state = self.args, self.task, self.state
-        seeds = [args.seed + TABLE_SEEDS + k for k in range(args.seeds)]
-        names = {"found": losses_text(losses)} if losses else {}
-        runs = {column: [state.again[text][seed] for seed in seeds] for column, text in names.items()}
-        runs["baseline"] = [state.again[task.baseline][seed] for seed in seeds]
-        test = {
-            column: {metric: [run["test"][metric] for run in several if run] for metric in task.metrics}
-            for column, several in runs.items()
-        }
+        test = {column: test_scores(again, task.metrics) for column, again in runs.items()}
         ahead = {metric: paired_difference(runs, metric) for metric in task.metrics} if losses else {}
         result = {
             "task": task.name,
@@ -1908,17 +1868,14 @@ class Reporter:
     def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
         args, task, state = self.args, self.task, self.state
         text = losses_text(losses) if losses else None
-        print(
-            f"\n{'':6}{'proxy':>7} {'converged':>10} {'seeds':>6}  loss ({args.metric} on the search-validation split)"
-        )
-        for result in hall_of_fame(state)[:8]:
-            again = state.converged(result.text)
-            number = len(state.chosen_by(result.text))
-            mark = ">>>>" if result.text == text else "    "
-            print(f"{mark}  {shown(result.score):>7} {shown(again):>10} {number:>6}  {result.text}")
-        if text and text not in state.results:
-            number = len(state.chosen_by(text))
-            print(f">>>>  {'':7} {shown(state.converged(text)):>10} {number:>6}  {text}  (in short)")
+        print(f"\n        proxy  converged  seeds  loss ({args.metric} on the search-validation split)")
+        rows = {result.text: shown(result.score) for result in state.hall_of_fame()[:8]}
+        if text and text not in state.results:  # a formula in short had no proxy training
+            rows[text] = ""
+        for name, proxy in rows.items():
+            mark, note = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"
+            again, number = shown(state.converged(name)), len(state.chosen_by(name))
+            print(f"{mark}  {proxy:>7} {again:>10} {number:>6}  {name}{note}")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
         show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.converged else ", not converged")
         invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
@@ -1982,17 +1939,6 @@ def shown(score: float | None) -> str:
     return "  -  " if score is None else "invalid" if score == -math.inf else f"{score:.3f}"
 
 
-def hall_of_fame(state: State) -> list[Result]:
-    """The best fifty whole candidates: by converged score, behind them those that have none by the proxy."""
-    valid = [result for result in state.results.values() if result.score is not None and result.whole]
-
-    def key(result: Result):
-        again = state.converged(result.text)
-        return again is None, -(result.score if again is None else again)
-
-    return sorted(valid, key=key)[:50]
-
-
 def paired_difference(runs: dict[str, list], metric: str) -> list[float | None]:
     """Found minus baseline on test: mean over the seeds at which both were valid, and its standard error.
 
@@ -2019,10 +1965,8 @@ def verdict_in_words(task: Task, metric: str, ahead: dict, invalid: int = 0) -> 
         return f"a loss was found, but {invalid} of its trainings became invalid; in the others {size}"
     if mean <= 0:
         return f"nothing better than {task.baseline} was found: {size}"
-    unsure = error is None or mean <= 2 * error
-    return (
-        f"found a loss ahead of {task.baseline}: {size}" + "; too little to be sure, more --seeds would tell" * unsure
-    )
+    unsure = "; too little to be sure, more --seeds would tell" if error is None or mean <= 2 * error else ""
+    return f"found a loss ahead of {task.baseline}: {size}{unsure}"
 
 
 def difference_text(mean: float, error: float | None) -> str:
@@ -2037,9 +1981,7 @@ def main(args, make_task: Callable[..., Task]) -> None:
     """What every script does with its arguments: search, or train losses by name."""
     torch.set_num_threads(1)  # a second thread of one process gains less than a second process
     cv2.setNumThreads(1)
-    warnings.filterwarnings(
-        "ignore", module="PIL"
-    )  # of palettes, sizes and tags in pictures that it reads all the same
+    warnings.filterwarnings("ignore", module="PIL")  # of palettes, sizes and tags in what it reads all the same
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -2056,10 +1998,8 @@ def main(args, make_task: Callable[..., Task]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        fail(
-            f"--device {args.device}: out of memory ({error!s:.80}); take a smaller batch, window or network",
-            everyone=True,
-        )
+        cure = "take a smaller batch, window or network"
+        fail(f"--device {args.device}: out of memory ({error!s:.80}); {cure}", everyone=True)
     except OSError as error:  # no right to write, no space, a folder that has gone
         if error.filename is None or error.strerror is None:
             raise
@@ -2086,18 +2026,20 @@ def run(args, task: Task) -> None:
     if not launching:
         task.load()  # first: what is wrong with the data shall leave nothing behind
     directory, first = meet(args, task)
+    if dist.is_initialized():  # the workers of a search share nothing but files
+        dist.destroy_process_group()
     lock = (directory / "report.lock").open("a") if first else None
     if lock is None or not hold(lock):
         print(f"joining {directory} as another worker; whoever started it reports", flush=True)
         return work(args, task, directory)
-    reporter = Reporter(directory, task, make_state(args, task, reporting=True), args)
+    reporter = Reporter(directory, task, make_state(args, task), args)
     children = launch(args.workers, directory) if launching else []
     try:
         watch(children, reporter) if children else work(args, task, directory, reporter.hear)
         reporter.hear()
         if (found := reporter.found()) is None:  # a worker that nobody had waited for has come back
             raise ChildProcessError("a training came in after the closing round had begun")
-        reporter.finish(found["losses"])
+        reporter.finish(*found)
     except KeyboardInterrupt:
         STOPPED.clear()
         reporter.hear()
@@ -2116,16 +2058,15 @@ def run(args, task: Task) -> None:
         reporter.board.close()
 
 
-def meet(args, task: Task) -> tuple[Path, bool]:
-    """The run directory, and whether this process is the first in it; under torchrun all ranks share one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return open_run(args, task.name), True
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    shared = [open_run(args, task.name) if first else None]
-    dist.broadcast_object_list(shared)
-    dist.destroy_process_group()
-    return shared[0], first
+def meet(args, task: Task, backend: str = "gloo") -> tuple[Path, bool]:
+    """The run directory, and whether this process is the first in it; under torchrun all ranks meet and share one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend)
+    rank, world = rank_and_world()
+    shared = [open_run(args, task.name) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0], rank == 0
 
 
 def hold(file) -> bool:
@@ -2139,11 +2080,11 @@ def hold(file) -> bool:
     return True
 
 
-def make_state(args, task: Task, reporting: bool = False) -> State:
+def make_state(args, task: Task) -> State:
     method = METHODS.get(args.search) or Method("the task's own", ())
     gates = frozenset(method.gates) - set(args.without)
     sampler = task.samplers[args.search]() if args.search in task.samplers else None
-    surrogate = Surrogate() if "surrogate" in gates and not reporting else None
+    surrogate = Surrogate() if "surrogate" in gates else None
     batch = GPU_BATCH if args.device.startswith("cuda") else 1
     return State(task, method, args.metric, gates, surrogate, sampler, batch, table=args.seed + TABLE_SEEDS)
 
@@ -2155,13 +2096,9 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         task.load()
         task.prepare(directory / "base.pt")
         worker.hear(state)
-        worker.earlier, worker.start = state.searched, time.time()
+        worker.start = time.time() - state.searched
         if state.baseline is None and worker.claim("baseline"):
-            try:
-                score = task.train(task.baseline)
-            except InvalidLoss:
-                score = None
-            worker.tell({"baseline": finite(score)})
+            worker.tell({"baseline": proxy_score(task, task.baseline)})
         search(task, state, worker, args)
         close(task, state, worker, args)
     finally:
@@ -2175,29 +2112,26 @@ def launch(number: int, directory: Path) -> list[subprocess.Popen]:
     """
     print(f"starting {number} workers", flush=True)
     shared = {**os.environ, "AUTOLOSS_RUN_DIR": str(directory), "AUTOLOSS_LAUNCHER": str(os.getpid())}
-    return [
-        subprocess.Popen(
-            [sys.executable, *sys.argv], env={**shared, "RANK": str(k), "LOCAL_RANK": str(k)}, start_new_session=True
-        )
-        for k in range(number)
-    ]
+    ranks = [{"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(number)]
+    command = [sys.executable, *sys.argv]
+    return [subprocess.Popen(command, env=shared | rank, start_new_session=True) for rank in ranks]
 
 
 def watch(children: list[subprocess.Popen], reporter: Reporter) -> None:
     """Listen until the closing table is complete. A worker that ends too early is named; the others go on."""
     named = set()
-    while reporter.found() is None:
+    while True:
+        ended = [child for child in children if child.poll() is not None]  # all that these have written is heard now
         reporter.hear()
-        for child in children:
-            if child.poll() is not None and child.pid not in named:
+        if reporter.found() is not None:
+            return
+        for child in ended:
+            if child.returncode not in (0, 2) and child.pid not in named:
                 named.add(child.pid)
-                if child.returncode not in (0, 2):
-                    how = f"by signal {-child.returncode}" if child.returncode < 0 else f"with code {child.returncode}"
-                    warn(f"worker {child.pid} ended {how}; the others go on, its training is lost")
-        if len(named) == len(children):
-            reporter.hear()
-            if reporter.found() is None:
-                raise ChildProcessError("all workers have ended")
+                how = f"by signal {-child.returncode}" if child.returncode < 0 else f"with code {child.returncode}"
+                warn(f"worker {child.pid} ended {how}; the others go on, its training is lost")
+        if len(ended) == len(children):
+            raise ChildProcessError("all workers have ended")
         time.sleep(0.05)
 
 
@@ -2210,20 +2144,17 @@ def open_run(args, task_name: str) -> Path:
     name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
     for suffix in ("", *(f"-{k}" for k in range(2, 100))):
         directory = args.runs / (name + suffix)
-        try:
+        with contextlib.suppress(FileExistsError):
             directory.mkdir(parents=True)
             break
-        except FileExistsError:
-            continue
     revision = ""
     if shutil.which("git"):
         here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
         revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+    arguments = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "wanted"}
     about = {
         "task": task_name,
-        "arguments": {
-            k: str(v.absolute()) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "wanted"
-        },
+        "arguments": arguments,
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
@@ -2260,14 +2191,6 @@ def fail(message: str, everyone: bool = False):
     raise SystemExit(2)
 
 
-def is_there(path: Path | str, folder: bool = False) -> bool:
-    """Whether any text names a file, or a folder; one that is too long for a name does not."""
-    try:
-        return Path(path).is_dir() if folder else Path(path).is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def at_least(least, kind=int, most=10**9):
     """An argparse type: a number from `least` to `most`."""
 
@@ -2297,7 +2220,7 @@ def one_of(names):
 
 
 def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
-    """A function that adds a flag to a group of the help text; a default is shown with it."""
+    """Begin a group of the help text. Returns the function that adds a flag to it, with its default in brackets."""
     group = parser.add_argument_group(title)
 
     def flag(name: str, metavar: str | None, about: str, kind=None, default=None, **more) -> None:
@@ -2308,7 +2231,7 @@ def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
 
 
 def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str, data, models) -> Callable[..., None]:
-    """The flags that mean the same in every script; what it gives adds those of the task's own to them."""
+    """Add the flags that mean the same in every script. Returns the function that adds a script's own beside them."""
     flag, where = flags(parser, "task"), "cuda" if torch.cuda.is_available() else "cpu"
     flag("--metric", "NAME", "what to search for: " + " ".join(metrics), one_of(metrics), metrics[0])
     flag("--loss", "LOSS", f"train and evaluate this loss instead of searching: {' '.join(losses)}, {others}")
@@ -2357,10 +2280,7 @@ def told(schedules: dict[str, NamedTuple], number: str) -> str:
 
 def machine_memory() -> float:
     """GiB of this machine, or of the container where that has less."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        size = 2**34  # not to be had on Windows
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):
         size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return size / 2**30
@@ -2381,20 +2301,18 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
         fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
     default = Path(__file__).parent / "data/generated/shapes"
     args.data_root = Path(args.data_root or default).absolute()
-    if is_there(args.data_root):
+    if os.path.isfile(args.data_root):  # unlike Path.is_file it takes what is too long for a name
         fail(f"--data-root {args.data_root}: a file; give a folder")
-    if args.resume and args.data_root != default and not is_there(args.data_root, folder=True):
+    if args.resume and args.data_root != default and not os.path.isdir(args.data_root):
         fail(f"--data-root {args.data_root}: not found; say where the data of this run lie now")
     args.pretrained = os.path.abspath(args.pretrained) if isinstance(args.pretrained, str) else args.pretrained
     if args.loss is not None and args.compare is not None:
         fail(f"--compare {args.compare}: not together with --loss; give one of them")
-    if args.compare is None:
-        names, flag = [] if args.loss is None else [args.loss], "--loss"
-    else:
-        whole, flag = is_there(args.compare, folder=True), "--compare"
-        names = [args.compare] if whole else split_outside_brackets(args.compare, ",")
-    if not all(name.strip() for name in names) or args.compare is not None and not names:
-        given = args.loss if args.compare is None else args.compare
+    flag, given = ("--loss", args.loss) if args.compare is None else ("--compare", args.compare)
+    names = [] if given is None else [given]
+    if flag == "--compare" and not os.path.isdir(given):
+        names = split_outside_brackets(given, ",")
+    if given is not None and not "".join(names).strip():
         fail(f"{flag} {given!r:.40}: names no loss; leave the flag out to search for one")
     if len(set(names)) < len(names):
         fail(f"{flag} {args.compare:.80}: a loss is named twice; give each of them once")
@@ -2478,24 +2396,22 @@ RESUMABLE = ("evals", "minutes", "workers", "device", "resume", "runs", "data_ro
 
 def resume_arguments(parser: Parser, argv: list[str], task: type[Task]) -> argparse.Namespace:
     """The arguments of the run to go on with, checked like those of a command line; the budget is that given now."""
-    now, given = parser.parse_args(argv), given_flags(parser, argv)
+    unset = dict.fromkeys(vars(parser.parse_args([])), parser)  # stands for no value
+    now = parser.parse_args(argv, argparse.Namespace(**unset))
+    given = {name: value for name, value in vars(now).items() if value is not parser}
     path, cure = now.resume / "args.json", "give a run directory that a search has made"
-    if not is_there(path):
+    if not os.path.isfile(path):
         fail(f"--resume {now.resume}: not a run directory (no args.json in it); {cure}")
     saved = read_json(path, ABOUT, cure)
     if saved["task"] != task.name:
-        fail(
-            f"--resume {now.resume}: a run of search_{saved['task']:.20}.py, not of search_{task.name}.py; use that "
-            "script"
-        )
+        wrong = f"a run of search_{saved['task']:.20}.py, not of search_{task.name}.py"
+        fail(f"--resume {now.resume}: {wrong}; use that script")
     parser.place = f"{path}: "
     args = parser.parse_args(flags_of(parser, saved["arguments"]))
-    for name in sorted(given - set(RESUMABLE)):
-        if getattr(now, name) != getattr(args, name):
-            flag, value = name.replace("_", "-"), getattr(now, name)
-            fail(f"--{flag} {value}: the run was made with {getattr(args, name)}; leave the flag out")
-    for name in given | {"resume", "runs"}:
-        setattr(args, name, getattr(now, name))
+    for name in sorted(given.keys() - set(RESUMABLE)):
+        if given[name] != (before := getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} {given[name]}: the run was made with {before}; leave the flag out")
+    vars(args).update(given)
     return args
 
 
@@ -2505,27 +2421,17 @@ def flags_of(parser: Parser, values: dict) -> list[str]:
     for action in parser._actions:
         if action.dest in ("help", "resume", "runs"):
             continue
-        flag, value = action.option_strings[-1], values.get(action.dest, KeyError)
-        if value in (None, False, []) and not is_a(value, float):
+        flag, value = action.option_strings[-1], values.get(action.dest)
+        if action.dest not in values or "\0" in str(value):
+            parser.error(f"{flag} is not given; give a run directory that a search has made")
+        elif value is None or value is False or value == []:
             if action.default not in (None, False, []):
                 parser.error(f"{flag} has no value; give a run directory that a search has made")
-        elif value is KeyError or "\0" in str(value):
-            parser.error(f"{flag} is not given; give a run directory that a search has made")
         elif value is True:
             line.append(flag)
         else:
             line.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
     return line
-
-
-def given_flags(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
-    """The names of the arguments that stand on the command line."""
-    bare = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    for action in parser._actions:
-        shape = {"action": "store_true"} if action.nargs == 0 else {"nargs": action.nargs}
-        if action.dest != "help":
-            bare.add_argument(*action.option_strings, dest=action.dest, **shape)
-    return set(vars(bare.parse_known_args(argv)[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2562,11 +2468,10 @@ class Checkpoint:
 
     def save(self, steps: int, curve: list, parts: Sequence, generators: Sequence[torch.Generator]) -> None:
         """Written by rank 0; of the others only the generators differ."""
-        states = [[generator.get_state() for generator in generators]]
         rank, world = rank_and_world()
+        states = [[generator.get_state() for generator in generators]] * world
         if world > 1:
-            own, states = states[0], [None] * world
-            dist.all_gather_object(states, own)
+            dist.all_gather_object(states, states[rank])
         if rank == 0:
             unfinished = self.path.with_suffix(".part")
             parts = [part.state_dict() for part in parts]
@@ -2580,15 +2485,9 @@ def compare(args, task: Task) -> None:
     Everything goes into a run directory; `--resume` repeats nothing that is finished there and goes on with the
     training in flight. Under torchrun all processes share each training.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    rank, world = rank_and_world()
     task.load()
-    shared = [open_run(args, task.name) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(shared)
-    (directory,) = shared
-    formulas, path = {name: losses_name(losses) for name, losses in args.wanted.items()}, directory / "losses.json"
+    directory, first = meet(args, task, "nccl" if args.device.startswith("cuda") else "gloo")
+    formulas, path = {name: losses_text(losses) for name, losses in args.wanted.items()}, directory / "losses.json"
     write_once(path, json.dumps(formulas, indent=1))
     if changed := formulas.items() - read_json(path, {str: str}, "remove it").items():
         flag = "--loss" if args.compare is None else "--compare"
@@ -2601,22 +2500,19 @@ def compare(args, task: Task) -> None:
                 if (name, seed) not in done:
                     checkpoint = Checkpoint(directory / f"training_{k}_{seed}.pt", args.checkpoint_steps)
                     done[name, seed] = train_once(args, task, name, losses, seed, checkpoint)
-                if rank == 0:
+                if first:
                     line = done[name, seed]
                     scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
                     print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
     except KeyboardInterrupt:
-        if rank == 0:
+        if first:
             print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}")
         raise
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
-    if rank > 0:
+    if not first:
         return
-    test = {}
-    for name in args.wanted:
-        valid = [line["scores"]["test"] for line in (done[name, seed] for seed in seeds) if line["scores"]]
-        test[name] = {metric: [scores[metric] for scores in valid] for metric in task.metrics}
+    test = {name: test_scores([done[name, seed]["scores"] for seed in seeds], task.metrics) for name in args.wanted}
     if args.compare:
         show_losses(test, task.metrics, args.seeds)
     else:
@@ -2668,6 +2564,11 @@ def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Check
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
+
+
+def test_scores(runs: list[dict | None], metrics: tuple[str, ...]) -> dict[str, list[float]]:
+    """By metric what those of some trainings that stayed valid score on the test split."""
+    return {metric: [run["test"][metric] for run in runs if run] for metric in metrics}
 
 
 def mean_and_spread(values: list[float], digits: int = 3) -> str:
@@ -2724,11 +2625,11 @@ class Method(NamedTuple):
     mutate: Callable[..., Expr] | None = None  # (state, rng, branch name, branch, loss) -> a child; None: no evolution
 
 
-def random_loss(state: State, rng: random.Random, name: str, branch: Branch) -> Expr:
+def random_loss(state: State, rng: Random, name: str, branch: Branch) -> Expr:
     return random_tree(rng, branch.symbols)
 
 
-def mutated_loss(state: State, rng: random.Random, name: str, branch: Branch, expr: Expr) -> Expr:
+def mutated_loss(state: State, rng: Random, name: str, branch: Branch, expr: Expr) -> Expr:
     other = select_parent(state, rng, [name])
     return mutate(rng, expr, branch.symbols, other and other.losses[name])
 
@@ -2738,7 +2639,7 @@ def mutated_loss(state: State, rng: random.Random, name: str, branch: Branch, ex
 SIMULATION = 0.75  # [D] share of the baseline's score that a loss must reach in a short training on a few samples
 
 
-def known_loss(state: State, rng: random.Random, name: str, branch: Branch) -> Expr:
+def known_loss(state: State, rng: Random, name: str, branch: Branch) -> Expr:
     """A known loss, mutated up to three times."""
     expr = parse(rng.choice(branch.known))
     for _ in range(rng.randrange(4)):
@@ -2780,16 +2681,16 @@ TREE = 500  # nodes of a program written as a tree, at most [D]: repeated squari
 Instruction = tuple[str, int, int, int]  # operator, registers of its operands, register that is written
 
 
-def random_instruction(rng: random.Random, symbols: tuple[str, ...]) -> Instruction:
+def random_instruction(rng: Random, symbols: tuple[str, ...]) -> Instruction:
     first, size = len(symbols), len(symbols) + REGISTERS
     return rng.choice(list(OPERATORS)), rng.randrange(size), rng.randrange(size), rng.randrange(first, size)
 
 
-def random_program(rng: random.Random, symbols: tuple[str, ...]) -> list[Instruction]:
+def random_program(rng: Random, symbols: tuple[str, ...]) -> list[Instruction]:
     return [random_instruction(rng, symbols) for _ in range(rng.randint(1, PROGRAM))]
 
 
-def mutate_program(rng: random.Random, program: list[Instruction], symbols: tuple[str, ...]) -> list[Instruction]:
+def mutate_program(rng: Random, program: list[Instruction], symbols: tuple[str, ...]) -> list[Instruction]:
     """Insert or remove an instruction, redraw all of them, or redraw one part of one [P: AutoML-Zero, Sec. 3.2]."""
     program = list(program)
     kind = rng.choice(("length", "all", "part"))
@@ -2827,24 +2728,23 @@ def compiled(state: State, name: str, branch: Branch, make: Callable[[], list[In
     return tree
 
 
-def random_compiled(state: State, rng: random.Random, name: str, branch: Branch) -> Expr:
+def random_compiled(state: State, rng: Random, name: str, branch: Branch) -> Expr:
     return compiled(state, name, branch, lambda: random_program(rng, branch.symbols))
 
 
-def mutated_compiled(state: State, rng: random.Random, name: str, branch: Branch, expr: Expr) -> Expr:
+def mutated_compiled(state: State, rng: Random, name: str, branch: Branch, expr: Expr) -> Expr:
     parent = state.programs[f"{name}:{expr}"]
     return compiled(state, name, branch, lambda: mutate_program(rng, parent, branch.symbols))
 
 
 PUBLISHED = ("dead", "seen", "gradient", "equivalent", "rejected")
+SIMULATED = ("seen", "rising", "simulation")
 METHODS = {
     "evolve": Method("all gates", (*PUBLISHED, "surrogate"), random_loss, mutated_loss),
     "random": Method("the same gates but the surrogate, no evolution", PUBLISHED, random_loss),
     "naive": Method("evolution without gates", (), random_loss, mutated_loss),
-    "cse": Method(
-        "convergence simulation, from known losses", ("seen", "rising", "simulation"), known_loss, mutated_loss
-    ),
-    "cse-rand": Method("the same from random trees", ("seen", "rising", "simulation"), random_loss, mutated_loss),
+    "cse": Method("convergence simulation, from known losses", SIMULATED, known_loss, mutated_loss),
+    "cse-rand": Method("the same from random trees", SIMULATED, random_loss, mutated_loss),
     "aml": Method("programs as in AutoML-Zero, without gates", (), random_compiled, mutated_compiled),
 }
 SWITCHABLE = ("dead", "seen", "gradient", "equivalent", "surrogate", "rejected", "invalid")  # by --without

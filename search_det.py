@@ -20,6 +20,7 @@ work, torch 2.14.1): 46,943 losses explored, 80 trained; AP on test after 600 st
 import argparse
 import atexit
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -146,13 +147,11 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr | str]:
     """The name of a hand-made set of losses, a run directory, or a name or a formula for some of the branches."""
     if text in LOSSES:
         return text
-    if evolve.is_there(text, folder=True):
+    if os.path.isdir(text):
         return evolve.read_found(Path(text), DetTask, flag)
     if "=" not in text:
-        fail(
-            f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a run directory, or BRANCH=LOSS with a "
-            f"branch of {' '.join(BRANCHES)}"
-        )
+        known = f"{' '.join(LOSSES)}, a run directory, or BRANCH=LOSS with a branch of {' '.join(BRANCHES)}"
+        fail(f"{flag} {text:.80}: unknown; give one of {known}")
     losses = {}
     for part in evolve.split_outside_brackets(text, ",;"):
         branch, _, term = (piece.strip() for piece in part.partition("="))
@@ -358,19 +357,9 @@ def check_coco(
         return f"annotation {entry.get('id', f'no. {k}')!r:.40}"
 
     left_out: dict[str, list[str]] = {}  # by reason
-    images, files, annotations, known = {}, {}, [], {}
+    annotations, known = [], {}
     categories = by_id(coco, "categories", path, left_out)
-    for number, entry in by_id(coco, "images", path, left_out).items():
-        try:
-            images[number] = {"id": number} | check_image(entry, folder, scoring)
-        except DataError as problem:
-            raise DataError(f"{path}: image {number!r}: {problem}") from None
-        name = images[number]["file_name"]
-        if not scoring and Path(name).name.startswith("._"):
-            left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
-        elif not scoring and files.setdefault(os.path.normpath(name), number) != number:
-            other = files[os.path.normpath(name)]
-            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
+    images = check_images(coco, path, folder, scoring, left_out)
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
         number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
@@ -400,6 +389,23 @@ def check_coco(
     if not annotations and not scoring:
         raise DataError(f"{path}: no annotations to learn from")
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
+
+
+def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, left_out: dict[str, list[str]]) -> dict:
+    """The pictures of a COCO file by their ids, each file once, without macOS' hidden ones."""
+    images, files = {}, {}
+    for number, entry in by_id(coco, "images", path, left_out).items():
+        try:
+            images[number] = {"id": number} | check_image(entry, folder, scoring)
+        except DataError as problem:
+            raise DataError(f"{path}: image {number!r}: {problem}") from None
+        name = images[number]["file_name"]
+        if not scoring and Path(name).name.startswith("._"):
+            left_out.setdefault("of macOS' hidden files", []).append(name)
+            del images[number]
+        elif not scoring and (other := files.setdefault(os.path.normpath(name), number)) != number:
+            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
+    return images
 
 
 def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
@@ -839,10 +845,6 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
     A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
     ones have left behind goes when the next one starts.
     """
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return None
     folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
     path = folder / (prefix + hashlib.sha256(key.encode()).hexdigest()[:24])
 
@@ -875,11 +877,11 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
         return None
 
 
-def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
+def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
     """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
 
     It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
-    transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
+    transparency become RGB, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
     """
     try:
         with opened(path) as picture:
@@ -888,12 +890,12 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
                 (h, w), (height, width) = upright, listed
                 raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
             turn = turn if listed in (None, upright) else None
-            if picture.format == "JPEG" and mode == "RGB" and picture.mode in ("RGB", "L") and turn is None:
+            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None:
                 encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(picture, path)
-            picture = picture.convert(mode)
+            picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
         raise unreadable(path) from error
@@ -1083,9 +1085,8 @@ class RegionProposals(rpn.RegionProposalNetwork):
         sampled = torch.cat([positive, negative])
         logit = objectness.flatten()[sampled]
         logits = torch.stack([torch.zeros_like(logit), logit], 1)  # the softmax of these two is the sigmoid [D]
-        codes = Boxes(
-            deltas[positive], torch.cat(targets)[positive], self.anchors[positive], self.box_coder, len(logit)
-        )
+        deltas, wanted = deltas[positive], torch.cat(targets)[positive]
+        codes = Boxes(deltas, wanted, self.anchors[positive], self.box_coder, len(logit))
         label = torch.cat(labels)[sampled].long()
         return self.losses["rpn_cls"](logits, label, None), self.losses["rpn_reg"](codes)
 
@@ -1102,10 +1103,8 @@ class Heads(roi_heads.RoIHeads):
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         label = torch.cat(labels)
         positive = torch.where(label > 0)[0]
-        deltas = deltas.view(len(label), -1, 4)[positive, label[positive]]
-        codes = Boxes(
-            deltas, torch.cat(regression)[positive], torch.cat(proposals)[positive], self.box_coder, len(label)
-        )
+        deltas, wanted = deltas.view(len(label), -1, 4)[positive, label[positive]], torch.cat(regression)[positive]
+        codes = Boxes(deltas, wanted, torch.cat(proposals)[positive], self.box_coder, len(label))
         losses = {"rcnn_cls": self.losses["rcnn_cls"](logits, label, codes), "rcnn_reg": self.losses["rcnn_reg"](codes)}
         if self.has_mask():
             keep = [own > 0 for own in labels]
@@ -1156,9 +1155,9 @@ class Detector(nn.Module):
             features = OrderedDict((name, x.float()) for name, x in self.backbone(images).items())
         proposals, first = self.rpn(ImageList(images, sizes), features, targets)
         found, losses = self.roi_heads(features, proposals, sizes, targets)
-        return (
-            {"rpn_cls": first["loss_objectness"], "rpn_reg": first["loss_rpn_box_reg"], **losses} if targets else found
-        )
+        if not targets:
+            return found
+        return {"rpn_cls": first["loss_objectness"], "rpn_reg": first["loss_rpn_box_reg"], **losses}
 
 
 def conv(channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, size: int = 3) -> nn.Sequential:
@@ -1187,9 +1186,7 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
     except Exception as error:  # a file of anything makes torch.load raise anything
         reason = str(error).split("\n")[0]
         if pretrained is True:
-            fail(
-                f"{flag}: no download ({reason}); fetch {weights.url} where there is a network, give --pretrained FILE"
-            )
+            fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
     state = state.get("state_dict", state)
     state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
@@ -1441,11 +1438,9 @@ def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
     found, rank = take(found, order[rank < MOST[-1]]), rank[rank < MOST[-1]]
 
     def similarity(f: Tensor, t: Tensor) -> Tensor:
-        return (
-            box_ious(found.box[f], truth.box[t], truth.crowd[t])
-            if found.masks is None
-            else mask_ious(found, truth, f, t)
-        )
+        if found.masks is None:
+            return box_ious(found.box[f], truth.box[t], truth.crowd[t])
+        return mask_ious(found, truth, f, t)
 
     ignored = outside(truth) | truth.crowd.unsqueeze(1)
     groups = (x.image * K + x.label for x in (found, truth))
@@ -1532,9 +1527,8 @@ def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, 
         rows = torch.as_tensor(detections).view(-1, 7).tolist()
         detections = [{"image_id": a, "bbox": box, "score": b, "category_id": c} for a, *box, b, c in rows]
     path, results = list_results(detections)
-    image, label = (
-        places(results, key, coco[kind]) for key, kind in (("image_id", "images"), ("category_id", "categories"))
-    )
+    image = places(results, "image_id", coco["images"])
+    label = places(results, "category_id", coco["categories"])
     check_places(image, results, path)
     if (label < 0).any():
         known = label >= 0
@@ -1881,9 +1875,8 @@ def test_network(net: Detector, split: Split, size: int, device: str) -> dict[st
     zoom = (split.originals / split.sizes).flip(1).repeat(1, 2).to(device)  # of x y x y
     corners = torch.cat([result["boxes"] * own for result, own in zip(found, zoom)]).double()
     box = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    image = torch.arange(len(found), device=device).repeat_interleave(
-        torch.tensor([len(result["boxes"]) for result in found], device=device)
-    )
+    counts = torch.tensor([len(result["boxes"]) for result in found], device=device)
+    image = torch.arange(len(found), device=device).repeat_interleave(counts)
     label, score = (torch.cat([result[key] for result in found]) for key in ("labels", "scores"))
     no = torch.zeros(len(box), dtype=torch.bool, device=device)
     objects = Objects(image, label - 1, box, box[:, 2:].prod(1), score.double(), no, no)
@@ -1908,7 +1901,7 @@ def draw_predictions(net: Detector, split: Split, path: Path, size: int, device:
     palette = [tuple(shapes.voc_palette()[3 * k : 3 * k + 3]) for k in range(256)]
     images = split.images[:number].cpu()
     zoom = max(1, 192 // max(images.shape[-2:]))
-    rows = [], []
+    rows, draw = ([], []), torchvision.utils.draw_bounding_boxes
     for k, found in enumerate(detect(net, split, slice(0, number), size, device)):
         real = split.labels[k] > 0
         most = int(real.sum())
@@ -1916,10 +1909,7 @@ def draw_predictions(net: Detector, split: Split, path: Path, size: int, device:
         large = F.interpolate(images[k : k + 1], scale_factor=zoom)[0]
         for row, (boxes, labels) in zip(rows, drawn):
             colours = [palette[label % 256] for label in labels.tolist()]
-            boxes = boxes.cpu() * zoom
-            row.append(
-                torchvision.utils.draw_bounding_boxes(large, boxes, None, colours, width=2) if colours else large
-            )
+            row.append(draw(large, boxes.cpu() * zoom, None, colours, width=2) if colours else large)
     grid = torchvision.utils.make_grid(torch.stack(rows[0] + rows[1]), nrow=len(images), pad_value=255)
     Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
 
@@ -1996,8 +1986,8 @@ class DetTask(evolve.Task):
         self.args, self.device, self.masks = args, args.device, args.metric == "segm"
         list_data(args)  # what is missing is said at once
         self.metrics = METRICS[args.metric]
-        self.proxy, self.retraining = (self.plan(plans[args.data], steps) for plans, steps in
-                                       ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
+        self.proxy = self.plan(PROXY[args.data], args.proxy_steps)
+        self.retraining = self.plan(RETRAIN[args.data], args.retrain_steps)
         self.converged = self.retraining.steps >= RETRAIN[args.data].steps
         self.data: dict[str, Split] = {}
 
@@ -2009,14 +1999,7 @@ class DetTask(evolve.Task):
         """A schedule with the user's flags in it."""
         args = self.args
         base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
-        flags = {
-            "steps": steps,
-            "size": args.size,
-            "batch": args.batch,
-            "lr": args.lr,
-            "model": args.model,
-            "base": base,
-        }
+        flags = dict(steps=steps, size=args.size, batch=args.batch, lr=args.lr, model=args.model, base=base)
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     @evolve.uncollected()
@@ -2159,17 +2142,8 @@ class DetTask(evolve.Task):
             prediction, target = (alike(column).unsqueeze(2) for column in zip(*seen))
             ideal, leaves, score = 20 * target - 10, mask_gate_leaves, mask_score
         baseline = "" if kind == "reg" else KNOWN[kind][0]  # smooth L1 is no tree
-        return Branch(
-            BRANCHES[branch][0],
-            prediction[None],
-            target,
-            leaves,
-            score,
-            ETA[branch],
-            baseline,
-            ideal=ideal,
-            known=KNOWN[kind],
-        )
+        simulation = {"ideal": ideal, "known": KNOWN[kind]}
+        return Branch(BRANCHES[branch][0], prediction[None], target, leaves, score, ETA[branch], baseline, **simulation)
 
     def simulate(self, losses: dict[str, Expr] | str) -> float:
         """A short training on the pictures of the gates: the score on these."""

@@ -19,6 +19,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import io
@@ -92,9 +93,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = evolve.Parser(description=__doc__.split("\n")[0], usage="python search_pose.py --metric ap [flags]")
     others = "a formula or a run directory"
     flag = evolve.add_task_flags(parser, METRICS, LOSSES, others, tuple(DATA), MODELS)
-    about = (
-        "tolerance of each joint in OKS, comma-separated, or one for all; by default COCO's for 17 joints, else .067"
-    )
+    about = "tolerance of each joint in OKS, comma-separated, or one; by default COCO's for 17 joints, else .067"
     flag("--sigmas", "NUMBERS", about, sigma_list)
     about = "average the heatmaps of each crop and of its mirror image before decoding"
     flag("--flip-test", None, about, action="store_true")
@@ -134,7 +133,7 @@ def read_loss(text: str, flag: str) -> str | dict[str, Expr]:
     """The name of a hand-made loss, a formula, or a run directory."""
     if text in LOSSES:
         return text
-    if evolve.is_there(text, folder=True):
+    if os.path.isdir(text):
         return evolve.read_found(Path(text), PoseTask, flag)
     if "(" not in text:
         fail(f"{flag} {text:.80}: unknown; give one of {' '.join(LOSSES)}, a formula or a run directory")
@@ -308,19 +307,9 @@ def check_coco(
         return f"annotation {entry.get('id', f'no. {k}')!r:.40}"
 
     left_out: dict[str, list[str]] = {}  # by reason
-    images, files, annotations, known = {}, {}, [], {}
+    annotations, known = [], {}
     categories = by_id(coco, "categories", path, left_out)
-    for number, entry in by_id(coco, "images", path, left_out).items():
-        try:
-            images[number] = {"id": number} | check_image(entry, folder, scoring)
-        except DataError as problem:
-            raise DataError(f"{path}: image {number!r}: {problem}") from None
-        name = images[number]["file_name"]
-        if not scoring and Path(name).name.startswith("._"):
-            left_out.setdefault("of macOS' hidden files", []).append(images.pop(number)["file_name"])
-        elif not scoring and files.setdefault(os.path.normpath(name), number) != number:
-            other = files[os.path.normpath(name)]
-            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
+    images = check_images(coco, path, folder, scoring, left_out)
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
         number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
@@ -350,6 +339,23 @@ def check_coco(
     if not annotations and not scoring:
         raise DataError(f"{path}: no annotations to learn from")
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
+
+
+def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, left_out: dict[str, list[str]]) -> dict:
+    """The pictures of a COCO file by their ids, each file once, without macOS' hidden ones."""
+    images, files = {}, {}
+    for number, entry in by_id(coco, "images", path, left_out).items():
+        try:
+            images[number] = {"id": number} | check_image(entry, folder, scoring)
+        except DataError as problem:
+            raise DataError(f"{path}: image {number!r}: {problem}") from None
+        name = images[number]["file_name"]
+        if not scoring and Path(name).name.startswith("._"):
+            left_out.setdefault("of macOS' hidden files", []).append(name)
+            del images[number]
+        elif not scoring and (other := files.setdefault(os.path.normpath(name), number)) != number:
+            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
+    return images
 
 
 def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
@@ -409,9 +415,8 @@ def mend_joints(given, joints: int) -> list[float]:
     sane = (np.abs(points) <= LARGEST).all(1)
     for k in np.flatnonzero(~sane):
         if points[k, 2] != 0:
-            raise DataError(
-                f"joint {k + 1} is {points[k].tolist()}; it must be three finite numbers, the last 0 if unknown"
-            )
+            wrong = points[k].tolist()
+            raise DataError(f"joint {k + 1} is {wrong}; it must be three finite numbers, the last 0 if unknown")
     return np.where(sane[:, None], points, 0.0).flatten().tolist()
 
 
@@ -426,9 +431,8 @@ def check_skeleton(category: dict, names: tuple[str, ...]) -> list[list[int]]:
     except (TypeError, ValueError):
         good = False
     if not good:
-        raise DataError(
-            f"'skeleton' must be pairs of joints 1..{len(names)}, not {category['skeleton']!r:.60}; or remove it"
-        )
+        given = f"{category['skeleton']!r:.60}"
+        raise DataError(f"'skeleton' must be pairs of joints 1..{len(names)}, not {given}; or remove it")
     return [[int(joint) + shift for joint in limb] for limb in limbs]
 
 
@@ -782,10 +786,6 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
     A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
     ones have left behind goes when the next one starts.
     """
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return None
     folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
     path = folder / (prefix + hashlib.sha256(key.encode()).hexdigest()[:24])
 
@@ -818,11 +818,11 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
         return None
 
 
-def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
+def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
     """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
 
     It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
-    transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
+    transparency become RGB, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
     """
     try:
         with opened(path) as picture:
@@ -831,12 +831,12 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
                 (h, w), (height, width) = upright, listed
                 raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
             turn = turn if listed in (None, upright) else None
-            if picture.format == "JPEG" and mode == "RGB" and picture.mode in ("RGB", "L") and turn is None:
+            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None:
                 encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(picture, path)
-            picture = picture.convert(mode)
+            picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
         raise unreadable(path) from error
@@ -903,16 +903,6 @@ def is_plain_jpeg(path: Path, listed: tuple[int, int] | None) -> bool:
 def group_size(paths: list[Path], device: str) -> int:
     """How many pictures to decode in one call: nvJPEG is fastest with many, threads share out single ones."""
     return 32 if device.startswith("cuda") and paths[0].suffix.lower() in (".jpg", ".jpeg") else 1
-
-
-def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture (3, h, w) uint8 in another size, smoothed where it shrinks."""
-    if picture.shape[-2:] == size:
-        return picture
-    if picture.is_cuda:  # where it takes no integers
-        pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
-        return pixels[0].round().clamp(0, 255).to(torch.uint8)
-    return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
 
 
 def fingerprint(kind: str, paths: Iterable[Path]) -> str:
@@ -1041,9 +1031,7 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
     except Exception as error:  # a file of anything makes torch.load raise anything
         reason = str(error).split("\n")[0]
         if pretrained is True:
-            fail(
-                f"{flag}: no download ({reason}); fetch {weights.url} where there is a network, give --pretrained FILE"
-            )
+            fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
     state = state.get("state_dict", state)
     state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
@@ -1130,9 +1118,8 @@ def extent(joints: Tensor) -> Tensor:
 
 def read_persons(content: dict) -> tuple[Persons, list[dict]]:
     """The annotations of the listed pictures, as `check_coco` gives them, as tensors and as they are."""
-    pictures, categories = (
-        {entry["id"]: k for k, entry in enumerate(content[key])} for key in ("images", "categories")
-    )
+    pictures = {entry["id"]: k for k, entry in enumerate(content["images"])}
+    categories = {entry["id"]: k for k, entry in enumerate(content["categories"])}
     entries = [entry for entry in content["annotations"] if entry["image_id"] in pictures]
     picture = torch.tensor([pictures[entry["image_id"]] for entry in entries], dtype=torch.long)
     category = torch.tensor([categories[entry["category_id"]] for entry in entries], dtype=torch.long)
@@ -1142,9 +1129,8 @@ def read_persons(content: dict) -> tuple[Persons, list[dict]]:
     area = doubles([entry["area"] for entry in entries])
     crowd = [entry["iscrowd"] for entry in entries]
     ignored = [entry["iscrowd"] or entry["num_keypoints"] == 0 for entry in entries]
-    flags = (
-        torch.tensor(values, dtype=torch.bool) for values in (crowd, ignored, [entry["id"] != 0 for entry in entries])
-    )
+    countable = [entry["id"] != 0 for entry in entries]
+    flags = (torch.tensor(values, dtype=torch.bool) for values in (crowd, ignored, countable))
     group = category * len(pictures) + picture
     return Persons(group, category, points[..., :2], points[..., 2] > 0, boxes, area, *flags), entries
 
@@ -1406,12 +1392,8 @@ def oks_eval(
     """
     given = isinstance(ground_truth, (str, Path))
     path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
-    lengths = (
-        len(e["keypoints"])
-        for e in entries_of(coco, "annotations", path)
-        if isinstance(e.get("keypoints"), (list, tuple))
-    )
-    joints = next((length // 3 for length in lengths if length), None)
+    lists = [entry.get("keypoints") for entry in entries_of(coco, "annotations", path)]
+    joints = next((len(points) // 3 for points in lists if isinstance(points, (list, tuple)) and points), None)
     if joints is None and coco["annotations"]:
         raise DataError(f"{path}: no annotation has 'keypoints'; it must be a file of COCO keypoints")
     own = functools.partial(check_joints, joints=joints or 0, scoring=True)
@@ -1596,13 +1578,12 @@ class Batches:
         self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order, augmentation = self.generators
-        coarse = (self.size[0] // STRIDE, self.size[1] // STRIDE)
+        plan, size, (order, augmentation) = self.plan, self.size, self.generators
+        coarse = (size[0] // STRIDE, size[1] // STRIDE)
         for index in read_ahead(self.split, self.number, order):
-            images, joints, labelled = batch_scale_rotate_flip(
-                self.split, self.swap, index, self.size, self.plan, augmentation
-            )
-            yield normalise(images), batch_heatmaps(joints / STRIDE, coarse, self.plan.sigma), labelled.float()
+            batch = batch_scale_rotate_flip(self.split, self.swap, index, size, plan, augmentation)
+            images, joints, labelled = batch
+            yield normalise(images), batch_heatmaps(joints / STRIDE, coarse, plan.sigma), labelled.float()
 
 
 def train_network(
@@ -1735,8 +1716,8 @@ class PoseTask(evolve.Task):
         self.args, self.device = args, args.device
         list_data(args)  # what is missing is said at once
         self.size = (args.crop, round(args.crop * args.aspect))
-        self.proxy, self.retraining = (self.plan(plans[args.model], steps) for plans, steps in
-                                       ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps)))  # fmt: skip
+        self.proxy = self.plan(PROXY[args.model], args.proxy_steps)
+        self.retraining = self.plan(RETRAIN[args.model], args.retrain_steps)
         self.converged = self.retraining.steps >= RETRAIN[args.model].steps
         self.data: dict[str, Split] = {}
 

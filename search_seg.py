@@ -19,6 +19,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import io
@@ -118,7 +119,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def class_list(text: str) -> int | str:
     """An argparse type: a number of classes, or the name of a file."""
-    if evolve.is_there(text):
+    if os.path.isfile(text):
         return os.path.abspath(text)
     try:
         return evolve.at_least(2)(text)
@@ -143,7 +144,7 @@ def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
     """The name of a hand-made loss, a formula, Auto Seg-Loss as `str(Asl)` writes it, or a run directory."""
     if text in LOSSES:
         return text
-    if evolve.is_there(text, folder=True):
+    if os.path.isdir(text):
         return evolve.read_found(Path(text), SegTask, flag)
     if text.startswith("asl("):
         try:
@@ -335,10 +336,9 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
     if any(kind.coloured for kind in kinds) and args.data == "folder":
         return found_meaning(masks, number)
     values = set(itertools.chain.from_iterable(kind.shares for kind in kinds if not kind.coloured))
-    most = max(values, default=0)  # 0 and 255, or 0 and 65535: a binary mask as many tools save it
-    return (
-        Meaning(2, {0: 0, most: 1}, {}) if number == 2 and values in ({0, 255}, {0, 65535}) else plain_meaning(number)
-    )
+    if number == 2 and values in ({0, 255}, {0, 65535}):  # a binary mask as many tools save it
+        return Meaning(2, {0: 0, max(values): 1}, {})
+    return plain_meaning(number)
 
 
 def read_classes(source: int | Path) -> tuple[int, list[int]]:
@@ -374,9 +374,7 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     Raises DataError if some masks are of colours and some not, or the classes are not 2 to 255, or not `number`.
     """
     if len(masks) > 5000:
-        note(
-            f"looking for the classes in {len(masks):,} masks; --classes N spares the search in masks that are not RGB"
-        )
+        note(f"looking for the classes in {len(masks):,} masks; --classes N spares that in masks that are not RGB")
     values, colours, looks = {}, {}, {}  # and where they were first seen
     largest: dict[int, float] = {}  # share of the pixels of a mask
     for path, (coloured, shares, palette) in zip(masks, threads().map(distinct_values, masks)):
@@ -406,10 +404,8 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     ignored = ignored & set(found) if len(set(found) - ignored) > 1 else set()
     classes = {value: k for k, value in enumerate(value for value in found if value not in ignored)}
     if number not in (None, len(classes)) or not 1 < len(classes) < 256:
-        raise DataError(
-            f"{masks[0].parent}: {len(classes)} colours or values in these masks, not {number or '2 to 255'}; say in "
-            "labelmap.txt what they mean"
-        )
+        kinds = f"{len(classes)} colours or values in these masks, not {number or '2 to 255'}"
+        raise DataError(f"{masks[0].parent}: {kinds}; say in labelmap.txt what they mean")
     shown = [f"{v >> 16},{v >> 8 & 255},{v & 255}" if colours else str(v) for v in classes]
     shown = " ".join(shown if len(shown) <= 30 else [*shown[:29], "..."])
     said = f"; {max(ignored)} ignored" if ignored else ""
@@ -557,9 +553,8 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
     any, every eighth picture is for the test. Raises DataError if nothing of all this is there.
     """
     pairs = {}
-    for split, (images, masks), name in (
-        (split, folders, name) for split, names in SPLITS.items() for name in names for folders in FOLDERS
-    ):
+    kinds = [(split, name, *folders) for split, names in SPLITS.items() for name in names for folders in FOLDERS]
+    for split, name, images, masks in kinds:
         lists = [root / f"{name}.txt", root / "ImageSets/Segmentation" / f"{name}.txt"]
         if split in pairs:
             continue
@@ -573,9 +568,8 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
         if "test" not in pairs and "val" in pairs:
             pairs["test"] = pairs.pop("val")
     else:
-        whole = [
-            (root / one, root / other) for one, other in FOLDERS if (root / one).is_dir() and (root / other).is_dir()
-        ]
+        whole = [(root / images, root / masks) for images, masks in FOLDERS]
+        whole = [(images, masks) for images, masks in whole if images.is_dir() and masks.is_dir()]
         if pairs or not whole:
             raise DataError(f"{root}: no training pictures; it must hold images and masks, and train.txt and val.txt")
         listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
@@ -583,9 +577,7 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
     if "test" not in pairs:
         pairs = {"train": [p for k, p in enumerate(pairs["train"]) if k % 8 != 7], "test": pairs["train"][7::8]}
         if not pairs["test"]:
-            raise DataError(
-                f"{root}: {len(pairs['train'])} pictures and no val.txt; list some pictures for the test there"
-            )
+            raise DataError(f"{root}: {len(pairs['train'])} pictures and no val.txt; list some for the test there")
     return pairs
 
 
@@ -832,10 +824,6 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
     A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
     ones have left behind goes when the next one starts.
     """
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return None
     folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
     path = folder / (prefix + hashlib.sha256(key.encode()).hexdigest()[:24])
 
@@ -868,11 +856,11 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
         return None
 
 
-def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
+def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
     """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
 
     It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
-    transparency become `mode`, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
+    transparency become RGB, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
     """
     try:
         with opened(path) as picture:
@@ -881,12 +869,12 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
                 (h, w), (height, width) = upright, listed
                 raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
             turn = turn if listed in (None, upright) else None
-            if picture.format == "JPEG" and mode == "RGB" and picture.mode in ("RGB", "L") and turn is None:
+            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None:
                 encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(picture, path)
-            picture = picture.convert(mode)
+            picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
         raise unreadable(path) from error
@@ -1111,13 +1099,12 @@ class SmallNet(nn.Module):
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
-        wide = 2 * width
+        deep = 2 * width
         self.fine = nn.Sequential(conv(3, width, 2), conv(width, width))
-        self.coarse = nn.Sequential(
-            conv(width, wide, 2), conv(wide, wide), conv(wide, wide, 1, 2), conv(wide, wide, 1, 4)
-        )
+        layers = conv(width, deep, 2), conv(deep, deep), conv(deep, deep, 1, 2), conv(deep, deep, 1, 4)
+        self.coarse = nn.Sequential(*layers)
         self.head_fine = nn.Conv2d(width, num_classes, 1)
-        self.head_coarse = nn.Conv2d(wide, num_classes, 1)
+        self.head_coarse = nn.Conv2d(deep, num_classes, 1)
 
     def head(self) -> list[nn.Module]:
         return [self.head_fine, self.head_coarse]
@@ -1146,9 +1133,7 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
     except Exception as error:  # a file of anything makes torch.load raise anything
         reason = str(error).split("\n")[0]
         if pretrained is True:
-            fail(
-                f"{flag}: no download ({reason}); fetch {weights.url} where there is a network, give --pretrained FILE"
-            )
+            fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
     state = state.get("state_dict", state)
     state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
@@ -1754,10 +1739,8 @@ class SegTask(evolve.Task):
         self.pairs = list_data(args)  # what is missing is said at once
         self.meaning = find_meaning(args, self.pairs)
         self.args, self.device, self.num_classes = args, args.device, self.meaning.number
-        self.proxy, self.retraining = (
-            self.plan(plans[args.data], steps)
-            for plans, steps in ((PROXY, args.proxy_steps), (RETRAIN, args.retrain_steps))
-        )
+        self.proxy = self.plan(PROXY[args.data], args.proxy_steps)
+        self.retraining = self.plan(RETRAIN[args.data], args.retrain_steps)
         self.converged = self.retraining.steps >= RETRAIN[args.data].steps
         self.samplers = {"asl": lambda: AslSearch(args.metric)}
         self.data: dict[str, Split] = {}
@@ -1768,14 +1751,7 @@ class SegTask(evolve.Task):
         if args.model in WIDTHS:
             plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in ("optimizer", "lr", "head_lr")})
         base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
-        flags = {
-            "steps": steps,
-            "crop": args.crop,
-            "batch": args.batch,
-            "lr": args.lr,
-            "model": args.model,
-            "base": base,
-        }
+        flags = dict(steps=steps, crop=args.crop, batch=args.batch, lr=args.lr, model=args.model, base=base)
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
     def load(self) -> None:

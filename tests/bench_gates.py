@@ -113,7 +113,7 @@ def verdicts_of(task: search_seg.SegTask, trees: list, size: int) -> tuple[float
         passing = evolve.judge(task, state, passing, evolve.DEAR, tried)
         for child in passing:
             tried.close(state, child)
-        state.open.clear()
+        state.waiting.clear()
         found += [(child.trees[0].verdict.gate, child.trees[0].gate) for child in children]
     return time.perf_counter() - start, found
 

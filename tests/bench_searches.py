@@ -78,7 +78,7 @@ class ReplayTask(search_seg.SegTask):
         self.table, self.spent = table, 0.0
 
     def look_up(self, schedule: str, losses, make):
-        entry = self.table.get(schedule, evolve.losses_name(losses), make)
+        entry = self.table.get(schedule, evolve.losses_text(losses), make)
         self.spent += entry["seconds"]
         self.curve = []
         if entry["scores"] is None:

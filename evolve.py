@@ -2142,8 +2142,8 @@ def open_run(args, task_name: str) -> Path:
         return args.resume
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
-    for suffix in ("", *(f"-{k}" for k in range(2, 100))):
-        directory = args.runs / (name + suffix)
+    for k in itertools.count(1):
+        directory = args.runs / (name if k == 1 else f"{name}-{k}")
         with contextlib.suppress(FileExistsError):
             directory.mkdir(parents=True)
             break

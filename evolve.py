@@ -81,7 +81,7 @@ TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which noth
 # The algorithm
 
 
-def search(task: "Task", state: "State", worker: "Worker", args) -> None:
+def search(state: "State", worker: "Worker", args) -> None:
     """One worker's part of the search, until the budget is spent.
 
     Every turn has a random generator of its own, and all else comes from the journal: a resumed search goes on exactly.
@@ -93,17 +93,17 @@ def search(task: "Task", state: "State", worker: "Worker", args) -> None:
             return
         turn = state.next_turn(worker.rank)
         rng = Random(f"{args.seed}/{worker.rank}/{turn}")
-        guide = state.surrogate.fit(task, state, worker.others_at_work(state)) if state.surrogate else None
-        if guide and (leader := next_leader(task, state, guide, worker, args.seed)):
-            worker.tell(converged_training(task, worker, leader, args.seed, leader=True))
+        guide = state.surrogate.fit(state, worker.others_at_work(state)) if state.surrogate else None
+        if guide and (leader := next_leader(state, guide, worker, args.seed)):
+            worker.tell(converged_training(state.task, worker, leader, args.seed, leader=True))
             continue
-        child = next_child(task, state, rng, guide, deadline)
+        child = next_child(state, rng, guide, deadline)
         if child is None:  # the deadline came first
             return
-        worker.tell({"turn": turn, **proxy_training(task, worker, child)})
+        worker.tell({"turn": turn, **proxy_training(state.task, worker, child)})
 
 
-def next_child(task: "Task", state: "State", rng: Random, guide: "Surrogate | None", deadline: float):
+def next_child(state: "State", rng: Random, guide: "Surrogate | None", deadline: float):
     """A child that deserves a training; None if the deadline comes first.
 
     As published, one parent is drawn and mutated until a child passes: a new parent for every attempt would select for
@@ -113,20 +113,20 @@ def next_child(task: "Task", state: "State", rng: Random, guide: "Surrogate | No
     if state.sampler:
         return state.sampler.propose(rng)
     tried, parent = Tried(deadline), None
-    if together := best_trials_together(task, state):
+    if together := best_trials_together(state):
         return tried.close(state, together)
     fresh = rng.random() < FRESH or not state.method.mutate or state.evaluated < INITIAL
     while time.time() < deadline:
         if guide:
-            pool = breed(task, state, rng, guide, fresh, tried)
+            pool = breed(state, rng, guide, fresh, tried)
         else:
-            parent = parent if parent or fresh else select_parent(state, rng, task.branches)
-            children = [propose(task, state, rng, parent, tried) for _ in range(state.batch)]
-            pool = judge(task, state, [child for child in children if child], CHEAP, tried)
+            parent = parent if parent or fresh else select_parent(state, rng, state.task.branches)
+            children = [propose(state, rng, parent, tried) for _ in range(state.batch)]
+            pool = judge(state, [child for child in children if child], CHEAP, tried)
         for k in range(0, len(pool), state.batch):
-            for child in judge(task, state, pool[k : k + state.batch], DEAR, tried):
+            for child in judge(state, pool[k : k + state.batch], DEAR, tried):
                 tried.counts["surrogate"] += len(pool) - k - 1 if guide else 0
-                return tried.close(state, briefly(task, state, child) if guide else child)
+                return tried.close(state, briefly(state, child) if guide else child)
     return None
 
 
@@ -463,12 +463,12 @@ class Tried:
         return child
 
 
-def judge(task: Task, state: "State", children: list[Child], names: tuple[str, ...], tried: Tried) -> list[Child]:
+def judge(state: "State", children: list[Child], names: tuple[str, ...], tried: Tried) -> list[Child]:
     """The children that pass the named gates. A child whose equivalent was trained takes over its score [P]."""
     trees = [tree for child in children for tree in child.trees]
     for name in (name for name in names if name in state.gates & GATES.keys()):
         undecided = [tree for tree in trees if tree.verdict is None]
-        for tree, verdict in zip(undecided, GATES[name](task, state, undecided)):
+        for tree, verdict in zip(undecided, GATES[name](state, undecided)):
             tree.verdict, tree.gate = verdict, name if verdict else ""
             if verdict and name not in ("dead", "seen"):
                 tried.learn(state, tree)
@@ -485,7 +485,7 @@ def judge(task: Task, state: "State", children: list[Child], names: tuple[str, .
             tried.counts[decided[-1]] += 1
             if not state.surrogate:  # hundreds a turn would soon make a population of copies
                 tried.reused.append((texts(child.losses), child.identity))
-        elif "simulation" in state.gates.intersection(names) and not simulated(task, state, child):
+        elif "simulation" in state.gates.intersection(names) and not simulated(state, child):
             tried.counts["simulation"] += 1
             tried.failed.append(child.identity)
             state.failed.add(child.identity)
@@ -494,12 +494,12 @@ def judge(task: Task, state: "State", children: list[Child], names: tuple[str, .
     return passing
 
 
-def dead(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def dead(state: "State", trees: list[Tree]) -> list[Verdict | None]:
     """Symbolic, no tensor touched: the gradient provably knows no prediction or no target [D]."""
     return [Verdict("dead") if is_dead(canonical(tree.expr)) else None for tree in trees]
 
 
-def seen(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def seen(state: "State", trees: list[Tree]) -> list[Verdict | None]:
     """The canonical text is known, whatever became of it [D]; in this very turn, it is in the pool already."""
     verdicts = []
     for tree in trees:
@@ -509,20 +509,21 @@ def seen(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
     return verdicts
 
 
-def gradient(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def gradient(state: "State", trees: list[Tree]) -> list[Verdict | None]:
     """Nothing can be learned from the gradient [D]; see `gradients`."""
-    return [None if key else Verdict("gradient") for key in describe(task, trees)]
+    return [None if key else Verdict("gradient") for key in describe(state.task, trees)]
 
 
-def equivalent(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def equivalent(state: "State", trees: list[Tree]) -> list[Verdict | None]:
     """Norms and directions of the gradients are known to two digits [P]; verdict and score are reused."""
-    return [state.keys.get((tree.branch, key)) if key else None for tree, key in zip(trees, describe(task, trees))]
+    keys = describe(state.task, trees)
+    return [state.keys.get((tree.branch, key)) if key else None for tree, key in zip(trees, keys)]
 
 
-def rejected(task: Task, state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def rejected(state: "State", trees: list[Tree]) -> list[Verdict | None]:
     """The loss-rejection protocol [P], see `rejection_gains`."""
     verdicts = {}
-    for name, branch in task.branches.items():
+    for name, branch in state.task.branches.items():
         here = [tree for tree in trees if tree.branch == name]
         for tree, gain in zip(here, rejection_gains(branch, [tree.expr for tree in here]) if here else ()):
             tree.gain = round(gain, 4) if math.isfinite(gain) else None
@@ -697,14 +698,14 @@ class Surrogate:
         self.merits: dict[tuple[str, ...], float] = {}  # predicted converged scores of what was trained, by identity
         self.niches: dict[tuple[str, ...], set] = {}  # see `niche_bests`, by branches
 
-    def fit(self, task: Task, state: "State", at_work: list[dict[str, Expr]]) -> "Surrogate | None":
+    def fit(self, state: "State", at_work: list[dict[str, Expr]]) -> "Surrogate | None":
         """Learn all that is known; None while that is too little.
 
         What other workers are training at this moment counts as if its expected score had come out.
         """
         if state.evaluated < INITIAL:
             return None
-        self.learn(task, state)
+        self.learn(state)
         choices_of = self.LENGTHS, self.NOISES, self.TRENDS, self.DRIFTS
         setting = [choices[len(choices) // 2] for choices in choices_of]
         for k, choices in [*enumerate(choices_of)] * 2:
@@ -712,20 +713,21 @@ class Surrogate:
         self.solve(*setting)
         points = self.points
         for those in at_work:
-            self.expect(self.point(task, those))
+            self.expect(self.point(state.task, those))
         mean, deviation = self.predict(points, late=1.0)
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
         self.promise = expected_improvement(mean, UPWARDS * deviation, self.best).tolist()
         self.ranking = mean[: len(self.rows)].argsort(descending=True).tolist()
-        self.names, self.niches = list(task.branches), {}
+        self.names, self.niches = list(state.task.branches), {}
         return self
 
-    def learn(self, task: Task, state: "State") -> None:
+    def learn(self, state: "State") -> None:
         """The points of what was trained, and for each score its value, its row among them, and whether it is late.
 
         The rows are candidates, then the baseline, if its proxy score is known.
         """
+        task = state.task
         half, texts = self.ROWS // 2, list(state.results)
         ranking = sorted(texts, key=lambda text: state.results[text].score or 0.0)
         self.rows = [state.results[text] for text in dict.fromkeys(ranking[-half:] + texts[-half:])]
@@ -856,12 +858,13 @@ class Surrogate:
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
 
-def breed(task: Task, state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tried) -> list[Child]:
+def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tried) -> list[Child]:
     """Children that pass the cheap gates, the greatest expected improvement first.
 
     Half of them are children of the most promising ones before them. So several mutations in a row, each chosen by what
     is expected of it, cross valleys that single ones do not, for the price of a few gradients.
     """
+    task = state.task
     pool: dict[tuple, Child] = {}
     elite: list[Child] = []
     ranked = 0  # size of the pool when the elite was chosen
@@ -875,9 +878,9 @@ def breed(task: Task, state: "State", rng: Random, guide: Surrogate, fresh: bool
         for _ in range(state.batch):
             elder = rng.choice(elite) if elite and whole and rng.random() < ELITE else None
             parent = elder or (None if fresh else select_parent(state, rng, task.branches))
-            children.append(propose(task, state, rng, parent, tried))
+            children.append(propose(state, rng, parent, tried))
             elders[id(children[-1])] = elder
-        for child in judge(task, state, children, CHEAP, tried):
+        for child in judge(state, children, CHEAP, tried):
             if elder := elders[id(child)]:  # in the journal its parent is the last one that was trained
                 new = {tree.branch for tree in child.trees}
                 child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch not in new)]
@@ -913,13 +916,13 @@ def in_short(task: Task, name: str, expr: Expr) -> Expr:
         expr = cut
 
 
-def briefly(task: Task, state: "State", child: Child) -> Child:
+def briefly(state: "State", child: Child) -> Child:
     """The child with its new trees in short: cheaper to train, and no mutation of it is wasted on idle operators.
 
     It stays as it is where the short one is known already.
     """
-    trees = [state.tree(tree.branch, in_short(task, tree.branch, tree.expr)) for tree in child.trees]
-    useful = all(describe(task, trees))
+    trees = [state.tree(tree.branch, in_short(state.task, tree.branch, tree.expr)) for tree in child.trees]
+    useful = all(describe(state.task, trees))
     for tree, long in zip(trees, child.trees):
         tree.gain = long.gain
     losses = child.losses | {tree.branch: tree.expr for tree in trees}
@@ -952,7 +955,7 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
     return deviation * (z * torch.special.ndtr(z) + density)
 
 
-def next_leader(task: Task, state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict | str | None:
+def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict | str | None:
     """What to train to convergence in the middle of a search: the most promising one so far, every LEADER_EVERY turns.
 
     A proxy is one thing, what it stands for another: the surrogate learns from both. The baseline comes first, to
@@ -969,8 +972,8 @@ def next_leader(task: Task, state: "State", guide: Surrogate, worker: "Worker", 
         if row.score is not None and row.whole and state.converged(row.text) is None and row.text not in busy
     ]
     ranked = [losses for _, losses in sorted(able, key=lambda pair: -pair[0])]
-    if state.converged(task.baseline) is None:
-        ranked.insert(0, task.baseline)
+    if state.converged(state.task.baseline) is None:
+        ranked.insert(0, state.task.baseline)
     return next((losses for losses in ranked if worker.claim(f"{losses_text(losses)} {seed}")), None)
 
 
@@ -1179,11 +1182,11 @@ def select_parent(state: State, rng: Random, branches: Sequence[str], least: int
     return max(rng.sample(distinct, min(size, len(distinct))), key=state.merit)
 
 
-def propose(task: Task, state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
+def propose(state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
     """A mutated copy of the parent, or a fresh candidate."""
-    if len(task.branches) > 1:
-        return propose_several(task, state, rng, parent, tried)
-    ((name, branch),) = task.branches.items()
+    if len(state.task.branches) > 1:
+        return propose_several(state, rng, parent, tried)
+    ((name, branch),) = state.task.branches.items()
     if parent is None:
         expr = state.method.fresh(state, rng, name, branch)
     else:
@@ -1206,11 +1209,11 @@ EXCHANGE = 0.3  # probability that a child takes a branch from the winner of ano
 TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
 
 
-def propose_several(task: Task, state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
+def propose_several(state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
     """A child of several branches, by the phase of the search, see above; None if the deadline comes first."""
-    branches, method = task.branches, state.method
+    branches, method = state.task.branches, state.method
     if not method.mutate:
-        return whole_fresh(task, state, rng, tried)
+        return whole_fresh(state, rng, tried)
     if state.evaluated < TRIALS:
         name = min(branches, key=lambda branch: best_trial(state, branch))
         parent = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
@@ -1235,27 +1238,27 @@ def propose_several(task: Task, state: State, rng: Random, parent: Member | None
     return Child(losses, parts or None, [state.tree(name, expr)], more=more)
 
 
-def whole_fresh(task: Task, state: State, rng: Random, tried: Tried) -> Child | None:
+def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
     """A random tree for each branch, drawn until it passes the gates by itself; None if the deadline comes first."""
     losses = {}
-    for name, branch in task.branches.items():
+    for name, branch in state.task.branches.items():
         passing = []
         while not passing:
             if time.time() >= tried.deadline:
                 return None
             tree = state.tree(name, state.method.fresh(state, rng, name, branch))
-            passing = judge(task, state, [Child({name: tree.expr}, None, [tree])], (*CHEAP, *DEAR), tried)
+            passing = judge(state, [Child({name: tree.expr}, None, [tree])], (*CHEAP, *DEAR), tried)
         tried.passed(state, tree)
         losses[name] = tree.expr
     return Child(losses)
 
 
-def best_trials_together(task: Task, state: State) -> Child | None:
+def best_trials_together(state: State) -> Child | None:
     """The best trials of all branches as one candidate, the first whole one; None before and after its turn."""
     whole, parts = any(result.whole for result in state.results.values()), best_parts(state)
-    if whole or not state.method.mutate or state.evaluated < TRIALS or parts.keys() != task.branches.keys():
+    if whole or not state.method.mutate or state.evaluated < TRIALS or parts.keys() != state.task.branches.keys():
         return None
-    child = Child({name: parts[name] for name in task.branches})
+    child = Child({name: parts[name] for name in state.task.branches})
     child.identity = state.identity(child)
     return child
 
@@ -1278,23 +1281,24 @@ def best_parts(state: State) -> dict[str, Expr]:
 # Closing round: successive halving on the converged schedule, a short formula, the table
 
 
-def close(task: Task, state: State, worker: "Worker", args) -> None:
+def close(state: State, worker: "Worker", args) -> None:
     """One worker's part of the closing round. What is decided is decided once, in a file that all of them read."""
+    task = state.task
 
     def score(losses: dict, seeds: int) -> float:  # a resumed round may know more seeds already
         return state.converged(losses_text(losses), range(args.seed, args.seed + seeds))
 
     worker.wait_for_searching(state)
-    finalists = worker.agree("finalists", state, lambda: select_finalists(task, state))
+    finalists = worker.agree("finalists", state, lambda: select_finalists(state))
     for number, seeds in RUNGS:
         seeds = min(seeds, 2 * args.seeds)
-        worker.serve(task, state, [(losses, args.seed + k) for k in range(seeds) for losses in finalists[:number]])
+        worker.serve(state, [(losses, args.seed + k) for k in range(seeds) for losses in finalists[:number]])
         best_first = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
         finalists = best_first + finalists[number:]
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", state, lambda: found and shorten(task, found))
     if short != found:
-        worker.serve(task, state, [(short, args.seed)])
+        worker.serve(state, [(short, args.seed)])
         again = state.again[losses_text(found)]
         worst = min(run["val"][state.metric] for seed, run in again.items() if seed < args.seed + seeds)
         found = short if score(short, 1) >= worst else found
@@ -1305,24 +1309,24 @@ def close(task: Task, state: State, worker: "Worker", args) -> None:
     for k in range(args.seeds):
         pictures = {name: worker.directory / f"{name}.png" for name in table if k == 0}
         jobs = [(losses, args.seed + TABLE_SEEDS + k, pictures.get(name)) for name, losses in table.items()]
-        worker.serve(task, state, jobs)
+        worker.serve(state, jobs)
 
 
-def select_finalists(task: Task, state: State) -> list[dict[str, str]]:
+def select_finalists(state: State) -> list[dict[str, str]]:
     """The best few, no two with nearly the same gradient as long as others beat the baseline [D].
 
     First come those that have shown it in a converged training, for half of the places, then those that promise it.
     Near relatives train alike: a few of them would be one candidate, trained a few times. So does an equal score.
     """
     number, chosen, others, points, last = RUNGS[0][0], [], [], [], None
-    guide = state.surrogate and state.surrogate.fit(task, state, []) or Surrogate()
+    guide = state.surrogate and state.surrogate.fit(state, []) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.converged(result.text) not in (None, -math.inf)]
     candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
-        point = [guide.point(task, result.losses)] if trees else []
+        point = [guide.point(state.task, result.losses)] if trees else []
         related = any((own - other).square().sum(1).mean() < 2 - 2 * RELATED for own in point for other in points)
-        score, bar = state.converged(result.text), state.converged(task.baseline)
+        score, bar = state.converged(result.text), state.converged(state.task.baseline)
         if score is None:  # the proxy has to do
             score, bar = result.score, state.baseline
         worse = score == -math.inf or (bar is not None and score < bar)
@@ -1666,7 +1670,7 @@ class Worker(Journal):
             write_once(path, json.dumps(make()))
         return read_agreed(path, name, state.task)
 
-    def serve(self, task: Task, state: State, jobs: list[tuple]) -> None:
+    def serve(self, state: State, jobs: list[tuple]) -> None:
         """Converged trainings (losses, seed[, picture]) that nobody else has claimed, until all are done."""
         while True:
             self.hear(state)
@@ -1674,7 +1678,7 @@ class Worker(Journal):
             mine = next((job for job in left if self.claim(f"{losses_text(job[0])} {job[1]}")), None)
             if mine:
                 losses, *more = mine
-                self.tell(converged_training(task, self, task.read_losses(losses), *more))
+                self.tell(converged_training(state.task, self, state.task.read_losses(losses), *more))
             elif left:
                 time.sleep(0.1)
             else:
@@ -1708,10 +1712,10 @@ def read_agreed(path: Path, name: str, task: Task):
 class Reporter:
     """Reads the journal like any worker, and tells."""
 
-    def __init__(self, directory: Path, task: Task, state: State, args):
+    def __init__(self, directory: Path, state: State, args):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-        self.directory, self.task, self.state, self.args = directory, task, state, args
+        self.directory, self.task, self.state, self.args = directory, state.task, state, args
         self.journal = Journal(directory)
         self.journal.hear(state)
         self.board = SummaryWriter(str(directory))
@@ -2032,7 +2036,7 @@ def run(args, task: Task) -> None:
     if lock is None or not hold(lock):
         print(f"joining {directory} as another worker; whoever started it reports", flush=True)
         return work(args, task, directory)
-    reporter = Reporter(directory, task, make_state(args, task), args)
+    reporter = Reporter(directory, make_state(args, task), args)
     children = launch(args.workers, directory) if launching else []
     try:
         watch(children, reporter) if children else work(args, task, directory, reporter.hear)
@@ -2099,8 +2103,8 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         worker.start = time.time() - state.searched
         if state.baseline is None and worker.claim("baseline"):
             worker.tell({"baseline": proxy_score(task, task.baseline)})
-        search(task, state, worker, args)
-        close(task, state, worker, args)
+        search(state, worker, args)
+        close(state, worker, args)
     finally:
         worker.leave()
 
@@ -2647,21 +2651,22 @@ def known_loss(state: State, rng: Random, name: str, branch: Branch) -> Expr:
     return expr
 
 
-def rising(task: Task, state: State, trees: list[Tree]) -> list[Verdict | None]:
+def rising(state: State, trees: list[Tree]) -> list[Verdict | None]:
     """CSE's convergence property (Sec. 3.3): the loss, averaged over the samples, must fall with every step of the way
     from the prediction to the right one.
     """
     verdicts = []
     for tree in trees:
-        branch = task.branches[tree.branch]
+        branch = state.task.branches[tree.branch]
         way = torch.stack([branch.prediction[0].lerp(branch.ideal, t) for t in (0.0, 0.25, 0.5, 0.75, 1.0)])
         values = evaluate_batch([tree.expr], branch.leaves(way[None], branch.target))  # (1, 5, B)
         verdicts.append(None if (values.mean(-1).diff(dim=-1) < 0).all() else Verdict("rising"))
     return verdicts
 
 
-def simulated(task: Task, state: State, child: Child) -> bool:
+def simulated(state: State, child: Child) -> bool:
     """Whether a short training on a few samples reaches enough of the baseline's score there (Sec. 3.3)."""
+    task = state.task
     if state.simulated is None:
         state.simulated = task.simulate(task.baseline)
     score = task.simulate(child.losses)

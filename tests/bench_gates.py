@@ -79,7 +79,7 @@ def show_quality(task: search_seg.SegTask, number: int) -> None:
     for expr in some_trees(100 * number, 1):
         tree = state.tree("loss", expr)
         child = evolve.Child({"loss": expr}, None, [tree])
-        if not evolve.judge(task, state, [child], evolve.CHEAP, evolve.Tried()):
+        if not evolve.judge(state, [child], evolve.CHEAP, evolve.Tried()):
             continue
         state.learn("loss", tree.text, evolve.PASSED, tree.key, None)
         (gain,) = evolve.rejection_gains(branch, [expr], early=())
@@ -109,8 +109,8 @@ def verdicts_of(task: search_seg.SegTask, trees: list, size: int) -> tuple[float
     for k in range(0, len(trees), size):
         children = [evolve.Child({"loss": e}, None, [state.tree("loss", e)]) for e in trees[k : k + size]]
         tried = evolve.Tried()
-        passing = evolve.judge(task, state, children, evolve.CHEAP, tried)
-        passing = evolve.judge(task, state, passing, evolve.DEAR, tried)
+        passing = evolve.judge(state, children, evolve.CHEAP, tried)
+        passing = evolve.judge(state, passing, evolve.DEAR, tried)
         for child in passing:
             tried.close(state, child)
         state.waiting.clear()

@@ -43,7 +43,7 @@ def climb(task: search_seg.SegTask, gates: set[str], stop_invalid: bool) -> evol
     state = evolve.make_state(task.args, task)
     with tempfile.TemporaryDirectory() as folder:
         worker = evolve.Worker(Path(folder))
-        evolve.search(task, state, worker, task.args)
+        evolve.search(state, worker, task.args)
         worker.hear(state)
         worker.leave()
     return state

@@ -126,7 +126,7 @@ def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[
                 curve.append((state.evaluated, seconds, state.best()))
 
         worker.report = report
-        evolve.search(task, state, worker, args)
+        evolve.search(state, worker, args)
         worker.leave()
     return curve
 

@@ -133,7 +133,7 @@ class World:
         for record in self.records:
             if state.evaluated < number:
                 state.absorb(record)
-        guide.fit(self.task, state, [])
+        guide.fit(state, [])
         points = torch.stack([guide.point(self.task, {"loss": parse(text)}) for text in scores])
         far = evolve.squared_distances(points, guide.points)[0].amin(1) > 2 - 2 * 0.99
         points, texts = points[far], [text for text, keep in zip(scores, far) if keep]

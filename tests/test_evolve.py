@@ -142,26 +142,26 @@ def make_child(state, text, branch="loss"):
 nobody = SimpleNamespace(works_on=lambda *what: None)  # a worker without a run directory
 
 
-def explore(task, state, turns, guide=None, seed=0):
+def explore(state, turns, guide=None, seed=0):
     """Some turns of a search without a run directory; the records."""
     found = []
     for turn in range(state.evaluated, state.evaluated + turns):
         rng = random.Random(f"{seed}/{turn}")
-        fitted = guide and guide.fit(task, state, [])
-        child = evolve.next_child(task, state, rng, fitted, math.inf)
-        record = evolve.proxy_training(task, nobody, child) | {"worker": 0, "turn": turn, "elapsed": 0}
+        fitted = guide and guide.fit(state, [])
+        child = evolve.next_child(state, rng, fitted, math.inf)
+        record = evolve.proxy_training(state.task, nobody, child) | {"worker": 0, "turn": turn, "elapsed": 0}
         found.append(json.loads(json.dumps(record)))
         state.absorb(found[-1])
     return found
 
 
-def scored(task, state, scores, **more):
+def scored(state, scores, **more):
     """Absorb proxy trainings of losses as formulas, with these scores."""
     for text, score in scores.items():
         child = make_child(state, text)
-        evolve.judge(task, state, [child], evolve.CHEAP, tried := Tried())
+        evolve.judge(state, [child], evolve.CHEAP, tried := Tried())
         tried.close(state, child)
-        record = evolve.proxy_training(task, nobody, child) | {
+        record = evolve.proxy_training(state.task, nobody, child) | {
             "worker": 0,
             "turn": state.evaluated,
             "elapsed": 0,
@@ -476,10 +476,10 @@ def test_a_decided_tree_leaves_the_others_alone():
 EVERY_GATE = evolve.CHEAP + evolve.DEAR
 
 
-def judged(task, state, children):
+def judged(state, children):
     """Through all gates; the children that pass, and what was tried."""
     tried = Tried()
-    return evolve.judge(task, state, children, EVERY_GATE, tried), tried
+    return evolve.judge(state, children, EVERY_GATE, tried), tried
 
 
 def test_judging_together_is_judging_one_by_one():
@@ -490,9 +490,9 @@ def test_judging_together_is_judging_one_by_one():
     trees = list({str(canonical(tree)): tree for tree in trees}.values())
     together, alone = begin(task), begin(task)
     children = [make_child(together, tree) for tree in trees]
-    passing, _ = judged(task, together, children)
+    passing, _ = judged(together, children)
     singly = [make_child(alone, tree) for tree in trees]
-    surviving = [child for child in singly if judged(task, alone, [child])[0]]
+    surviving = [child for child in singly if judged(alone, [child])[0]]
     assert [child.losses for child in passing] == [child.losses for child in surviving]
     assert [child.trees[0].verdict for child in children] == [child.trees[0].verdict for child in singly]
     assert together.verdicts == alone.verdicts and together.keys.keys() == alone.keys.keys()
@@ -500,8 +500,7 @@ def test_judging_together_is_judging_one_by_one():
 
 
 def test_children_judged_together_wait_for_their_turn():
-    task = ToyTask()
-    lines = explore(task, begin(task, "--without", "surrogate", batch=40), 6)
+    lines = explore(begin(ToyTask(), "--without", "surrogate", batch=40), 6)
     assert len({tuple(line["identity"]) for line in lines}) == 6, "nothing is trained twice"
 
 
@@ -510,7 +509,7 @@ def test_gates_come_in_order():
     state = begin(task)
 
     def decided(text):
-        passing, tried = judged(task, state, [child := make_child(state, text)])
+        passing, tried = judged(state, [child := make_child(state, text)])
         assert bool(passing) == (not tried.counts)
         if passing:
             tried.close(state, child)
@@ -526,12 +525,12 @@ def test_gates_come_in_order():
     assert decided("Mul(y, Log(p))") == "rejected"
     assert decided("Mul(y, Log(Abs(p)))") == "equivalent" and verdict("Mul(y, Log(Abs(p)))") == "rejected"
     assert decided("Neg(Mul(y, Log(p)))") is None and verdict("Neg(Mul(y, Log(p)))") == "passed"
-    scored(task, state, {"Neg(Mul(y, Log(p)))": 0.9})
+    scored(state, {"Neg(Mul(y, Log(p)))": 0.9})
     assert decided("Mul(Neg(Log(p)), y)") == "seen"
     assert decided("Neg(Mul(y, Log(Abs(p))))") == "equivalent" and verdict("Neg(Mul(y, Log(Abs(p))))") == "passed"
 
 
-def tried_child(task, state, child):
+def tried_child(state, child):
     """The child with an identity and with nothing else tried in its turn."""
     child.identity = state.identity(child)
     return Tried().close(state, child)
@@ -557,11 +556,11 @@ def test_naive_has_no_gates(tmp_path):
 def test_equivalent_scores_are_reused():
     task = ToyTask()
     state = begin(task, "--without", "surrogate")
-    scored(task, state, {str(CE): 0.9})
-    passing, tried = judged(task, state, [child := make_child(state, "Neg(Mul(y, Log(Abs(p))))")])
+    scored(state, {str(CE): 0.9})
+    passing, tried = judged(state, [child := make_child(state, "Neg(Mul(y, Log(Abs(p))))")])
     assert not passing and dict(tried.counts) == {"equivalent": 1}
     assert tried.reused == [({"loss": "Neg(Mul(y, Log(Abs(p))))"}, child.identity)]
-    other = tried_child(task, state, make_child(state, "Neg(Mul(y, p))"))
+    other = tried_child(state, make_child(state, "Neg(Mul(y, p))"))
     other.tried["reused"] = tried.reused
     record = evolve.proxy_training(task, nobody, other) | {"worker": 0, "turn": 1, "elapsed": 0}
     state.absorb(json.loads(json.dumps(record)))
@@ -601,8 +600,8 @@ def spread(number, seed=0):
 def guided(task, known, at_work=()):
     """A surrogate that has learned these scores, and the state behind it."""
     state = begin(task)
-    scored(task, state, known)
-    return state, state.surrogate.fit(task, state, [{"loss": parse(text)} for text in at_work])
+    scored(state, known)
+    return state, state.surrogate.fit(state, [{"loss": parse(text)} for text in at_work])
 
 
 def predicted(task, guide, names, late=1.0):
@@ -633,11 +632,11 @@ def test_what_helped_a_little_may_help_a_lot():
     task, known, others = spread(60)
     places = 0.6 * torch.rand(len(known), 1, 2, generator=torch.Generator().manual_seed(0)) - 0.3
     state = begin(task, baseline=0.5)
-    scored(task, state, {text: 0.5 + 0.2 * place[0, 0].item() for text, place in zip(known, places)})
+    scored(state, {text: 0.5 + 0.2 * place[0, 0].item() for text, place in zip(known, places)})
     far, back, *_ = others
     state.surrogate.known = {"": torch.zeros(1, 2), far: torch.tensor([[0.9, 0.0]]), back: torch.tensor([[-0.9, 0.0]])}
     state.surrogate.known |= dict(zip(known, places))
-    guide = state.surrogate.fit(task, state, [])
+    guide = state.surrogate.fit(state, [])
     best = max(result.score for result in state.results.values())
     ahead, behind = guide.scores(predicted(task, guide, [far, back])[0])
     assert ahead > best + 0.05 and behind < 0.45
@@ -647,13 +646,13 @@ def test_what_is_in_training_moves_no_other_expectation():
     """It is imagined at its own expectation: that of a proxy score, which a converged one may contradict."""
     task, known, others = spread(40)
     state = begin(task, baseline=0.5)
-    scored(task, state, known)
+    scored(state, known)
     again(state, "ce", 0.5)
     for text in list(known)[:8]:
         again(state, text, known[text] - 0.3)
     waiting, *rest = others
-    alone = predicted(task, state.surrogate.fit(task, state, []), rest)
-    busy = predicted(task, state.surrogate.fit(task, state, [{"loss": parse(waiting)}]), rest)
+    alone = predicted(task, state.surrogate.fit(state, []), rest)
+    busy = predicted(task, state.surrogate.fit(state, [{"loss": parse(waiting)}]), rest)
     torch.testing.assert_close(busy[0], alone[0], atol=1e-4, rtol=0)
     assert (busy[1] < alone[1]).any(), "but all around it is better known"
 
@@ -683,8 +682,8 @@ def test_surrogate_waits_for_the_initial_population():
     first = dict(list(known.items())[: evolve.INITIAL - 1])
     state, guide = guided(task, first)
     assert guide is None
-    scored(task, state, dict(list(known.items())[: evolve.INITIAL]))
-    assert state.evaluated > evolve.INITIAL and state.surrogate.fit(task, state, []) is not None
+    scored(state, dict(list(known.items())[: evolve.INITIAL]))
+    assert state.evaluated > evolve.INITIAL and state.surrogate.fit(state, []) is not None
 
 
 RELATIVES = [f"Neg(Mul(y, {pool}))" for pool in ("MinPool3(p)", "Tanh(MinPool3(p))", "MinPool3(Tanh(p))")]
@@ -702,17 +701,17 @@ def test_surrogate_learns_from_converged_scores():
     state.baseline = 0.5
     for text in RELATIVES[:3]:
         again(state, text, 0.3)
-    guide = state.surrogate.fit(task, state, [])
+    guide = state.surrogate.fit(state, [])
     assert abs(guide.scores(predicted(task, guide, RELATIVES[3:])[0])[0] - before) < 0.01, "by what, as yet?"
     again(state, "ce", 0.6)  # a tenth more than by the proxy: so it is worth 0.2 what was trained to 0.3
-    guide = state.surrogate.fit(task, state, [])
+    guide = state.surrogate.fit(state, [])
     (after, *_), strangers = (guide.scores(predicted(task, guide, names)[0]) for names in (RELATIVES[3:], best))
     assert after < min(strangers) and after < before - 0.2
     shifted, _ = guided(task, {**known, **dict(zip(RELATIVES, (0.95, 0.94, 0.96)))})
     shifted.baseline = 0.5
     for text, score in {"ce": 0.7, **dict.fromkeys(RELATIVES[:3], 0.4)}.items():
         again(shifted, text, score)
-    other = shifted.surrogate.fit(task, shifted, [])
+    other = shifted.surrogate.fit(shifted, [])
     same = other.scores(predicted(task, other, RELATIVES[3:])[0])[0]
     assert same == pytest.approx(after, abs=1e-9), "only what is gained on the baseline counts"
     family = [result.text for result in state.ranking()].index(RELATIVES[0])
@@ -721,7 +720,7 @@ def test_surrogate_learns_from_converged_scores():
     again(state, "ce", 0.6)
     for text in RELATIVES[:3]:
         again(state, text, None)
-    guide = state.surrogate.fit(task, state, [])
+    guide = state.surrogate.fit(state, [])
     assert guide.scores(predicted(task, guide, RELATIVES[3:])[0])[0] < before - 0.1, "invalid is as bad as bad"
 
 
@@ -756,9 +755,9 @@ def test_the_most_promising_child_is_trained(monkeypatch):
     state, guide = guided(task, known)
     monkeypatch.setattr(evolve, "POOL", len(others))
     waiting = iter([*others, *others])
-    monkeypatch.setattr(evolve, "propose", lambda task, state, *rest: make_child(state, next(waiting)))
+    monkeypatch.setattr(evolve, "propose", lambda state, *rest: make_child(state, next(waiting)))
     state.gates = frozenset(state.gates) - {"rejected"}
-    child = evolve.next_child(task, state, random.Random(0), guide, math.inf)
+    child = evolve.next_child(state, random.Random(0), guide, math.inf)
     names = list(others)
     mean, deviation = predicted(task, guide, names, late=0.0)
     cost = torch.tensor([1 + 0.03 * len(evolve.nodes(parse(text))) for text in names])
@@ -797,10 +796,10 @@ def test_trials_of_several_branches_are_no_relatives():
     scores |= {("reg", text): 0.9 * task.score({"reg": parse(text)}) for text in spread(30)[1]}
     for (branch, text), score in scores.items():
         child = make_child(state, text, branch)
-        evolve.judge(task, state, [child], evolve.CHEAP, tried := Tried())
+        evolve.judge(state, [child], evolve.CHEAP, tried := Tried())
         record = evolve.proxy_training(task, nobody, tried.close(state, child)) | {"worker": 0, "turn": state.evaluated}
         state.absorb({**json.loads(json.dumps(record)), "elapsed": 0, "score": score, "trial": True})
-    assert state.surrogate.fit(task, state, [])
+    assert state.surrogate.fit(state, [])
     best = {str(evolve.select_parent(state, random.Random(k), ["cls"]).losses["cls"]) for k in range(20)}
     assert best == {str(CE)}, "not turned away for a better trial of the other branch"
 
@@ -809,18 +808,16 @@ def test_children_are_trained_in_short():
     task = ToyTask()
     task.branches["loss"].scale_free = True
     state = begin(task)
-    (long,) = evolve.judge(
-        task, state, [make_child(state, "Neg(Mul(y, Log(Abs(Mul(1, Abs(p))))))")], evolve.CHEAP, Tried()
-    )
+    (long,) = evolve.judge(state, [make_child(state, "Neg(Mul(y, Log(Abs(Mul(1, Abs(p))))))")], evolve.CHEAP, Tried())
     long.predicted = [0.5, 0.1]
-    brief = evolve.briefly(task, state, long)
+    brief = evolve.briefly(state, long)
     assert str(brief.losses["loss"]) == str(CE) and brief.predicted == [0.5, 0.1]
-    (plain,) = evolve.judge(task, state, [make_child(state, str(CE))], ("gradient",), Tried())
+    (plain,) = evolve.judge(state, [make_child(state, str(CE))], ("gradient",), Tried())
     assert brief.identity == plain.identity, "and known by what it is"
     tried = Tried()
     tried.close(state, brief)
     assert [(text, verdict) for _, text, verdict, *_ in tried.verdicts] == [(state.text(CE), evolve.PASSED)]
-    assert evolve.briefly(task, state, long) is long, "the short one is known by now"
+    assert evolve.briefly(state, long) is long, "the short one is known by now"
 
 
 def test_without_surrogate_is_the_plain_algorithm(tmp_path):
@@ -860,7 +857,7 @@ def test_surrogate_finds_the_planted_formula_sooner(monkeypatch):
         task = ToyTask(planted="Neg(Mul(y, MinPool3(p)))")
         state = begin(task, "--without", without)
         while state.evaluated < 45:
-            (record,) = explore(task, state, 1, state.surrogate, seed)
+            (record,) = explore(state, 1, state.surrogate, seed)
             if (record["score"] or 0) > 0.9:
                 break
         return state.evaluated
@@ -890,13 +887,15 @@ def test_fresh_share_counts_trainings_and_a_turn_has_one_parent(monkeypatch):
     trees = [evolve.random_tree(luck, SYMBOLS) for _ in range(60)]
     state.population.extend(Member({"loss": tree}, k / 60, (str(k),)) for k, tree in enumerate(trees))
     state.turns = {0: set(range(60))}
-    monkeypatch.setattr(evolve, "judge", lambda t, s, children, names, tried: [c for c in children if fertile(c, luck)])
+    monkeypatch.setattr(
+        evolve, "judge", lambda state, children, names, tried: [c for c in children if fertile(c, luck)]
+    )
     select = evolve.select_parent
     monkeypatch.setattr(evolve, "select_parent", lambda *args: drawn.append(select(*args)) or drawn[-1])
     fresh = 0
     for turn in range(400):
         drawn.clear()
-        child = evolve.next_child(task, state, random.Random(turn), None, math.inf)
+        child = evolve.next_child(state, random.Random(turn), None, math.inf)
         fresh += child.parent is None
         assert [member.losses for member in drawn] == ([] if child.parent is None else [child.parent])
     assert 20 < fresh < 60
@@ -1008,7 +1007,7 @@ def test_one_of_several_branches_changes():
     kinds = {"fresh": 0, "exchanged": 0, "mutated": 0}
     for _ in range(1000):
         parent = evolve.select_parent(state, rng, ["cls", "reg"])
-        child = evolve.propose_several(task, state, rng, parent, Tried())
+        child = evolve.propose_several(state, rng, parent, Tried())
         (tree,) = child.trees
         (other,) = {"cls", "reg"} - {tree.branch}
         assert child.losses[other] == child.parent[other] and child.parent == parent.losses
@@ -1030,14 +1029,14 @@ def test_random_search_of_several_branches_ends_at_its_deadline():
     dead = evolve.METHODS["random"]._replace(fresh=lambda *args: parse("Add(p, y)"))
     state = begin(task, "--search", "random", method=dead)
     start = time.time()
-    assert evolve.next_child(task, state, random.Random(0), None, start + 0.2) is None
+    assert evolve.next_child(state, random.Random(0), None, start + 0.2) is None
     assert time.time() - start < 5
 
 
 def test_nothing_is_trained_twice():
     task = ToyTask()
     state = begin(task, "--without", "surrogate,rejected")
-    explore(task, state, 60)
+    explore(state, 60)
     assert len(state.results) == 60 == len(state.scores) == len({r.identity for r in state.results.values()})
     assert len(state.population) > 60, "equivalents of trained losses join with the known score"
 
@@ -1173,8 +1172,8 @@ def test_a_reader_learns_everything_from_the_journal(tmp_path, short):
     args = arguments(tmp_path, *SHORT, "rejected")
     worker, state = Worker(tmp_path), begin(task, *SHORT, "rejected")
     worker.tell({"baseline": 0.5})
-    evolve.search(task, state, worker, args)
-    evolve.close(task, state, worker, args)
+    evolve.search(state, worker, args)
+    evolve.close(state, worker, args)
     worker.leave()
     reader = fold(tmp_path, task)
     assert knowledge(reader) == knowledge(state) and reader.evaluated == 6 and reader.broken == 0
@@ -1259,7 +1258,7 @@ def test_damaged_records_do_no_harm(finished, tmp_path):
         for k, (_, text) in enumerate(damaged(json.loads(record))):
             (directory := tmp_path / f"{len(record)}-{k}").mkdir()
             state = begin(ToyTask())
-            reporter = evolve.Reporter(directory, state.task, state, args)
+            reporter = evolve.Reporter(directory, state, args)
             (directory / "journal-0.jsonl").write_bytes(text.replace(b"\n", b" ") + b"\n")
             reporter.hear()
             skipped, taken = skipped + state.broken, taken + (not state.broken)
@@ -1391,20 +1390,21 @@ def test_all_agree_on_the_first_answer(two):
 
 def test_jobs_are_done_once_and_those_of_the_dead_by_others(two):
     first, second = two
-    task, state = ToyTask(), begin(ToyTask())
+    task = ToyTask()
+    state, other = begin(task), begin(task)
     jobs = [({"loss": str(CE)}, seed) for seed in range(3)] + [("ce", 0)]
     assert first.claim(f"{CE} 1")
     hang(first)
-    second.serve(task, state, jobs)
+    second.serve(state, jobs)
     assert task.calls == [str(CE)] * 3 + ["ce"]
-    other = begin(ToyTask())
-    first.serve(task, other, jobs)
+    first.serve(other, jobs)
     assert len(task.calls) == 4 and other.again == state.again
 
 
 def test_a_job_of_the_living_is_waited_for(two, monkeypatch):
     first, second = two
-    task, state, jobs = ToyTask(), begin(ToyTask()), [("ce", 0), ("ce", 1)]
+    task, jobs = ToyTask(), [("ce", 0), ("ce", 1)]
+    state = begin(task)
     assert first.claim("ce 0")
     naps = []
 
@@ -1415,7 +1415,7 @@ def test_a_job_of_the_living_is_waited_for(two, monkeypatch):
             first.tell(evolve.converged_training(task, first, "ce", 0))
 
     monkeypatch.setattr(evolve.time, "sleep", nap)
-    second.serve(task, state, jobs)
+    second.serve(state, jobs)
     assert len(naps) == 30 and task.calls == ["ce", "ce"] and set(state.again["ce"]) == {0, 1}
 
 
@@ -1456,17 +1456,17 @@ def test_others_at_work_are_seen(two):
 def test_no_leader_is_trained_twice_at_a_time(two, short):
     task = ToyTask(planted=PLANTED)
     state = begin(task, "--without", "rejected")
-    explore(task, state, 4, state.surrogate)
-    guide = state.surrogate.fit(task, state, [])
-    assert evolve.next_leader(task, state, guide, two[0], 0) == "ce"
+    explore(state, 4, state.surrogate)
+    guide = state.surrogate.fit(state, [])
+    assert evolve.next_leader(state, guide, two[0], 0) == "ce"
     two[0].works_on("ce", leader=True)
-    assert evolve.next_leader(task, state, guide, two[1], 0) is None, "one every so many trainings"
+    assert evolve.next_leader(state, guide, two[1], 0) is None, "one every so many trainings"
     two[0].works_on("ce")
-    one = evolve.next_leader(task, state, guide, two[1], 0)
+    one = evolve.next_leader(state, guide, two[1], 0)
     assert one in [result.losses for result in state.results.values()], "the baseline is claimed by the first"
     again(state, "ce", 0.5)
     two[1].works_on(one)
-    assert evolve.next_leader(task, state, guide, two[0], 0) not in (one, "ce")
+    assert evolve.next_leader(state, guide, two[0], 0) not in (one, "ce")
 
 
 def test_minutes_end_a_search_that_nothing_passes(tmp_path):
@@ -1496,8 +1496,8 @@ def converge(tmp_path, scores, *argv):
     trained, task = {}, Given()
     state = begin(task)
     worker = Worker(tmp_path)
-    scored(task, state, {text: 0.9 - 0.01 * k for k, text in enumerate(scores)})
-    evolve.close(task, state, worker, arguments(tmp_path, *argv))
+    scored(state, {text: 0.9 - 0.01 * k for k, text in enumerate(scores)})
+    evolve.close(state, worker, arguments(tmp_path, *argv))
     worker.leave()
     return json.loads((tmp_path / "workers" / f"found-{state.evaluated}.json").read_text()), trained
 
@@ -1613,17 +1613,17 @@ def test_finalists_are_no_relatives():
 
     def finalists(scores, baseline, number=4):
         state = begin(task, "--without", "surrogate", baseline=baseline)
-        scored(task, state, scores)
-        return [losses["loss"] for losses in evolve.select_finalists(task, state)]
+        scored(state, scores)
+        return [losses["loss"] for losses in evolve.select_finalists(state)]
 
     ranking = {text: 0.9 - 0.1 * k for k, text in enumerate(names)}
     assert finalists(ranking, 0.5) == finalists(ranking, None) == [names[k] for k in (0, 2, 3, 1)], "relatives wait"
     assert finalists(ranking, 0.75) == names, "a stranger that loses to the baseline is no better than a relative"
     state = begin(task, "--without", "surrogate", baseline=0.5)
-    scored(task, state, ranking)
+    scored(state, ranking)
     again(state, "ce", 0.6)
     again(state, names[0], 0.55)
-    chosen = [losses["loss"] for losses in evolve.select_finalists(task, state)]
+    chosen = [losses["loss"] for losses in evolve.select_finalists(state)]
     assert chosen == [names[k] for k in (1, 2, 3, 0)], (
         "who lost to the baseline at convergence comes last, its relative not"
     )
@@ -1702,7 +1702,7 @@ def test_lineage_goes_back_to_a_random_tree(tmp_path, short):
     directory = run(tmp_path, "--evals", "14", "--without", "rejected", planted=PLANTED)
     args = arguments(tmp_path)
     parents = {line["losses"]["loss"]: line["parent"] and line["parent"]["loss"] for line in journal(directory)}
-    reporter = evolve.Reporter(directory, ToyTask(), evolve.make_state(args, ToyTask()), args)
+    reporter = evolve.Reporter(directory, evolve.make_state(args, ToyTask()), args)
     youngest = max(parents, key=lambda text: parents[text] is not None)
     rows = [line.split("`")[1] for line in reporter.lineage(youngest).splitlines()[2:]]
     assert len(rows) > 1 and rows[0] == youngest and parents[rows[-1]] is None
@@ -1763,7 +1763,7 @@ def test_journals_are_read_in_order_of_time(tmp_path):
     lines = {0: [], 1: []}
     for k, text in enumerate(spread(12)[1]):
         state = begin(task)
-        scored(task, state, {text: 0.5})
+        scored(state, {text: 0.5})
         child = make_child(state, text)
         child.tried = {"counts": {}, "verdicts": [], "reused": [], "failed": []}
         worker = k * 7 % 2
@@ -1812,9 +1812,7 @@ def test_mutations_of_programs():
 def rises(texts):
     task = ToyTask()
     state = begin(task)
-    return [
-        verdict is not None for verdict in evolve.rising(task, state, [state.tree("loss", parse(t)) for t in texts])
-    ]
+    return [verdict is not None for verdict in evolve.rising(state, [state.tree("loss", parse(t)) for t in texts])]
 
 
 def test_rising_sees_what_does_not_fall_on_the_whole_way():

@@ -1209,7 +1209,10 @@ class PSPNet(nn.Module):
 def build_model(
     name: str, num_classes: int, pretrained: bool | str = False, output_stride: int | None = None
 ) -> nn.Module:
-    """One of MODELS: images (N, 3, H, W), normalised, to logits (N, num_classes, H, W)."""
+    """One of MODELS: images (N, 3, H, W), normalised, to logits (N, num_classes, H, W).
+
+    Without the auxiliary heads of the published settings [D].
+    """
     if name in WIDTHS:
         return SmallNet(num_classes, WIDTHS[name])
     resnet, head = name.split("-")
@@ -1888,7 +1891,8 @@ class AslSearch:
 
     The points are relative here, each a share of the way from its predecessor to (1, 1) in either coordinate: any
     numbers in 0..1 make rising curves. A round of samples shares the mean `mu`; its update moves `mu` towards what
-    scored above the round's average. Workers draw from the `mu` that they know; each record says which one it was.
+    scored above the round's average [D]; the released configs train the mean itself for comparison, once a round.
+    Workers draw from the `mu` that they know; each record says which one it was.
     """
 
     ROUND = 16  # samples; half as many as published, for twice the rounds out of the same budget [D]

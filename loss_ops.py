@@ -367,7 +367,8 @@ def softmax_leaves(
     """Leaves (N, C, H, W) and mask (N, 1, H, W) of a classification, in float32 at least.
 
     logits: (N, C), (N, C, L), a line, or (N, C, H, W); any (N, C, ...) where nothing `pools`. label: the shape of the
-    logits without C, integers 0..C-1 or `ignore_index`, which may be any. Raises ValueError for other shapes.
+    logits without C, integers 0..C-1 or `ignore_index`, which may be any. Raises ValueError for other shapes,
+    and for a label that is no integer.
 
     An ignored position carries class 0 and equal probabilities below its mask, so that no operator overflows there.
     """
@@ -379,6 +380,8 @@ def softmax_leaves(
             f"logits {tuple(shape)} and label {tuple(label.shape)}: expected (N, C, ...) before softmax, with C "
             "at least 2 (for a sigmoid's x: 0 and x), and (N, ...) of integers"
         )
+    if label.is_floating_point():
+        raise ValueError(f"label of {label.dtype}: expected integers")
     if len(shape) > 4:
         logits, label = logits.flatten(2), label.flatten(1)
     N, C, H, W = (*logits.shape, 1, 1)[:4]

@@ -1251,6 +1251,8 @@ def build_model(name: str, num_classes: int, masks: bool, pretrained: bool | str
     """One of MODELS, a Mask R-CNN if it has `masks`; `num_classes` counts the background."""
     own = SETTINGS[name]
     if name == "small":
+        if pretrained:
+            fail(f"--pretrained: --model {name} has no such weights; leave it out, or choose another --model")
         backbone = SmallBackbone()
     else:
         net = resnet(50, pretrained, norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d)

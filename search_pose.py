@@ -1061,7 +1061,11 @@ class SimpleBaseline(nn.Module):
 
 def build_model(name: str, joints: int, pretrained: bool | str = False) -> nn.Module:
     """One of MODELS: images (N, 3, H, W), normalised, to heatmaps (N, joints, H / 4, W / 4)."""
-    return SmallNet(joints) if name == "small" else SimpleBaseline(joints, pretrained)
+    if name == "small":
+        if pretrained:
+            fail(f"--pretrained: --model {name} has no such weights; leave it out, or choose another --model")
+        return SmallNet(joints)
+    return SimpleBaseline(joints, pretrained)
 
 
 # =====================================================================================================================

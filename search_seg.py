@@ -1214,6 +1214,8 @@ def build_model(
     Without the auxiliary heads of the published settings [D].
     """
     if name in WIDTHS:
+        if pretrained:
+            fail(f"--pretrained: --model {name} has no such weights; leave it out, or choose another --model")
         return SmallNet(num_classes, WIDTHS[name])
     resnet, head = name.split("-")
     network = {"dlv3p": DeepLabV3Plus, "psp": PSPNet}[head]

@@ -609,6 +609,11 @@ def test_any_title_is_valid(tmp_path, title):
     assert scope["loss"](logits, label) == evaluate(expr, *softmax_leaves(logits, label))
 
 
+def test_labels_of_floats_are_refused():
+    with pytest.raises(ValueError, match="label of torch.float32: expected integers"):
+        softmax_leaves(torch.zeros(1, 2, 3), torch.zeros(1, 3))
+
+
 def test_constants_are_folded_where_all_precisions_agree():
     """Log(1) is 1e-12 in double precision and 0 in single: Tanh(Log(Log(1))) is -1, or 0."""
     loss = parse("Mul(Add(1, Tanh(Log(Log(1)))), Neg(Mul(y, Log(p))))")

@@ -598,6 +598,7 @@ def test_damaged_lines_of_a_comparison_are_trained_again(tmp_path, capsys):
         (["--loss", "a\nb"], "--loss a b: unknown"),
         (["--resume", "y" * 400], "--resume yyy"),
         (["--device", "hpu"], "--device hpu: not available"),
+        (["--pretrained"], "--model small has no such weights"),
         (["--device", "meta"], "--device meta: not available"),
         (["--workers", "100000"], "--workers: 100000 is too large"),
         (["--data-root", __file__], "a file; give a folder"),

@@ -766,9 +766,14 @@ def test_invalid_values_stop_the_training(task, text):
         task.train(search_det.read_loss(text, "--loss"))
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("branch", search_det.BRANCHES)
-def test_known_losses_pass_the_gates(mask_task, branch):
-    own = mask_task.branches[branch]
+def test_known_losses_pass_the_gates(mask_task, branch, seed):
+    """Whichever the random network: some put their boxes so near the right ones that there is little left to gain."""
+    seeded = copy.copy(mask_task)
+    seeded.args = copy.copy(mask_task.args)
+    seeded.args.seed = seed
+    own = seeded.make_branches()[branch]
     assert (own.score(own.ideal, own.target) > 0.95).all(), "the ideal prediction is right"
     for text in own.known:
         expr = parse(text)

@@ -234,7 +234,8 @@ def slow_asl(logits, label, metric):
     def g(k, x):
         return torch.tensor([slow_curve(v, curves[k]) for v in x.flatten().tolist()], dtype=torch.float64).view(x.shape)
 
-    prob, valid = logits.detach().softmax(1), label != 255
+    valid = label != 255
+    prob = logits.detach().where(valid[:, None], 0.0).softmax(1)  # what is predicted at ignored pixels counts nowhere
     C = prob.shape[1]
     if metric == "biou":
         near = torch.zeros_like(valid)

@@ -12,9 +12,9 @@
 AutoLoss-Zero, arXiv 2103.14026 (marks [P]); own choices [D]. The detectors are torchvision's Faster and Mask R-CNN.
 The whole task is in this file: arguments, data, networks, metric, hand-made losses, training, what the search needs.
 
-Measured (`--metric bbox --workers 1 --evals 140 --minutes 60`, half an hour of one core of an AMD EPYC beside other work,
-torch 2.14.1): 63,132 losses explored, 140 trained; AP on test after 600 steps .384, cross entropy and L1 .348, +.036 +-
-.008 over three paired seeds; after 1,200 steps .433 and .425 (tests/RESULTS.md has the other searches).
+Measured (`--metric bbox --workers 1 --evals 140 --minutes 60`, half an hour of one core of an AMD EPYC beside other
+work, torch 2.14.1): 63,132 losses explored, 140 trained; AP on test after 600 steps .384, cross entropy and L1 .348,
++.036 +- .008 over three paired seeds; after 1,200 steps .433 and .425 (tests/RESULTS.md has the other searches).
 """
 
 import argparse

@@ -632,7 +632,8 @@ def test_lossless_webp_in_colour(tmp_path):
 
 
 def test_a_colour_that_no_class_has_though_it_is_grey(tmp_path):
-    root = write_folder(tmp_path, [COLOURS[index_map()]] * 6)
+    masks = [COLOURS[np.maximum(index_map(), 1)]] * 5 + [np.zeros((20, 30, 3), np.uint8)]  # one all black
+    root = write_folder(tmp_path, masks)
     (root / "labelmap.txt").write_text("a:128,0,0::\nb:0,128,0::\n")
     with pytest.raises(DataError, match="RGB colour 0,0,0 in a mask, which is no class"):
         read_folder(root)

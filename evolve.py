@@ -868,7 +868,6 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
     pool: dict[tuple, Child] = {}
     elite: list[Child] = []
     ranked = 0  # size of the pool when the elite was chosen
-    whole = len(task.branches) == 1 or state.evaluated >= TRIALS + ASSEMBLED
     for _ in range(0, ATTEMPTS, state.batch):
         if len(pool) >= ranked + POOL // 5:
             elite, ranked = guide.rank(task, list(pool.values()))[: POOL // 10], len(pool)
@@ -876,7 +875,7 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
             break
         children, elders = [], {}
         for _ in range(state.batch):
-            elder = rng.choice(elite) if elite and whole and rng.random() < ELITE else None
+            elder = rng.choice(elite) if elite and rng.random() < ELITE else None
             parent = elder or (None if fresh else select_parent(state, rng, task.branches))
             children.append(propose(state, rng, parent, tried))
             elders[id(children[-1])] = elder
@@ -1182,7 +1181,7 @@ def select_parent(state: State, rng: Random, branches: Sequence[str], least: int
     return max(rng.sample(distinct, min(size, len(distinct))), key=state.merit)
 
 
-def propose(state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
+def propose(state: State, rng: Random, parent: Member | Child | None, tried: Tried) -> Child | None:
     """A mutated copy of the parent, or a fresh candidate."""
     if len(state.task.branches) > 1:
         return propose_several(state, rng, parent, tried)
@@ -1199,31 +1198,30 @@ def propose(state: State, rng: Random, parent: Member | None, tried: Tried) -> C
 #
 # Candidates of random trees are hardly ever good in all branches. So the first TRIALS candidates have a tree for one
 # branch alone and the baseline's loss for the others, always in the branch that has fared worst: a fresh tree, or one
-# mutated from an earlier trial, the likelier the better that was. The next few are put together: first of the best
-# trials of all branches, then of winners of tournaments. From then on a child differs from its parent in one branch,
-# which is mutated, drawn afresh, or taken from the winner of another tournament [D].
+# mutated from an earlier trial, the likelier the better that was. The next one is put together of the best trials of
+# all branches. From then on a child differs from its parent in one branch, which is mutated, drawn afresh, or taken
+# from the winner of another tournament [D].
 
 TRIALS = 30
-ASSEMBLED = 5
 EXCHANGE = 0.3  # probability that a child takes a branch from the winner of another tournament
 TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
 
 
-def propose_several(state: State, rng: Random, parent: Member | None, tried: Tried) -> Child | None:
+def propose_several(state: State, rng: Random, parent: Member | Child | None, tried: Tried) -> Child | None:
     """A child of several branches, by the phase of the search, see above; None if the deadline comes first."""
     branches, method = state.task.branches, state.method
     if not method.mutate:
         return whole_fresh(state, rng, tried)
     if state.evaluated < TRIALS:
         name = min(branches, key=lambda branch: best_trial(state, branch))
-        parent = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
-        if parent and rng.random() < min(0.5, parent.score / (state.baseline or 1.0)):
+        earlier = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
+        if not parent and earlier and rng.random() < min(0.5, earlier.score / (state.baseline or 1.0)):
+            parent = earlier
+        if parent:
             expr = method.mutate(state, rng, name, branches[name], parent.losses[name])
         else:
-            parent, expr = None, method.fresh(state, rng, name, branches[name])
+            expr = method.fresh(state, rng, name, branches[name])
         return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)], more={"trial": True})
-    if state.evaluated < TRIALS + ASSEMBLED:
-        parent = None
     winners = {name: parent or select_parent(state, rng, [name], TOURNAMENT_SEVERAL) for name in branches}
     parts = {name: winner.losses[name] for name, winner in winners.items() if winner}
     name = rng.choice([name for name in branches if name not in parts] or list(branches))

@@ -139,6 +139,7 @@ def proxy_training(task: "Task", worker: "Worker", child: "Child") -> dict:
         "losses": texts(child.losses),
         "parent": texts(child.parent),
         "score": score,
+        "metrics": measured(task),
         "gain": {tree.branch: tree.gain for tree in child.trees},
         "identity": child.identity,
         "predicted": child.predicted,
@@ -151,11 +152,17 @@ def proxy_training(task: "Task", worker: "Worker", child: "Child") -> dict:
 
 def proxy_score(task: "Task", losses) -> float | None:
     """What a proxy training of losses scores; None where that is no number, or the training became invalid."""
+    task.measured = {}
     try:
         score = float(task.train(losses))
     except InvalidLoss:
         return None
     return score if math.isfinite(score) else None
+
+
+def measured(task: "Task") -> dict[str, float]:
+    """All that the latest proxy training has measured; nothing where it became invalid."""
+    return {name: round(value, 6) for name, value in task.measured.items() if math.isfinite(value)}
 
 
 def converged_training(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None, **more) -> dict:
@@ -233,6 +240,7 @@ class Task:
     converged = True  # whether `retrain` follows the schedule at which the baseline has converged
     branches: dict[str, Branch]  # at the latest from `prepare` on
     curve: list[tuple[int, float]] = []  # (step, loss) of the latest training
+    measured: dict[str, float] = {}  # all metrics after the latest proxy training, where there are several
 
     def load(self) -> None:
         """Load the data, once. Raises DataError."""
@@ -681,17 +689,18 @@ class Surrogate:
     trend * <g - b, g' - b>, where g and g' are their unit gradients, b the baseline's, over samples and states, and d^2
     is |g - g'|^2 [D]. The linear part sees beyond the families that were tried: what helped a little may help a lot.
 
-    It learns from proxy scores and from converged ones: a converged score is the proxy score plus a deviation, a
-    process of the same kind with `drift` times the variance. The baseline, which is trained anyway, is part of what it
-    learns from, and the deviation is measured from the baseline's own: a family of losses that starts fast and does not
-    last is no better than it is. Length, noise, trend and drift are chosen by their marginal likelihood, one after
-    another, twice; the best variance is known in closed form.
+    It learns from proxy scores, `corrected` by all else that proxy trainings measure, and from converged ones: a
+    converged score is the proxy score plus a deviation, a process of the same kind with `drift` times the variance. The
+    baseline, which is trained anyway, is part of what it learns from, and the deviation is measured from the baseline's
+    own: a family of losses that starts fast and does not last is no better than it is. Length, noise, trend and drift
+    are chosen by their marginal likelihood, one after another, twice; the best variance is known in closed form.
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
     LENGTHS, NOISES = (0.1, 0.2, 0.4, 0.7, 1.2), (0.001, 0.005, 0.02, 0.1)
     TRENDS, DRIFTS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.5)
     KNEE = 0.25  # share of the scores that are `compressed`
+    RIDGE, OUTLYING = 10.0, 3.0  # of the regression in `corrected`; chosen by tests/bench_proxy.py
 
     def __init__(self):
         self.known: dict[str, Tensor] = {}  # points of what was trained, by text
@@ -737,6 +746,7 @@ class Surrogate:
             if anchor not in (None, -math.inf):
                 again = [*(state.converged(row.text) for row in self.rows), anchor]
         again = {k: score - anchor + state.baseline for k, score in enumerate(again) if score is not None}
+        proxy = self.corrected(state, proxy, again)
         # Converged scores have a quartile of their own: all may be less than proxies promise.
         kinds = proxy, [score for score in again.values() if score > -math.inf]
         knee = min(sorted(scores)[int(self.KNEE * len(scores))] for scores in kinds if scores)
@@ -750,6 +760,25 @@ class Surrogate:
         self.points = torch.stack([self.point(task, those) for those in losses])
         self.origin = self.point(task, {})[None]
         self.pairs = self.compare(self.points, self.points)
+
+    def corrected(self, state: "State", proxy: list[float], again: dict[int, float]) -> list[float]:
+        """Proxy scores, corrected by what the proxy trainings have measured besides [D].
+
+        What a proxy score misses of the converged one (`again`, by row) is learned by ridge regression, as a linear
+        function of all metrics: their differences from the baseline's, in units of the median one. It tells a loss
+        that has bought its score too dearly from one that has not.
+        """
+        own = state.baseline_metrics
+        if not own:
+            return proxy
+        measured = [*(row.metrics for row in self.rows), own]
+        table = [[metrics.get(name, base) - base for name, base in own.items()] for metrics in measured]
+        table, scores = torch.tensor(table, dtype=torch.float64), torch.tensor(proxy, dtype=torch.float64)
+        table = (table / table.abs().quantile(0.5, 0).clamp(min=1e-6)).clamp(-self.OUTLYING, self.OUTLYING)
+        seen = [k for k, score in again.items() if score > -math.inf]
+        missed = torch.tensor([again[k] for k in seen], dtype=torch.float64) - scores[seen]
+        square = table[seen].mT @ table[seen] + self.RIDGE * torch.eye(len(own), dtype=torch.float64)
+        return (scores + table @ torch.linalg.solve(square, table[seen].mT @ missed)).tolist()
 
     def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
         """The best candidates, by identity, of which no two are near relatives in these branches.
@@ -990,6 +1019,7 @@ class Member(NamedTuple):
     gain: float | None = None
     whole: bool = True  # a loss for every branch
     parent: str | None = None  # its text
+    metrics: dict[str, float] = {}  # all that its proxy training has measured
 
 
 class Recent(dict):
@@ -1024,6 +1054,7 @@ class State:
     turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
     programs: dict[str, list] = field(default_factory=dict)  # the latest one that computes a tree
     baseline: float | None = None  # its proxy score
+    baseline_metrics: dict[str, float] = field(default_factory=dict)  # all that its proxy training has measured
     simulated: float | None = None  # its score in the short training of CSE
     table: float = math.inf  # the first seed of the closing table
     leaders: int = 0  # converged trainings in the middle of the search
@@ -1075,7 +1106,7 @@ class State:
         kind, record = next((kind for kind in RECORDS if kind in record), "losses"), UNSAID | record
         checked(record, RECORDS[kind])
         if kind == "baseline":
-            self.baseline = record["baseline"]
+            self.baseline, self.baseline_metrics = record["baseline"], record["metrics"]
         elif kind == "retrained":
             key, scores = losses_text(self.task.read_losses(record["retrained"])), record["scores"]
             if scores is not None:
@@ -1108,7 +1139,8 @@ class State:
         for child, known in reused:
             self.population.append(Member(child, self.scores.get(known), known))
         parent = record["parent"] and losses_text(record["parent"])
-        member = Member(losses, score, identity, losses_text(losses), gain, not record["trial"], parent)
+        whole, metrics = not record["trial"], record["metrics"]
+        member = Member(losses, score, identity, losses_text(losses), gain, whole, parent, metrics)
         self.population.append(member)
         self.results.setdefault(member.text, member)
         self.programs.update(record["programs"])
@@ -1362,7 +1394,7 @@ CONVERGED = {"seed": int, "scores": (SCORES, None), "seconds": float}  # a conve
 TRAINING = {**CONVERGED, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
 RECORDS = {  # the lines of a journal, by the key that tells their kind
-    "baseline": {**STAMP, "baseline": (float, None)},
+    "baseline": {**STAMP, "baseline": (float, None), "metrics": {str: float}},
     "retrained": {**STAMP, **CONVERGED, "retrained": (TREES, str), "leader": bool},
     "losses": {
         **STAMP,
@@ -1371,6 +1403,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "parent": (TREES, None),
         "trial": bool,
         "score": (float, None),
+        "metrics": {str: float},
         "gain": {str: (float, None)},
         "identity": [str],
         "predicted": ([float, float], None),
@@ -1385,7 +1418,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "seconds": float,
     },
 }
-UNSAID = {"leader": False, "trial": False, "programs": {}}
+UNSAID = {"leader": False, "trial": False, "programs": {}, "metrics": {}}
 ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
 RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
 ALIVE = {"losses": (TREES, str, None), "leader": bool, "searching": bool}  # a worker's sign of life
@@ -2100,7 +2133,7 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         worker.hear(state)
         worker.start = time.time() - state.searched
         if state.baseline is None and worker.claim("baseline"):
-            worker.tell({"baseline": proxy_score(task, task.baseline)})
+            worker.tell({"baseline": proxy_score(task, task.baseline), "metrics": measured(task)})
         search(state, worker, args)
         close(state, worker, args)
     finally:

@@ -2075,7 +2075,8 @@ class DetTask(evolve.Task):
         return [net.state_dict()]
 
     def train(self, losses: dict[str, Expr | str] | str) -> float:
-        return round(self.proxy_scores(losses)[self.args.metric], 6)
+        self.measured = self.proxy_scores(losses)
+        return round(self.measured[self.args.metric], 6)
 
     def proxy_scores(self, losses: dict[str, Expr | str] | str) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""

@@ -1825,7 +1825,8 @@ class PoseTask(evolve.Task):
         return test_network(net, split, self.skeleton, self.size, self.device, self.args.flip_test)
 
     def train(self, losses: dict[str, Expr] | str) -> float:
-        return round(self.proxy_scores(losses)[self.args.metric], 6)
+        self.measured = self.proxy_scores(losses)
+        return round(self.measured[self.args.metric], 6)
 
     def proxy_scores(self, losses: dict[str, Expr] | str) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""

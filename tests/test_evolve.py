@@ -642,6 +642,47 @@ def test_what_helped_a_little_may_help_a_lot():
     assert ahead > best + 0.05 and behind < 0.45
 
 
+def test_proxy_scores_are_corrected_by_what_was_measured_besides():
+    """Whether a proxy score lasts shows in another metric, which the search is not about."""
+    task, texts, _ = spread(60)
+    rng = random.Random(0)
+    known = {text: 0.5 + rng.uniform(-0.1, 0.1) for text in texts}
+    others = {text: 0.7 + rng.uniform(-0.1, 0.1) for text in texts}
+    lasts = {text: known[text] + 2 * (others[text] - 0.7) for text in texts}
+    state = begin(task, baseline=0.5, baseline_metrics={"toy": 0.5, "other": 0.7})
+    for text in known:
+        scored(state, {text: known[text]}, metrics={"toy": known[text], "other": others[text]})
+    guide, taught, rest = state.surrogate, list(known)[:15], list(known)[16:]
+
+    def learned():
+        guide.learn(state)
+        values = {row.text: value for row, value in zip(guide.rows, guide.values.tolist())}
+        return [values[text] for text in rest]
+
+    again(state, "ce", 0.4)  # as much below its proxy score as all of them
+    plain, truth = learned(), [lasts[text] for text in rest]
+    for text in taught:
+        again(state, text, lasts[text] - 0.1)
+    again(state, list(known)[15], None)
+    assert spearman(plain, truth) < 0.6 and spearman(learned(), truth) > 0.95
+    state.baseline_metrics = {}  # a journal of an earlier version
+    assert spearman(learned(), plain) > 0.999
+
+
+def test_what_a_proxy_training_measures_is_in_its_record():
+    task = ToyTask()
+    task.train = lambda losses: task.measured.update(toy=0.5, other=1 / 3, strange=math.nan) or 0.5
+    record = evolve.proxy_training(task, nobody, tried_child(begin(task), make_child(begin(task), "Neg(Mul(y, p))")))
+    assert record["metrics"] == {"toy": 0.5, "other": 0.333333}
+
+    def train(losses):
+        raise InvalidLoss("step 0")
+
+    task.train = train
+    record = evolve.proxy_training(task, nobody, tried_child(begin(task), make_child(begin(task), "Neg(Mul(y, p))")))
+    assert record["metrics"] == {}, "nor what the training before has measured"
+
+
 def test_what_is_in_training_moves_no_other_expectation():
     """It is imagined at its own expectation: that of a proxy score, which a converged one may contradict."""
     task, known, others = spread(40)

@@ -699,7 +699,7 @@ class Surrogate:
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
     LENGTHS, NOISES = (0.1, 0.2, 0.4, 0.7, 1.2), (0.001, 0.005, 0.02, 0.1)
     TRENDS, DRIFTS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.5)
-    KNEE = 0.25  # share of the scores that are `compressed`
+    KNEE = 0.1  # scale on which what is worse than the baseline is `compressed`: this much of the best one's lead
     RIDGE, OUTLYING = 10.0, 3.0  # of the regression in `corrected`; chosen by tests/bench_proxy.py
 
     def __init__(self):
@@ -747,12 +747,10 @@ class Surrogate:
                 again = [*(state.converged(row.text) for row in self.rows), anchor]
         again = {k: score - anchor + state.baseline for k, score in enumerate(again) if score is not None}
         proxy = self.corrected(state, proxy, again)
-        # Converged scores have a quartile of their own: all may be less than proxies promise.
-        kinds = proxy, [score for score in again.values() if score > -math.inf]
-        knee = min(sorted(scores)[int(self.KNEE * len(scores))] for scores in kinds if scores)
         values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
-        values = compressed(values, knee, max((max(proxy) - knee) / 4, 1e-6))
-        self.centre = (values.mean() if state.baseline is None else values[len(self.rows)]).item()
+        knee = values.median().item() if state.baseline is None else state.baseline
+        values = compressed(values, knee, max(self.KNEE * (values.max().item() - knee), 1e-3))
+        self.centre = values.mean().item() if state.baseline is None else state.baseline
         self.spread = max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
         self.index = torch.tensor([*range(len(losses)), *again])  # row of each value
@@ -963,7 +961,8 @@ def briefly(state: "State", child: Child) -> Child:
 def compressed(scores: Tensor, knee: float, scale: float) -> Tensor:
     """Scores, those below the knee on a logarithmic scale: how bad a bad loss is says little of the good ones [D].
 
-    The knee was chosen by tests/bench_surrogate.py.
+    Good losses differ from the baseline, most of what differs from it is bad, and a smooth function of the gradient
+    would learn from that to stay near the baseline (measured in tests/bench_surrogate.py).
     """
     below = (knee - scores).clamp(min=0)
     return torch.where(below > 0, knee - scale * (below / scale).log1p(), scores)
@@ -2283,8 +2282,8 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     return flag
 
 
-def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None) -> None:
-    """The flags of the search itself, the same in every script but for the task's `own` kinds of search."""
+def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 8.0) -> None:
+    """The flags of the search itself, the same in every script but for the task's `own` kinds and its budget."""
     kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
     flag = flags(parser, "search")
     about = "; ".join(f"{name}: {about}" for name, about in kinds.items())
@@ -2292,7 +2291,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     about = "gates to switch off, comma-separated, for ablations: " + ",".join(SWITCHABLE)
     flag("--without", "GATES", about, gate_list, [])
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
-    flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), 8.0)
+    flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), minutes)
     about = "processes that search; by default one per core, on CUDA one per GPU"
     flag("--workers", "N", about, at_least(0, most=1024), 0)
     about = "steps between two checkpoints of a --loss or --compare training"

@@ -291,7 +291,7 @@ def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
         with opened(path) as picture:
             if blurs(picture, path):
                 raise DataError(f"{path}: a JPEG or the like, which blurs the classes of a mask; save masks as PNG")
-            if picture.mode in ("RGB", "RGBA") and "16" in str(picture.tile):
+            if deep(picture):
                 raise DataError(f"{path}: RGB with 16 bits a channel; save masks with 8, or as grey values")
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
@@ -864,6 +864,7 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
     """
     try:
         with opened(path) as picture:
+            colours_of_16_bits = deep(picture)  # asked first: PIL may have to load a picture to know its EXIF tags
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
@@ -873,7 +874,9 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
                 encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
-                picture = eight_bits(picture, path)
+                picture = eight_bits(np.array(picture), path)
+            elif colours_of_16_bits:
+                picture = eight_bits(all_bits(picture, path), path)
             picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
@@ -909,12 +912,31 @@ def unreadable(path: Path) -> "DataError":
     return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
 
 
-def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
-    """A grey picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
-    pixels = np.array(picture)
+def deep(picture: Image.Image) -> bool:
+    """Whether a colour picture has 16 bits a channel, of which PIL reads the upper eight alone."""
+    return picture.mode[:3] == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
+
+
+def all_bits(picture: Image.Image, path: Path) -> np.ndarray:
+    """The pixels (h, w, 3) uint16 of such a picture; told the other order of bytes, PIL reads the lower eight bits."""
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+    def swapped(args):
+        if isinstance(args, str):
+            return re.sub("(?<=;16)[BLN]", lambda order: other[order[0]], args)
+        return swapped(args[0]), *args[1:]
+
+    with opened(path) as lower:
+        lower.tile = [tile._replace(args=swapped(tile.args)) for tile in lower.tile]
+        upper, lower = (np.array(part)[..., :3].astype(np.uint16) for part in (picture, lower))
+    return 256 * upper + lower
+
+
+def eight_bits(pixels: np.ndarray, path: Path) -> Image.Image:
+    """A picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
     most = pixels.max(initial=0)
-    if picture.mode == "F" or most > 65535 or pixels.min(initial=0) < 0:
-        raise DataError(f"{path}: values of 32 bits (mode {picture.mode}); save it with 8 or 16 bits a channel")
+    if pixels.dtype.kind == "f" or most > 65535 or pixels.min(initial=0) < 0:
+        raise DataError(f"{path}: values of 32 bits ({pixels.dtype}); save it with 8 or 16 bits a channel")
     bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
     return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
 

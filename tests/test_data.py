@@ -4,9 +4,11 @@ import itertools
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 
@@ -329,6 +331,43 @@ def test_sixteen_bits_are_scaled(tmp_path, suffix, most):
     assert pixels.shape == (8, 64, 3) and pixels[0, :, 1].tolist() == pytest.approx(np.linspace(0, 255, 64), abs=1)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("most", [255, 4095, 65535])
+def test_sixteen_bits_of_colours_are_scaled(tmp_path, suffix, most):
+    ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(8, 0)
+    cv2.imwrite(str(tmp_path / f"a.{suffix}"), np.stack([0 * ramp, ramp // 2, ramp], -1))  # blue, green, red
+    want = np.linspace(0, 255, 64)
+    for script in SCRIPTS.values():
+        pixels = script.decode(tmp_path / f"a.{suffix}")
+        assert pixels.shape == (8, 64, 3)
+        for channel, share in enumerate((1, 0.5, 0)):
+            assert pixels[0, :, channel].tolist() == pytest.approx(share * want, abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_sixteen_bits_of_colours_are_turned(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    small = noise(20, 30)
+    Image.fromarray(small).save(tmp_path / "8.png", exif=exif)
+    large = small.astype(np.uint16) * 257
+    if suffix == "png":
+        whole = cv2.imencode(".png", large[..., ::-1])[1].tobytes()
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        whole = whole[:33] + chunk + whole[33:]  # after the header
+    else:  # the plainest there is: one strip, whose place and the bits of the channels follow the twelve tags
+        tags = {256: 30, 257: 20, 258: 158, 259: 1, 262: 2, 273: 164, 274: orientation, 277: 3, 278: 20, 279: 3600}
+        tags |= {284: 1, 339: 1}
+        entries = (struct.pack("<HHIHH", tag, 3, 3 if tag == 258 else 1, value, 0) for tag, value in tags.items())
+        whole = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(entries) + struct.pack("<I", 0)
+        whole += struct.pack("<HHH", 16, 16, 16) + large.tobytes()
+    (tmp_path / f"16.{suffix}").write_bytes(whole)
+    for script in SCRIPTS.values():
+        assert torch.equal(script.decode(tmp_path / f"16.{suffix}"), script.decode(tmp_path / "8.png"))
+
+
 def test_more_than_sixteen_bits_are_refused(tmp_path):
     path = save(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), tmp_path / "a.tif")
     with pytest.raises(DataError, match="a.tif: values of 32 bits"):
@@ -621,6 +660,12 @@ def test_masks_that_would_be_misread(tmp_path, kind):
 def test_few_grey_values_are_classes(tmp_path, values):
     split = read_folder(write_folder(tmp_path, [np.array(values, np.uint8)[index_map()]] * 6))["test"]
     assert split.labels.unique().tolist() == [0, 1, 255]
+
+
+def test_colours_in_a_mask_of_sixteen_pixels(tmp_path):
+    """The sides are no bits."""
+    save(COLOURS[np.eye(16, dtype=np.uint8)], tmp_path / "a.png")
+    assert search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(21)).sum() == 16
 
 
 def test_lossless_webp_in_colour(tmp_path):

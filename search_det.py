@@ -885,7 +885,6 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
     """
     try:
         with opened(path) as picture:
-            colours_of_16_bits = deep(picture)  # asked first: PIL may have to load a picture to know its EXIF tags
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
@@ -896,7 +895,7 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(np.array(picture), path)
-            elif colours_of_16_bits:
+            elif deep(picture):
                 picture = eight_bits(all_bits(picture, path), path)
             picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
@@ -915,7 +914,8 @@ def opened(path: Path) -> Image.Image:
 
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
-    turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
+    tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
+    turn = None if picture.format == "TIFF" else TURNS.get(tags.get(0x0112))  # PIL turns TIFFs itself
     return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
 
 

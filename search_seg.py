@@ -192,7 +192,7 @@ def read_split(
         return [scaled(picture, kept_size(*picture.shape[-2:])) for picture in found]
 
     def read_labels(numbers: list[int]) -> list[Tensor]:
-        found = (read_label(labels[k], meaning) for k in numbers)
+        found = (read_label(labels[k], meaning, full_size(*pairs[k])) for k in numbers)
         return [F.interpolate(x[None, None], kept_size(*x.shape), mode="nearest-exact")[0, 0] for x in found]
 
     sample = range(0, len(pairs), math.ceil(len(pairs) / 256))  # the headers alone
@@ -213,18 +213,20 @@ def read_split(
 
 
 def full_size(image: Path, label: Path) -> tuple[int, int]:
-    """Height and width of a label map, which must be its image's: upright, or as it lies in the file."""
-    try:
-        with Image.open(label) as picture:
-            size = picture.size[::-1]
-    except BROKEN as error:
-        raise unreadable(label) from error
-    try:
-        with Image.open(image) as picture:
-            _, (h, w) = turning(picture)
-            lying = picture.size[::-1]
-    except BROKEN as error:
-        raise unreadable(image) from error
+    """Height and width in which an image and its label map are one size: both upright, or else as they lie in the file.
+
+    A program may have turned a label map and left the tag in it that asks for that, or copied the tag of the image.
+    """
+    sides = []
+    for path in (image, label):
+        try:
+            with Image.open(path) as picture:
+                sides.append((turning(picture)[1], picture.size[::-1]))
+        except BROKEN as error:
+            raise unreadable(path) from error
+    ((h, w), lying), (upright, size) = sides
+    if upright == (h, w):
+        return upright
     if size not in ((h, w), lying):
         raise DataError(f"{label}: mask of {size[1]}x{size[0]} pixels, its image has {w}x{h}")
     return size
@@ -258,9 +260,12 @@ def colour_number(red: int, green: int, blue: int) -> int:
     return 65536 * red + 256 * green + blue
 
 
-def read_label(path: Path, meaning: Meaning) -> Tensor:
-    """A label map (h, w) uint8: classes and IGNORE. Raises DataError naming the file and a value that is neither."""
-    values, coloured = read_values(path, meaning.palette)
+def read_label(path: Path, meaning: Meaning, listed: tuple[int, int] | None = None) -> Tensor:
+    """A label map (h, w) uint8: classes and IGNORE. Raises DataError naming the file and a value that is neither.
+
+    It is turned as its EXIF tag says where that gives the height and width it is `listed` with.
+    """
+    values, coloured = read_values(path, meaning.palette, listed)
     known = meaning.colours if coloured else meaning.values
     found, place = np.unique(values, return_inverse=True) if coloured else small_unique(values)
     if coloured and not all(value in known for value in found.tolist()):
@@ -285,7 +290,7 @@ def small_unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return found, table[values]
 
 
-def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
+def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | None = None) -> tuple[np.ndarray, bool]:
     """The values (h, w) of a label map, and whether they are colours, as those of palettes with `palette`."""
     try:
         with opened(path) as picture:
@@ -293,6 +298,9 @@ def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
                 raise DataError(f"{path}: a JPEG or the like, which blurs the classes of a mask; save masks as PNG")
             if deep(picture):
                 raise DataError(f"{path}: RGB with 16 bits a channel; save masks with 8, or as grey values")
+            turn, upright = turning(picture)
+            if turn is not None and upright == listed:
+                picture = picture.transpose(turn)
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
             pixels = np.array(picture)
@@ -864,7 +872,6 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
     """
     try:
         with opened(path) as picture:
-            colours_of_16_bits = deep(picture)  # asked first: PIL may have to load a picture to know its EXIF tags
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
@@ -875,7 +882,7 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(np.array(picture), path)
-            elif colours_of_16_bits:
+            elif deep(picture):
                 picture = eight_bits(all_bits(picture, path), path)
             picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
@@ -894,7 +901,8 @@ def opened(path: Path) -> Image.Image:
 
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
-    turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
+    tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
+    turn = None if picture.format == "TIFF" else TURNS.get(tags.get(0x0112))  # PIL turns TIFFs itself
     return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ready, refused
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 import evolve
 import search_det
@@ -321,6 +321,39 @@ def test_a_mask_goes_with_its_turned_picture(tmp_path):
     save(np.zeros((30, 48), np.uint8), tmp_path / "a.png")
     with pytest.raises(DataError, match="a.png: mask of 48x30 pixels, its image has 32x48"):
         search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")], 2)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_sizes_are_told_without_decoding(tmp_path, suffix, monkeypatch):
+    path = save(noise(20, 30), tmp_path / f"a.{suffix}")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert search_det.picture_size(path) == search_seg.full_size(path, path) == (20, 30)
+
+
+@pytest.mark.parametrize("side", [32, 48])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_with_the_tag_of_its_picture(tmp_path, orientation, side):
+    """Both lie in their files as the camera held them, and both say so: sizes do not tell, where they are square."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((32, side, 3), np.uint8)
+    pixels[:9, :5] = 200
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels[..., 0] // 200).save(tmp_path / "a.png", exif=exif)
+    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+    assert split.labels[0].sum() == 45 and (split.images[0, 0][split.labels[0] == 1] > 120).all()
+    assert (split.images[0, 0] > 150).sum() < 60
+
+
+def test_a_turned_mask_in_which_the_tag_was_left(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.zeros((48, 32, 3), np.uint8)
+    upright[:16, 16:] = 200
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(upright[..., 0] // 200).save(tmp_path / "a.png", exif=exif)
+    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+    assert split.labels.shape == (2, 48, 32) and torch.equal(split.images[0, 0] > 100, split.labels[0] == 1)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

@@ -384,11 +384,13 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     if len(masks) > 5000:
         note(f"looking for the classes in {len(masks):,} masks; --classes N spares that in masks that are not RGB")
     values, colours, looks = {}, {}, {}  # and where they were first seen
-    largest: dict[int, float] = {}  # share of the pixels of a mask
+    largest = {}, {}  # share of the pixels of a mask, of values and of colours
+    together = False  # 1 and 255 in one mask
     for path, (coloured, shares, palette) in zip(masks, threads().map(distinct_values, masks)):
+        together |= not shares.keys().isdisjoint({1, 0x010101}) and not shares.keys().isdisjoint({255, 65535, 0xFFFFFF})
         for value, share in shares.items():
             (colours if coloured else values).setdefault(value, path)
-            largest[value] = max(share, largest.get(value, 0.0))
+            largest[coloured][value] = max(share, largest[coloured].get(value, 0.0))
             look = palette[3 * value : 3 * value + 3]
             if look and looks.setdefault(value, (look, path))[0] != look:
                 raise DataError(
@@ -397,29 +399,65 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
                 )
     if all(value >> 16 == value >> 8 & 255 == value & 255 for value in colours):  # grey masks saved as RGB
         values, colours = {value & 255: path for value, path in colours.items()} | values, {}
+        for value, share in largest[True].items():
+            largest[False][value & 255] = max(share, largest[False].get(value & 255, 0.0))
     if colours and values.keys() - {0}:
         one, other = next(iter(colours.values())), next(iter(values.values()))
         raise DataError(f"{one}: an RGB mask, and {other} is none; save all of them in one way")
     found = sorted(colours or values)
-    between = found[1:-1]
-    if (found[0], found[-1]) == (0, 255) and between and between != [*range(1, len(found) - 1)]:
-        if max(largest[value] for value in between) < 0.01:
-            raise DataError(
-                f"{values[between[0]]}: value {between[0]} at a few pixels between 0 and 255, as of soft edges; save "
-                "masks with two values or 0 .. N - 1, or say in labelmap.txt what is a class"
-            )
+
+    def shown(value: int) -> str:
+        return f"{value >> 16},{value >> 8 & 255},{value & 255}" if colours else str(value)
+
+    if len(found) < 256 and (mixed := soft_edges(largest[bool(colours)], bool(colours))) is not None:
+        raise DataError(
+            f"{(colours or values)[mixed]}: value {shown(mixed)} at a few pixels between others, as of soft edges; "
+            "save masks without, or say in labelmap.txt what is a class"
+        )
+    if number is None and found in ([0, 1, 255], [0, 1, 65535]) and not together:
+        raise DataError(
+            f"{values[1]}: value 1, and {values[found[2]]}: value {found[2]}, never both in one mask; if both are the "
+            f"second class save masks in one way, if {found[2]} is to be ignored give --classes 2"
+        )
     ignored = {colour_number(224, 224, 192)} if colours else {255, 65535}  # VOC's borders
     ignored = ignored & set(found) if len(set(found) - ignored) > 1 else set()
     classes = {value: k for k, value in enumerate(value for value in found if value not in ignored)}
     if number not in (None, len(classes)) or not 1 < len(classes) < 256:
         kinds = f"{len(classes)} colours or values in these masks, not {number or '2 to 255'}"
         raise DataError(f"{masks[0].parent}: {kinds}; say in labelmap.txt what they mean")
-    shown = [f"{v >> 16},{v >> 8 & 255},{v & 255}" if colours else str(v) for v in classes]
-    shown = " ".join(shown if len(shown) <= 30 else [*shown[:29], "..."])
+    names = [*map(shown, classes)]
+    names = " ".join(names if len(names) <= 30 else [*names[:29], "..."])
     said = f"; {max(ignored)} ignored" if ignored else ""
-    note(f"{len(classes)} classes found in {len(masks):,} masks: {shown}{said}")
+    note(f"{len(classes)} classes found in {len(masks):,} masks: {names}{said}")
     meaning = classes | dict.fromkeys(ignored, IGNORE)
     return Meaning(len(classes), {0: 0} if colours else meaning, meaning if colours else {})
+
+
+def soft_edges(largest: dict[int, float], coloured: bool) -> int | None:
+    """A value or colour that seems to be a mixture of two others, as smoothing leaves them; None if none does.
+
+    `largest` says what share of a mask each has at most. What is never a hundredth and lies between others is a mixture
+    if all between 0 and 255 is such, or if there is more of it than of others and than eight [D]. Values without a gap
+    are classes, however rare.
+    """
+    found, common = sorted(largest), [value for value, share in largest.items() if share >= 0.01]
+    rare = [value for value in found if largest[value] < 0.01]
+    if coloured:
+        places = {value: np.array([value >> 16, value >> 8 & 255, value & 255], float) for value in found}
+        lines = [(places[a], places[b] - places[a]) for a, b in itertools.combinations(common, 2)]
+
+        def mixes(c: np.ndarray) -> bool:
+            return any(
+                0 < (share := d @ (c - a) / (d @ d)) < 1 and abs(a + share * d - c).max() < 1.5 for a, d in lines
+            )
+
+        mixed = [value for value in rare if mixes(places[value])]
+    elif [*range(len(found) - 1)] == found[:-1]:
+        return None
+    else:
+        mixed = [value for value in rare if found[0] < value < found[-1]]
+    binary = not coloured and (found[0], found[-1]) == (0, 255) and len(mixed) == len(found) - 2
+    return mixed[0] if mixed and (binary or len(mixed) > max(8, len(found) - len(mixed))) else None
 
 
 class Distinct(NamedTuple):

@@ -676,8 +676,23 @@ def own_palettes():
         yield mask
 
 
+def smoothed(values, mode):
+    """A larger label map, rotated by a program that mixes what is beside each other."""
+    large = Image.fromarray(np.asarray(values, np.uint8)[index_map()]).convert(mode)
+    return large.resize((300, 200), Image.Resampling.NEAREST).rotate(7, Image.Resampling.BILINEAR)
+
+
+def binary(high):
+    return (index_map() > 0).astype(np.uint8) * high
+
+
 REFUSED_MASKS = {
-    "soft edges": ([soft(index_map())] * 6, "value 128 at a few pixels between 0 and 255, as of soft edges"),
+    "soft edges": ([soft(index_map())] * 6, "value 128 at a few pixels between others, as of soft edges"),
+    "soft edges in RGB": ([Image.fromarray(soft(index_map())).convert("RGB")] * 6, "value 128 at a few pixels"),
+    "smoothed greys": ([smoothed((0, 50, 100), "L")] * 6, r"value \d+ at a few pixels"),
+    "smoothed colours": ([smoothed(COLOURS, "RGB")] * 6, r"value 0,\d+,0 at a few pixels"),
+    "two ways": ([binary(1 + 254 * (k % 2)) for k in range(6)], "value 1, and .*1.png: value 255, never both in one"),
+    "two depths": ([Image.fromarray(binary(255)).convert("1L"[k % 2]) for k in range(6)], "value 255, never both"),
     "own palettes": ([*own_palettes()] * 2, "is another colour in its palette than in"),
 }
 
@@ -686,7 +701,22 @@ REFUSED_MASKS = {
 def test_masks_that_would_be_misread(tmp_path, kind):
     masks, words = REFUSED_MASKS[kind]
     with pytest.raises(DataError, match=words):
-        read_folder(write_folder(tmp_path, masks))
+        search_seg.found_meaning(masks_in(write_folder(tmp_path, masks)), None)
+
+
+def masks_in(root):
+    return sorted((root / "masks").iterdir())
+
+
+def test_rare_classes_are_no_soft_edges(tmp_path):
+    """Twelve classes of a pixel each: their values have no gap, or their colours are between no others."""
+    index = np.zeros((200, 300), np.uint8)
+    index[50:90, 50:90] = 1
+    index[5, 10:22] = np.arange(2, 14)
+    palette = np.frombuffer(shapes.voc_palette(), np.uint8).reshape(-1, 3).copy()
+    palette[2:14, 1] += 7
+    for kind, mask in {"grey": index, "colours": palette[index]}.items():
+        assert search_seg.found_meaning(masks_in(write_folder(tmp_path / kind, [mask] * 4)), None).number == 14
 
 
 @pytest.mark.parametrize("values", [(0, 1, 255), (0, 128, 255), (7, 9, 255)])

@@ -298,16 +298,29 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
                 raise DataError(f"{path}: a JPEG or the like, which blurs the classes of a mask; save masks as PNG")
             if deep(picture):
                 raise DataError(f"{path}: RGB with 16 bits a channel; save masks with 8, or as grey values")
+            if getattr(picture, "n_frames", 1) > 1:
+                size = picture.size
+                picture.seek(1)
+                if picture.size == size:  # a smaller one is an overview, as in a GeoTIFF
+                    raise DataError(f"{path}: {picture.n_frames} pictures in one file; save a mask as one")
+                picture.seek(0)
             turn, upright = turning(picture)
             if turn is not None and upright == listed:
                 picture = picture.transpose(turn)
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
             pixels = np.array(picture)
+            if picture.mode in ("LA", "PA", "RGBA"):
+                pixels, clear = pixels[..., :-1], pixels[..., -1] == 0
+                if clear.any() and not clear.all():  # transparent all over: some renderers leave alpha at 0
+                    if not pixels[~clear].any(-1).all():
+                        raise DataError(
+                            f"{path}: transparent pixels beside black ones; save masks without transparency"
+                        )
+                    pixels[clear] = 0  # whatever colour lies below, nothing is seen
+                pixels = pixels if picture.mode == "RGBA" else pixels[..., 0]
             if picture.mode in ("RGB", "RGBA"):
-                return pixels[..., :3].astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
-            if picture.mode in ("LA", "PA"):
-                pixels = pixels[..., 0]
+                return pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
             plain = picture.mode[0] in "1LPI" and pixels.ndim == 2
             if not plain or (pixels < 0).any() or (pixels > 65535).any():
                 raise DataError(f"{path}: mode {picture.mode}; a mask has grey values, a palette or RGB colours")

@@ -523,6 +523,9 @@ def test_masks_as_tools_write_them(tmp_path, kind):
         ("jpeg in tiff", "a JPEG or the like, which blurs"),
         ("lab", "mode LAB"),
         ("RGB of 16 bits", "RGB with 16 bits a channel"),
+        ("two pages", "2 pictures in one file"),
+        ("alpha alone", "transparent pixels beside black ones"),
+        ("grey and alpha alone", "transparent pixels beside black ones"),
     ],
 )
 def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
@@ -537,13 +540,22 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
         "jpeg in tiff": Image.fromarray(index),
         "lab": Image.fromarray(np.stack([index] * 3, -1)).convert("RGB"),
         "RGB of 16 bits": Image.fromarray(index),
+        "two pages": Image.fromarray(index),
+        "alpha alone": Image.fromarray(np.stack([0 * index] * 3 + [100 * index], -1)),
+        "grey and alpha alone": Image.merge("LA", [Image.fromarray(0 * index), Image.fromarray(100 * index)]),
     }[kind]
     if kind == "lab":
         picture = ImageCms.profileToProfile(
             picture, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
         )
-    form = {"jpeg": "JPEG", "lossy webp": "WEBP", "jpeg in tiff": "TIFF", "float": "TIFF", "lab": "TIFF"}.get(kind)
-    picture.save(tmp_path / "a.png", form, **{"compression": "jpeg"} if kind == "jpeg in tiff" else {})
+    form = {"jpeg": "JPEG", "lossy webp": "WEBP"}.get(
+        kind, "TIFF" if kind in ("jpeg in tiff", "float", "lab") else "PNG"
+    )
+    how = {
+        "jpeg in tiff": {"compression": "jpeg"},
+        "two pages": {"save_all": True, "append_images": [picture.rotate(9)]},
+    }
+    picture.save(tmp_path / "a.png", form, **how.get(kind, {}))
     if kind == "RGB of 16 bits":
         cv2.imwrite(str(tmp_path / "a.png"), np.stack([index.astype(np.uint16)] * 3, -1))
     with pytest.raises(DataError, match=message):
@@ -723,6 +735,23 @@ def test_rare_classes_are_no_soft_edges(tmp_path):
 def test_few_grey_values_are_classes(tmp_path, values):
     split = read_folder(write_folder(tmp_path, [np.array(values, np.uint8)[index_map()]] * 6))["test"]
     assert split.labels.unique().tolist() == [0, 1, 255]
+
+
+def test_an_overview_is_no_second_mask(tmp_path):
+    mask = Image.fromarray(index_map())
+    mask.save(tmp_path / "a.tif", save_all=True, append_images=[mask.resize((15, 10), Image.Resampling.NEAREST)])
+    label = search_seg.read_label(tmp_path / "a.tif", search_seg.plain_meaning(21))
+    assert torch.equal(label, torch.from_numpy(index_map()))
+
+
+def test_nothing_is_seen_of_transparent_colours(tmp_path):
+    index = index_map()
+    below = np.where(index[..., None] > 0, COLOURS[index], noise(20, 30))
+    save(np.dstack([below, np.where(index > 0, 200, 0).astype(np.uint8)]), tmp_path / "a.png")
+    save(np.dstack([COLOURS[index], 0 * index]), tmp_path / "b.png")  # alpha that says nothing
+    for name in ("a.png", "b.png"):
+        label = search_seg.read_label(tmp_path / name, search_seg.plain_meaning(21))
+        assert torch.equal(label, torch.from_numpy(index)), name
 
 
 def test_colours_in_a_mask_of_sixteen_pixels(tmp_path):

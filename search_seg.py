@@ -499,7 +499,7 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: not a text in UTF-8; save it so") from None
 
 
-IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 def named_files(folder: Path) -> dict[str, Path]:
@@ -594,7 +594,11 @@ FOLDERS = (
     ("images", "masks"),
     ("images", "labels"),
     ("images", "annotations"),
+    ("image", "mask"),
+    ("image", "label"),
     ("img_dir", "ann_dir"),
+    ("img", "masks_machine"),  # Supervisely
+    ("JPEGImages", "SegmentationClassPNG"),  # labelme
     ("JPEGImages", "SegmentationClass"),
 )
 SPLITS = {
@@ -602,7 +606,8 @@ SPLITS = {
     "val": ("val", "valid", "validation", "Val", "Valid", "Validation"),
     "test": ("test", "testing", "Test", "Testing"),
 }
-MASK_ENDINGS = ("", "_mask", "_label", "_seg")  # what the name of a mask has more than its image's
+# What the name of a mask has more than its image's.
+MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_seg", "_segmentation", "_gt", "_L")
 
 
 def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
@@ -623,6 +628,8 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
         for one, other in ((root / name / images, root / name / masks), (root / images / name, root / masks / name)):
             if one.is_dir() and other.is_dir():
                 pairs[split] = paired(one, other)
+        if split not in pairs and any((root / name).glob("*_mask.png")):  # beside the pictures, as Roboflow writes them
+            pairs[split] = paired(root / name, root / name)
     if "train" in pairs:
         if "test" not in pairs and "val" in pairs:
             pairs["test"] = pairs.pop("val")
@@ -630,7 +637,9 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
         whole = [(root / images, root / masks) for images, masks in FOLDERS]
         whole = [(images, masks) for images, masks in whole if images.is_dir() and masks.is_dir()]
         if pairs or not whole:
-            raise DataError(f"{root}: no training pictures; it must hold images and masks, and train.txt and val.txt")
+            raise DataError(
+                f"{root}: no training pictures; it must hold folders images and masks, and train.txt and val.txt"
+            )
         listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
         pairs = {"train": listed_pairs(root, listing, *whole[0]) if listing.is_file() else paired(*whole[0])}
     if "test" not in pairs:
@@ -643,16 +652,21 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
 def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """All pictures of a folder with their masks in another."""
     found, labels = named_files(images), named_files(masks)
+    endings = MASK_ENDINGS
+    if images == masks:  # side by side
+        endings = MASK_ENDINGS[1:]
+        found = {name: path for name, path in found.items() if not name.endswith(endings)}
     if not found:
         raise DataError(f"{images}: no pictures in it")
     pairs = []
     for name, path in found.items():
-        label = next((labels[name + ending] for ending in MASK_ENDINGS if name + ending in labels), None)
+        names = (name + ending for ending in (*endings, path.suffix))  # also a.jpg.png
+        label = next((labels[name] for name in names if name in labels), None)
         if label is None:
             raise DataError(f"{path}: no mask of that name in {masks}")
         pairs.append((path, label))
     used = {path for pair in pairs for path in pair}
-    for folder, why in ((images, "no pictures of a kind that is read"), (masks, "masks of no picture")):
+    for folder, why in {masks: "masks of no picture", images: "no pictures of a kind that is read"}.items():
         rest = {path for path in folder.iterdir() if not re.match(r"\.|Thumbs\.db|desktop\.ini", path.name)} - used
         if rest:
             warn_once(f"{folder}: left out {len(rest):,} files or folders (first: {min(rest).name}), {why}")

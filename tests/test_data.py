@@ -938,7 +938,7 @@ def test_lists_are_read_in_any_locale(tmp_path):
 @pytest.mark.parametrize(
     "broken, message",
     [
-        ("no folders", "no training pictures; it must hold images and masks"),
+        ("no folders", "no training pictures; it must hold folders images and masks"),
         ("no mask", "0.jpg: no mask of that name in"),
         ("two pictures", "beside 0.jpg; move away"),
         ("no pictures", "images: no pictures in it"),
@@ -968,6 +968,36 @@ def test_broken_folders_are_named(tmp_path, broken, message):
     with pytest.raises(DataError, match=message) as error:
         read_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+EXPORTS = {  # folders of pictures and masks, and their names
+    "Roboflow": ("train", "train", "{}.rf.1a.jpg", "{}.rf.1a_mask.png"),
+    "Supervisely": ("img", "masks_machine", "{}.jpg", "{}.png"),
+    "labelme": ("JPEGImages", "SegmentationClassPNG", "{}.jpg", "{}.png"),
+    "Carvana": ("train/images", "train/masks", "{}.jpg", "{}_mask.gif"),
+    "ISIC": ("images", "masks", "{}.jpg", "{}_segmentation.png"),
+    "whole names": ("images", "masks", "{}.jpg", "{}.jpg.png"),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_folders_as_tools_export_them(tmp_path, tool):
+    images, masks, image, mask = EXPORTS[tool]
+    for split in ("train", "valid") if "train" in images else ("",):
+        for k in range(8):
+            save(noise(20, 30, k), tmp_path / images.replace("train", split) / image.format(k))
+            palette = masks_of(index_map())["palette"]
+            path = tmp_path / masks.replace("train", split) / mask.format(k)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            palette.save(path)
+        if tool == "Roboflow":
+            (tmp_path / split / "_classes.csv").write_text("Pixel Value, Class\n0, sky\n")
+        elif tool == "labelme":
+            (tmp_path / "SegmentationClass").mkdir()
+            (tmp_path / "SegmentationClass/0.npy").write_bytes(b"")
+    data = read_folder(tmp_path)
+    assert sum(len(split.images) for split in data.values()) == (16 if "train" in images else 8)
+    assert torch.equal(data["test"].labels[0], torch.from_numpy(index_map()))
 
 
 def test_masks_with_an_ending(tmp_path):

@@ -264,8 +264,8 @@ class EmptyObject(Exception):
     """An annotation that annotates nothing; the message says in what way."""
 
 
-def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
-    """Name, height and width of a picture; the sides are None where neither the file nor the picture tells them."""
+def check_image(entry: dict, scoring: bool) -> dict:
+    """Name, height and width of a picture; the sides are None where the file does not tell them."""
     name = entry.get("file_name")
     if not scoring and not (
         isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
@@ -274,7 +274,7 @@ def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
     name = None if scoring else name.replace("\\", "/")  # as Windows writes it
     sides = [entry.get("height") or None, entry.get("width") or None]
     if None in sides:
-        sides = picture_size(folder / name) if folder and not Path(name).name.startswith("._") else [None, None]
+        sides = [None, None]
     elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
         raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
     else:
@@ -396,7 +396,7 @@ def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, lef
     images, files = {}, {}
     for number, entry in by_id(coco, "images", path, left_out).items():
         try:
-            images[number] = {"id": number} | check_image(entry, folder, scoring)
+            images[number] = {"id": number} | check_image(entry, scoring)
         except DataError as problem:
             raise DataError(f"{path}: image {number!r}: {problem}") from None
         name = images[number]["file_name"]
@@ -405,6 +405,9 @@ def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, lef
             del images[number]
         elif not scoring and (other := files.setdefault(os.path.normpath(name), number)) != number:
             raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
+    unknown = [image for image in images.values() if folder and image["height"] is None]
+    for image, found in zip(unknown, found_files(folder, [image["file_name"] for image in unknown])):
+        image["height"], image["width"] = picture_size(found)  # the picture tells where the file does not
     return images
 
 

@@ -513,7 +513,11 @@ def test_names_of_pictures_as_systems_write_them(tmp_path, capsys):
     search_det.warn_once.cache_clear()
     for name in ("10\u202fPM.jpg", "e\u0301.jpg"):
         root, written = tmp_path / name, unicodedata.normalize("NFC", name)
-        task = sources_of(root, lambda content, written=written: content["images"][0].update(file_name=written))
+
+        def change(content, written=written):
+            content["images"][0] |= {"file_name": written, "height": None}  # the picture tells its size
+
+        task = sources_of(root, change)
         for split in ("train2017", "val2017"):
             (root / split / "0.jpg").rename(root / split / name)
         shutil.rmtree(root / "val2017")

@@ -590,7 +590,8 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
     for entry in truth["annotations"]:
         for key in ("area", "iscrowd", "num_keypoints", "id"):
             del entry[key]
-    truth["images"][0] = {"id": "0", "file_name": "0.jpg"}
+    (tmp_path / "0.jpg").rename(tmp_path / "e\u0301.jpg")  # composed in the file, and not on disk
+    truth["images"][0] = {"id": "0", "file_name": "\u00e9.jpg"}
     truth["annotations"][1]["keypoints"] = [5.0, 6, 2, nan, None, 0, 1e300, 0, 0]
     truth["annotations"][2] |= {"keypoints": None, "num_keypoints": 3}
     truth["annotations"][3] |= {"bbox": [4, 4, 0, 5], "id": "a"}

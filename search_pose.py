@@ -411,16 +411,38 @@ def mend_joints(given, joints: int) -> list[float]:
         points = np.array(given, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         points = np.zeros(0)
-    if points.shape != (3 * joints,):
+    if points.shape not in ((3 * joints,), (joints, 3)):
         length = len(given) if isinstance(given, (list, tuple)) else f"{given!r:.40}"
         raise DataError(f"'keypoints' is not 3 x {joints} numbers, x y visibility of each joint, but {length}")
     points = points.reshape(joints, 3)
     sane = (np.abs(points) <= LARGEST).all(1)
     for k in np.flatnonzero(~sane):
-        if points[k, 2] != 0:
+        if points[k, 2] != 0 and not np.isnan(points[k]).all():  # as of null three times
             wrong = points[k].tolist()
             raise DataError(f"joint {k + 1} is {wrong}; it must be three finite numbers, the last 0 if unknown")
     return np.where(sane[:, None], points, 0.0).flatten().tolist()
+
+
+def check_distances(path: Path, annotations: list[dict]) -> None:
+    """Warn of joints that are far from their boxes, where no cut shows them; DataError where most are."""
+    joints = np.array([entry["keypoints"] for entry in annotations]).reshape(len(annotations), -1, 3)
+    boxes = np.array([entry["bbox"] for entry in annotations])[:, None]  # (N, 1, 4)
+    labelled = joints[..., 2] > 0
+    if not labelled.any():
+        return
+    first = joints[labelled][0, :2].tolist()
+    if ((0 <= joints[labelled]) & (joints[labelled] <= 1))[:, :2].all():
+        raise DataError(f"{path}: all joints are within 0..1 (first: {first}); give x and y in pixels of the picture")
+    low, side = boxes[..., :2], boxes[..., 2:]
+    room = side.max(-1, keepdims=True) / 2
+    far = ((joints[..., :2] < low - room) | (joints[..., :2] > low + side + room)).any(-1) & labelled
+    if (share := far.sum() / labelled.sum()) > 0.01:
+        k = far.any(1).argmax()
+        joint, entry = joints[k][far[k]][0, :2].tolist(), annotations[k]
+        about = f"(first: annotation {entry['id']!r:.40}: {joint}, box {entry['bbox']})"
+        if share > 0.5:
+            raise DataError(f"{path}: most joints are far from their boxes {about}; give both in pixels of the picture")
+        warn_once(f"{path}: {far.sum()} of {labelled.sum()} joints are far from their boxes {about}")
 
 
 def check_skeleton(category: dict, names: tuple[str, ...]) -> list[list[int]]:
@@ -453,6 +475,7 @@ def read_annotations(path: Path, folder: Path | None = None) -> dict:
         raise DataError(f"{path}: its categories must name the same joints ('keypoints'), each once")
     own = functools.partial(check_joints, joints=len(kinds[0]))
     content = check_coco({**coco, "categories": categories}, path, own, folder)
+    check_distances(path, content["annotations"])
     for category in content["categories"]:
         try:
             category["skeleton"] = check_skeleton(category, kinds[0])
@@ -528,7 +551,8 @@ def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
     return Skeleton(names, category["skeleton"], torch.tensor(mirror(names)), sigmas)
 
 
-SIDES = {"left": "right", "l": "r"}  # in whatever case, as a word or where a word begins or ends
+# In whatever case, as a word or where a word begins or ends.
+SIDES = {"left": "right", "l": "r", "links": "rechts", "gauche": "droite", "izquierda": "derecha", "左": "右"}
 SIDES |= {right: left for left, right in SIDES.items()}
 
 
@@ -538,7 +562,12 @@ def mirror(names: tuple[str, ...]) -> list[int]:
     The other name must be there and point back; otherwise a joint is its own mirror image.
     """
     names = tuple(name.strip() for name in names)
-    known = {name.lower(): k for k, name in enumerate(names)}
+    bare = tuple(re.sub(r"^\d+[\W_]*", "", name) for name in names)
+    if len({*bare}) == len(names) and all(
+        map(len, bare)
+    ):  # numbers alone tell no joints apart: 1_left_eye, 2_right_eye
+        names = bare
+    known = {re.sub(r"[\W_]", "", name.lower()): k for k, name in enumerate(names)}
 
     def other(name: str) -> int | None:
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+", name)]
@@ -549,8 +578,9 @@ def mirror(names: tuple[str, ...]) -> list[int]:
                     ways.append([*words[:k], opposite + word[len(side) :], *words[k + 1 :]])
                 if word.endswith(side):
                     ways.append([*words[:k], word[: -len(side)] + opposite, *words[k + 1 :]])
-        found = ("".join(way) for way in ways)
-        return next((known[way] for way in found if way in known and way != name.lower()), None)
+        found = (re.sub(r"[\W_]", "", "".join(way)) for way in ways)  # left_eye and right-eye are a pair
+        own = re.sub(r"[\W_]", "", name.lower())
+        return next((known[way] for way in found if way in known and way != own), None)
 
     others = [other(name) for name in names]
     return [k if n is None or others[n] != k else n for k, n in enumerate(others)]
@@ -559,7 +589,8 @@ def mirror(names: tuple[str, ...]) -> list[int]:
 def one_sided(skeleton: Skeleton) -> list[str]:
     """The joints that are left or right by their names and are not exchanged in a mirror."""
     pairs = enumerate(zip(skeleton.names, skeleton.swap.tolist()))
-    return [name for k, (name, other) in pairs if k == other and re.search("left|right", name, re.IGNORECASE)]
+    words = "|".join(sorted(SIDES.keys() - {"l", "r"}))
+    return [name for k, (name, other) in pairs if k == other and re.search(words, name, re.IGNORECASE)]
 
 
 def read_split(

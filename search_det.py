@@ -462,6 +462,24 @@ def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False)
     return {"segmentation": polygons}
 
 
+def check_extents(path: Path | str, annotations: list[dict]) -> None:
+    """DataError where most polygons lie elsewhere than the boxes of their objects; of many, a sample is looked at."""
+    drawn = [entry for entry in annotations if isinstance(entry["segmentation"], list) and not entry["iscrowd"]]
+    sample = drawn[:: math.ceil(len(drawn) / 2000)] if drawn else []
+    elsewhere = []
+    for entry in sample:
+        places, (left, top, w, h) = [*itertools.chain(*entry["segmentation"])], entry["bbox"]
+        x, y = places[::2], places[1::2]
+        across, down = min(left + w, max(x)) - max(left, min(x)), min(top + h, max(y)) - max(top, min(y))
+        both = max(across, 0) * max(down, 0)
+        if both < 0.25 * (w * h + (max(x) - min(x)) * (max(y) - min(y)) - both):
+            elsewhere.append(entry)
+    if 2 * len(elsewhere) > len(sample):
+        entry = elsewhere[0]
+        about = f"(first: annotation {entry['id']!r:.40}: {entry['segmentation']!r:.40}, box {entry['bbox']})"
+        raise DataError(f"{path}: most polygons are elsewhere than their boxes {about}; give both in pixels")
+
+
 def overlaps(places: list[float], size: tuple[int, int]) -> bool:
     """Whether a polygon covers a pixel in a picture of this (height, width); of large ones an extent will do."""
     x, y = places[::2], places[1::2]
@@ -549,7 +567,10 @@ def check_source(source: Source, masks: bool, skip_empty: bool) -> dict:
     """The COCO file of a split, checked."""
     advice = None if skip_empty else "repair it, or leave it out with --skip-empty"
     own, path = check_mask if masks else no_mask, source.annotations
-    return check_coco(load_coco(path), path, own, source.folder, advice)
+    coco = check_coco(load_coco(path), path, own, source.folder, advice)
+    if masks:
+        check_extents(path, coco["annotations"])
+    return coco
 
 
 def read_split(

@@ -508,6 +508,20 @@ def test_boxes_in_other_units(tmp_path, box, words):
         sources_of(tmp_path, change).load()
 
 
+@pytest.mark.parametrize("polygon", [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.1, 0.9], [0, 0, 8, 0, 8, 6, 0, 6]])
+def test_polygons_in_other_units(tmp_path, polygon):
+    """Shares of the picture, and pixels from the corner of the box; a few such are left to their makers."""
+    content = write_coco(tmp_path, {1: (20, 30)}, [entry(k, 1, box=(15, 8, 8, 6)) for k in range(9)])
+    source = search_det.Source(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
+    for annotation in content["annotations"][:5]:
+        search_det.check_source(source, True, False)
+        annotation["segmentation"] = [polygon]
+        source.annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"most polygons are elsewhere than their boxes \(first: annotation 0: \[\["):
+        search_det.check_source(source, True, False)
+    assert search_det.check_source(source, False, False)
+
+
 def test_names_of_pictures_as_systems_write_them(tmp_path, capsys):
     """A narrow space before PM, accents composed in the file and not on disk; and what train and val share is told."""
     search_det.warn_once.cache_clear()

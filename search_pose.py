@@ -905,7 +905,7 @@ UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
 def unreadable(path: Path) -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
+    return DataError(f"{path}: {UNREAD if os.path.exists(path) else 'not found'}")
 
 
 def deep(picture: Image.Image) -> bool:

@@ -530,12 +530,12 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
     def find(text: str, folder: Path, endings: tuple[str, ...] = ("",)) -> Path | None:
         text = text.replace("\\", "/")  # as Windows writes it
         for path in (root / text.lstrip("/"), folder / text):
-            if path.suffix.lower() in IMAGES and path.is_file():
+            if path.suffix.lower() in IMAGES and os.path.isfile(path):  # unlike Path's, of no name too long
                 return path
         text = text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text
         for path in (folder / text, root / text.lstrip("/")):
             if path.parent not in files:
-                files[path.parent] = named_files(path.parent) if path.parent.is_dir() else {}
+                files[path.parent] = named_files(path.parent) if os.path.isdir(path.parent) else {}
             names = (plain_name(path.name + ending) for ending in endings)
             if found := next((files[path.parent][name] for name in names if name in files[path.parent]), None):
                 return found
@@ -550,10 +550,14 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
                 names = names[:1]
         else:
             names = [line]
+        if image is None and line.startswith("#"):
+            continue
         if image is None:
             missing = images / (names[0] if Path(names[0]).suffix else f"{names[0]}.jpg")
-            what = "no kind of picture that is read; save it as JPEG or PNG" if missing.exists() else "not found"
-            raise DataError(f"{missing}: {what}; {listing} has it")
+            what = "no kind of picture that is read; save it as JPEG or PNG" if os.path.exists(missing) else "not found"
+            raise DataError(f"{str(missing)[:300]}: {what}; {listing} has it")
+        if image.is_relative_to(masks) and not image.is_relative_to(images):
+            raise DataError(f"{listing}: '{line:.80}' is a mask; list pictures, or pictures and masks on one line")
         inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
         wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
         label = find(wanted, masks, MASK_ENDINGS)
@@ -982,7 +986,7 @@ UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
 def unreadable(path: Path) -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
+    return DataError(f"{path}: {UNREAD if os.path.exists(path) else 'not found'}")
 
 
 def deep(picture: Image.Image) -> bool:

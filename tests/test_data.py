@@ -820,6 +820,27 @@ def test_lists_from_elsewhere(tmp_path):
         read_folder(root)
 
 
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("masks/0.png\nmasks/1.png", "train.txt: 'masks/0.png' is a mask; list pictures, or pictures and masks"),
+        ("0\n" + "x" * 5000, r"x+: not found; .*train.txt has it"),
+        ("0\n" + "x" * 5000 + ".png", r"x+: not found; .*train.txt has it"),
+        ("0\n" + "x" * 300 + "/1.png", r"x+: not found; .*train.txt has it"),
+        ("0\n#1", None),
+    ],
+)
+def test_lines_that_name_no_picture(tmp_path, lines, message):
+    root = write_folder(tmp_path, [index_map()] * 4, "lists", ("png", "png"))
+    (root / "train.txt").write_text(lines + "\n# a remark\n")
+    if message is None:
+        assert len(search_seg.folder_pairs(root)["train"]) == 1
+    else:
+        with pytest.raises(DataError, match=message) as error:
+            search_seg.folder_pairs(root)
+        assert len(str(error.value)) < 300 + len(str(root)) + 100
+
+
 def test_a_picture_by_which_a_loss_is_trained_and_chosen_is_told(tmp_path, capsys):
     search_seg.warn_once.cache_clear()
     root = write_folder(tmp_path, [index_map()] * 8, "no splits")

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 import evolve
 from data import shapes
-from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn_once
+from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, parse, python_source, softmax_leaves, sources, standalone, wide
 
 IGNORE = 255
@@ -197,7 +197,14 @@ def read_split(
 
     sample = range(0, len(pairs), math.ceil(len(pairs) / 256))  # the headers alone
     pixels = sum(math.prod(kept_size(*full_size(*pairs[k]))) for k in sample) / len(sample) * len(pairs)
-    keep, sizes, shapes = 4 * pixels <= memory, None, (None, None)
+
+    def size(k: int) -> tuple[int, int]:
+        """Of one pair; any will do where nothing of it can be used."""
+        with contextlib.suppress(DataError):
+            return kept_size(*full_size(*pairs[k]))
+        return 16, 16
+
+    keep, sizes, shapes = 4 * pixels <= memory, None, (lambda k: (3, *size(k)), size)
     if keep:
         sizes = [kept_size(*full_size(*pair)) for pair in pairs]
         shapes = [(3, *size) for size in sizes], sizes
@@ -767,7 +774,7 @@ class Pictures:
         read: Callable[[list[int]], list[Tensor]],  # decodes; raises DataError naming the file that is broken
         number: int,
         device: str = "cpu",  # where batches go
-        shapes: list[tuple[int, ...]] | None = None,  # of each picture; None if that is not known before it is read
+        shapes: list[tuple[int, ...]] | Callable[[int], tuple[int, ...]] | None = None,  # of each; None: not settled
         fill: int = 0,  # outside of a picture
         dtype: torch.dtype = torch.uint8,
         group: int = 1,  # so many are read in one call: nvJPEG likes more than one
@@ -776,6 +783,8 @@ class Pictures:
         self.fill, self.dtype, self.group = fill, dtype, group
         self.kept: tuple[Tensor, list[int], Tensor] | None = None  # elements of all, where each begins, which are there
         self.coming: dict[int, tuple[Future, int]] = {}
+        self.broken: set[str] = set()  # what has been said of pictures for which blank ones stand
+        self.strict = False
 
     def __len__(self) -> int:
         return self.number
@@ -795,6 +804,7 @@ class Pictures:
         self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
         if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+            self.strict = True
             return self[:]
         size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
         if cuda and size < torch.cuda.mem_get_info(self.device)[0] / 4:
@@ -807,19 +817,35 @@ class Pictures:
             return self
         self.kept = elements, [0, *itertools.accumulate(sizes)], there
         if pixels <= SMALL:
-            self.take(range(self.number))  # what is broken shows at once
+            self.strict = True  # what is broken shows at once
+            self.take(range(self.number))
         return self
 
     def decode(self, numbers: list[int]) -> list[Tensor]:
         if self.kept is None:
-            return self.read(numbers)
+            return self.attempt(numbers)
         elements, start, there = self.kept
         found = [elements[start[k] : start[k + 1]].view(self.shapes[k]) for k in numbers]
         missing = [(k, place) for k, place in zip(numbers, found) if not there[k]]
-        for (k, place), picture in zip(missing, self.read([k for k, _ in missing])):
+        for (k, place), picture in zip(missing, self.attempt([k for k, _ in missing])):
             place.copy_(picture)
             there[k] = 1  # two processes may both have written it: the same bytes
         return found
+
+    def attempt(self, numbers: list[int]) -> list[Tensor]:
+        """Read some pictures. A blank one stands for one in a thousand that is broken: no search ends for that."""
+        try:
+            return self.read(numbers)
+        except DataError as error:
+            if len(numbers) > 1:
+                return [picture for k in numbers for picture in self.attempt([k])]
+            new, self.broken = str(error) not in self.broken, self.broken | {str(error)}
+            if self.strict or len(self.broken) > max(1, self.number // 1000):
+                raise
+            if new:
+                warn(f"{error}; a blank picture stands for it")
+            shape = self.shapes(numbers[0]) if callable(self.shapes) else self.shapes[numbers[0]]
+            return [torch.full(shape, self.fill, dtype=self.dtype)]
 
     def prefetch(self, index: Iterable[int]) -> None:
         """Begin to decode some pictures."""

@@ -94,6 +94,68 @@ def test_some_pictures_on_one_canvas(kind, monkeypatch):
         assert torch.equal(other.settle(lambda: "others").take([3])[0], whole[3]) and len(reads) == before + 1
 
 
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_one_broken_picture_ends_no_search(script, monkeypatch, capsys):
+    whole, broken = [torch.full((3, 5, 5 + 90 * k), k).byte() for k in range(4)], {2}
+
+    def read(numbers):
+        if gone := broken.intersection(numbers):
+            raise script.DataError(f"{min(gone)}.jpg: cut off")
+        return [whole[k] for k in numbers]
+
+    def make():
+        return script.Pictures(read, 4, shapes=[tuple(x.shape) for x in whole], fill=7, group=4)
+
+    with pytest.raises(script.DataError, match="2.jpg: cut off"):
+        make().settle(lambda: "few and small ones are read at once")
+    monkeypatch.setattr(script, "SMALL", 0)
+    for pictures in (make(), make().settle(lambda: "read when they are used")):
+        for _ in range(2):
+            got = pictures.take([1, 2, 3, 2])
+            assert (got[1] == 7).all() and all(map(torch.equal, got[::2], [whole[1], whole[3]]))
+            assert [x.shape for x in got] == [whole[k].shape for k in (1, 2, 3, 2)]
+        assert capsys.readouterr().err == "warning: 2.jpg: cut off; a blank picture stands for it\n"
+        broken.add(0)
+        with pytest.raises(script.DataError, match="0.jpg: cut off"):
+            pictures.take([0, 1])
+        broken.remove(0)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_training_goes_on_over_a_broken_picture(name, tmp_path, capsys):
+    root = shapes.write_shapes(tmp_path / "shapes", splits={"train": 24, "val": 6, "test": 6})
+    task, draw = make(name, root, "--memory", "0", "--batch", "4")
+    want = [*itertools.islice(draw(3), 20)]
+    line = (root / "ImageSets/Segmentation/train.txt").read_text().split()[5]
+    path = next((root / "JPEGImages").glob(f"{line}.*")).resolve()
+    copies = [file for file in (root / "train2017").glob("*") if file.read_bytes() == path.read_bytes()]
+    for file in (path, *copies):
+        file.write_bytes(file.read_bytes()[:-200])
+    for one, other in zip(want, itertools.islice(draw(3), 20)):
+        assert [x.shape for x in flat(one)] == [x.shape for x in flat(other)]
+    assert "a blank picture stands for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["header of the picture", "header of the mask", "class", "size", "end of the picture"])
+def test_broken_pairs_are_blank(tmp_path, what, capsys):
+    for k in range(300):
+        save(noise(20 + k % 2, 30, k), tmp_path / f"{k}.png")
+        save(np.full((20 + k % 2, 30), k % 3, np.uint8), tmp_path / f"{k}m.png")
+    image, mask = tmp_path / "299.png", tmp_path / "299m.png"
+    {
+        "header of the picture": lambda: image.write_bytes(b"?"),
+        "header of the mask": lambda: mask.write_bytes(b""),
+        "class": lambda: save(np.full((21, 30), 9, np.uint8), mask),
+        "size": lambda: save(np.zeros((40, 60), np.uint8), mask),
+        "end of the picture": lambda: image.write_bytes(image.read_bytes()[:-300]),
+    }[what]()
+    split = search_seg.read_split([(tmp_path / f"{k}.png", tmp_path / f"{k}m.png") for k in range(300)], 3, memory=0)
+    images, labels = split.images.take([299])[0], split.labels.take([299])[0]
+    assert images.shape[1:] == labels.shape and "299" in capsys.readouterr().err
+    assert (labels == (2 if "end" in what else IGNORE)).all() and images.any() == (what == "class")
+    search_seg.batch_scale_crop_flip(split, torch.tensor([299, 3]), 16, (0.5, 2.0), torch.Generator())
+
+
 def test_pictures_much_of_one_size_become_a_tensor():
     whole = [torch.full((3, 5, 6 - k % 2), k).byte() for k in range(4)]
     pictures = Pictures(lambda numbers: [whole[k] for k in numbers], 4, shapes=[tuple(x.shape) for x in whole], fill=7)

@@ -321,7 +321,10 @@ def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
     if boxes.max() <= 1:
         raise DataError(f"{path}: all boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
     out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
-    if len(boxes) > 3 and out.mean() > 0.25 and ((0 <= start) & (start < side) & (side <= limits)).all():
+    corners = ((0 <= start) & (start < side) & (side <= limits)).all()
+    areas = np.array([entry["area"] for entry in annotations])
+    meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
+    if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
         raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
     if out.any():
         entry = annotations[out.argmax()]
@@ -462,22 +465,19 @@ def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False)
     return {"segmentation": polygons}
 
 
-def check_extents(path: Path | str, annotations: list[dict]) -> None:
-    """DataError where most polygons lie elsewhere than the boxes of their objects; of many, a sample is looked at."""
-    drawn = [entry for entry in annotations if isinstance(entry["segmentation"], list) and not entry["iscrowd"]]
-    sample = drawn[:: math.ceil(len(drawn) / 2000)] if drawn else []
-    elsewhere = []
+def check_extents(path: Path | str, coco: dict) -> None:
+    """DataError where most masks lie elsewhere than the boxes of their objects; of many, a sample is looked at."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    objects = [entry for entry in coco["annotations"] if not entry["iscrowd"]]
+    sample, elsewhere = objects[:: math.ceil(len(objects) / 2000) or 1], []
     for entry in sample:
-        places, (left, top, w, h) = [*itertools.chain(*entry["segmentation"])], entry["bbox"]
-        x, y = places[::2], places[1::2]
-        across, down = min(left + w, max(x)) - max(left, min(x)), min(top + h, max(y)) - max(top, min(y))
-        both = max(across, 0) * max(down, 0)
-        if both < 0.25 * (w * h + (max(x) - min(x)) * (max(y) - min(y)) - both):
+        boxes = [*rle.toBbox(run_lengths(entry["segmentation"], sizes[entry["image_id"]]))], entry["bbox"]
+        if rle.iou(*(np.array([box], float) for box in boxes), [0]) < 0.25:
             elsewhere.append(entry)
     if 2 * len(elsewhere) > len(sample):
         entry = elsewhere[0]
         about = f"(first: annotation {entry['id']!r:.40}: {entry['segmentation']!r:.40}, box {entry['bbox']})"
-        raise DataError(f"{path}: most polygons are elsewhere than their boxes {about}; give both in pixels")
+        raise DataError(f"{path}: most masks are elsewhere than their boxes {about}; give both in pixels")
 
 
 def overlaps(places: list[float], size: tuple[int, int]) -> bool:
@@ -569,7 +569,7 @@ def check_source(source: Source, masks: bool, skip_empty: bool) -> dict:
     own, path = check_mask if masks else no_mask, source.annotations
     coco = check_coco(load_coco(path), path, own, source.folder, advice)
     if masks:
-        check_extents(path, coco["annotations"])
+        check_extents(path, coco)
     return coco
 
 

@@ -271,7 +271,10 @@ def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
     if boxes.max() <= 1:
         raise DataError(f"{path}: all boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
     out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
-    if len(boxes) > 3 and out.mean() > 0.25 and ((0 <= start) & (start < side) & (side <= limits)).all():
+    corners = ((0 <= start) & (start < side) & (side <= limits)).all()
+    areas = np.array([entry["area"] for entry in annotations])
+    meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
+    if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
         raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
     if out.any():
         entry = annotations[out.argmax()]

@@ -328,10 +328,13 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
                 pixels = pixels if picture.mode == "RGBA" else pixels[..., 0]
             if picture.mode in ("RGB", "RGBA"):
                 return pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
-            plain = picture.mode[0] in "1LPI" and pixels.ndim == 2
-            if not plain or (pixels < 0).any() or (pixels > 65535).any():
-                raise DataError(f"{path}: mode {picture.mode}; a mask has grey values, a palette or RGB colours")
-            return pixels.astype(np.uint16 if picture.mode[0] == "I" else np.uint8), False
+            plain = picture.mode[0] in "1LPIF" and pixels.ndim == 2
+            whole = picture.mode[0] not in "IF" or ((0 <= pixels) & (pixels <= 65535) & (pixels % 1 == 0)).all()
+            if not (plain and whole):
+                raise DataError(
+                    f"{path}: mode {picture.mode}; a mask has grey values 0..65535, a palette or RGB colours"
+                )
+            return pixels.astype(np.uint16 if picture.mode[0] in "IF" else np.uint8), False
     except BROKEN as error:
         raise unreadable(path) from error
 

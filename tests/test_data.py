@@ -555,6 +555,7 @@ def masks_of(index):
         "palette": palette,
         "16 bits": Image.fromarray(index.astype(np.uint16)),
         "32 bits": Image.fromarray(index.astype(np.int32)),
+        "floats": Image.fromarray(index.astype(np.float32)),  # as GIS programs save classes
         "grey and alpha": Image.fromarray(index).convert("LA"),
         "grey saved as RGB": Image.fromarray(index).convert("RGB"),
         "colours": colour,
@@ -566,7 +567,7 @@ def masks_of(index):
 @pytest.mark.parametrize("kind", masks_of(index_map()))
 def test_masks_as_tools_write_them(tmp_path, kind):
     index = index_map()
-    masks_of(index)[kind].save(path := tmp_path / ("a.tif" if kind == "32 bits" else "a.png"))
+    masks_of(index)[kind].save(path := tmp_path / ("a.tif" if kind in ("32 bits", "floats") else "a.png"))
     want = torch.from_numpy(index.copy())
     if kind == "borders":
         want[0] = IGNORE
@@ -594,7 +595,7 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
     index = index_map()
     picture = {
         "jpeg": Image.fromarray(index),
-        "float": Image.fromarray(index.astype(np.float32)),
+        "float": Image.fromarray(index.astype(np.float32) / 2),
         "foreign colour": Image.fromarray(np.where(index[..., None] == 1, [1, 2, 3], 0).astype(np.uint8)),
         "class": Image.fromarray(np.where(index == 1, 21, 0).astype(np.uint8)),
         "16 bits": Image.fromarray(np.where(index == 1, 300, 0).astype(np.uint16)),

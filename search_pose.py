@@ -918,7 +918,8 @@ def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
 
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
 # What PIL and torchvision raise over a file that is no whole picture.
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+BROKEN += (Image.DecompressionBombError,)
 
 
 UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"

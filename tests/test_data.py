@@ -499,6 +499,21 @@ def test_pictures_cut_off_are_named(tmp_path, suffix):
         search_seg.decode(tmp_path / "b.jpg")
 
 
+def test_a_damaged_second_page_is_named(tmp_path):
+    """Without its width, for which PIL has a TypeError."""
+    mask = Image.fromarray(index_map())
+    mask.save(tmp_path / "a.tif", save_all=True, append_images=[mask])
+    whole = bytearray((tmp_path / "a.tif").read_bytes())
+    first = struct.unpack("<I", whole[4:8])[0]
+    after = first + 2 + 12 * struct.unpack("<H", whole[first : first + 2])[0]
+    second = struct.unpack("<I", whole[after : after + 4])[0] + 2
+    assert whole[second : second + 2] == struct.pack("<H", 256)
+    whole[second : second + 2] = struct.pack("<H", 255)
+    (tmp_path / "a.tif").write_bytes(whole)
+    with pytest.raises(DataError, match="a.tif: not a readable image"):
+        search_seg.read_values(tmp_path / "a.tif")
+
+
 def test_nvjpeg_gets_plain_jpegs_in_one_call(tmp_path, monkeypatch):
     paths = [save(noise(8 + k, 9), tmp_path / f"{k}.jpg") for k in range(3)]
     calls, decoder = [], search_seg.torchvision.io.decode_jpeg

@@ -58,7 +58,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 
 import evolve
 from data import shapes
-from evolve import Branch, DataError, InvalidLoss, fail, note, warn_once
+from evolve import Branch, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, parse, python_module, softmax_leaves, sources, wide
 
 METRICS = {
@@ -264,8 +264,8 @@ class EmptyObject(Exception):
     """An annotation that annotates nothing; the message says in what way."""
 
 
-def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
-    """Name, height and width of a picture; the sides are None where neither the file nor the picture tells them."""
+def check_image(entry: dict, scoring: bool) -> dict:
+    """Name, height and width of a picture; the sides are None where the file does not tell them."""
     name = entry.get("file_name")
     if not scoring and not (
         isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
@@ -274,7 +274,7 @@ def check_image(entry: dict, folder: Path | None, scoring: bool) -> dict:
     name = None if scoring else name.replace("\\", "/")  # as Windows writes it
     sides = [entry.get("height") or None, entry.get("width") or None]
     if None in sides:
-        sides = picture_size(folder / name) if folder and not Path(name).name.startswith("._") else [None, None]
+        sides = [None, None]
     elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
         raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
     else:
@@ -321,7 +321,10 @@ def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
     if boxes.max() <= 1:
         raise DataError(f"{path}: all boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
     out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
-    if len(boxes) > 3 and out.mean() > 0.25 and ((0 <= start) & (start < side) & (side <= limits)).all():
+    corners = ((0 <= start) & (start < side) & (side <= limits)).all()
+    areas = np.array([entry["area"] for entry in annotations])
+    meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
+    if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
         raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
     if out.any():
         entry = annotations[out.argmax()]
@@ -396,7 +399,7 @@ def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, lef
     images, files = {}, {}
     for number, entry in by_id(coco, "images", path, left_out).items():
         try:
-            images[number] = {"id": number} | check_image(entry, folder, scoring)
+            images[number] = {"id": number} | check_image(entry, scoring)
         except DataError as problem:
             raise DataError(f"{path}: image {number!r}: {problem}") from None
         name = images[number]["file_name"]
@@ -405,6 +408,9 @@ def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, lef
             del images[number]
         elif not scoring and (other := files.setdefault(os.path.normpath(name), number)) != number:
             raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
+    unknown = [image for image in images.values() if folder and image["height"] is None]
+    for image, found in zip(unknown, found_files(folder, [image["file_name"] for image in unknown])):
+        image["height"], image["width"] = picture_size(found)  # the picture tells where the file does not
     return images
 
 
@@ -457,6 +463,21 @@ def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False)
     if not scoring and not any(overlaps(places, size) for places in polygons):
         raise EmptyObject(f"empty mask {entry.get('segmentation')!r:.60}")
     return {"segmentation": polygons}
+
+
+def check_extents(path: Path | str, coco: dict) -> None:
+    """DataError where most masks lie elsewhere than the boxes of their objects; of many, a sample is looked at."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    objects = [entry for entry in coco["annotations"] if not entry["iscrowd"]]
+    sample, elsewhere = objects[:: math.ceil(len(objects) / 2000) or 1], []
+    for entry in sample:
+        boxes = [*rle.toBbox(run_lengths(entry["segmentation"], sizes[entry["image_id"]]))], entry["bbox"]
+        if rle.iou(*(np.array([box], float) for box in boxes), [0]) < 0.25:
+            elsewhere.append(entry)
+    if 2 * len(elsewhere) > len(sample):
+        entry = elsewhere[0]
+        about = f"(first: annotation {entry['id']!r:.40}: {entry['segmentation']!r:.40}, box {entry['bbox']})"
+        raise DataError(f"{path}: most masks are elsewhere than their boxes {about}; give both in pixels")
 
 
 def overlaps(places: list[float], size: tuple[int, int]) -> bool:
@@ -546,7 +567,10 @@ def check_source(source: Source, masks: bool, skip_empty: bool) -> dict:
     """The COCO file of a split, checked."""
     advice = None if skip_empty else "repair it, or leave it out with --skip-empty"
     own, path = check_mask if masks else no_mask, source.annotations
-    return check_coco(load_coco(path), path, own, source.folder, advice)
+    coco = check_coco(load_coco(path), path, own, source.folder, advice)
+    if masks:
+        check_extents(path, coco)
+    return coco
 
 
 def read_split(
@@ -711,7 +735,7 @@ class Pictures:
         read: Callable[[list[int]], list[Tensor]],  # decodes; raises DataError naming the file that is broken
         number: int,
         device: str = "cpu",  # where batches go
-        shapes: list[tuple[int, ...]] | None = None,  # of each picture; None if that is not known before it is read
+        shapes: list[tuple[int, ...]] | Callable[[int], tuple[int, ...]] | None = None,  # of each; None: not settled
         fill: int = 0,  # outside of a picture
         dtype: torch.dtype = torch.uint8,
         group: int = 1,  # so many are read in one call: nvJPEG likes more than one
@@ -720,6 +744,8 @@ class Pictures:
         self.fill, self.dtype, self.group = fill, dtype, group
         self.kept: tuple[Tensor, list[int], Tensor] | None = None  # elements of all, where each begins, which are there
         self.coming: dict[int, tuple[Future, int]] = {}
+        self.broken: set[str] = set()  # what has been said of pictures for which blank ones stand
+        self.strict = False
 
     def __len__(self) -> int:
         return self.number
@@ -739,6 +765,7 @@ class Pictures:
         self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
         if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+            self.strict = True
             return self[:]
         size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
         if cuda and size < torch.cuda.mem_get_info(self.device)[0] / 4:
@@ -751,19 +778,35 @@ class Pictures:
             return self
         self.kept = elements, [0, *itertools.accumulate(sizes)], there
         if pixels <= SMALL:
-            self.take(range(self.number))  # what is broken shows at once
+            self.strict = True  # what is broken shows at once
+            self.take(range(self.number))
         return self
 
     def decode(self, numbers: list[int]) -> list[Tensor]:
         if self.kept is None:
-            return self.read(numbers)
+            return self.attempt(numbers)
         elements, start, there = self.kept
         found = [elements[start[k] : start[k + 1]].view(self.shapes[k]) for k in numbers]
         missing = [(k, place) for k, place in zip(numbers, found) if not there[k]]
-        for (k, place), picture in zip(missing, self.read([k for k, _ in missing])):
+        for (k, place), picture in zip(missing, self.attempt([k for k, _ in missing])):
             place.copy_(picture)
             there[k] = 1  # two processes may both have written it: the same bytes
         return found
+
+    def attempt(self, numbers: list[int]) -> list[Tensor]:
+        """Read some pictures. A blank one stands for one in a thousand that is broken: no search ends for that."""
+        try:
+            return self.read(numbers)
+        except DataError as error:
+            if len(numbers) > 1:
+                return [picture for k in numbers for picture in self.attempt([k])]
+            new, self.broken = str(error) not in self.broken, self.broken | {str(error)}
+            if self.strict or len(self.broken) > max(1, self.number // 1000):
+                raise
+            if new:
+                warn(f"{error}; a blank picture stands for it")
+            shape = self.shapes(numbers[0]) if callable(self.shapes) else self.shapes[numbers[0]]
+            return [torch.full(shape, self.fill, dtype=self.dtype)]
 
     def prefetch(self, index: Iterable[int]) -> None:
         """Begin to decode some pictures."""
@@ -894,7 +937,9 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
                 encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
-                picture = eight_bits(picture, path)
+                picture = eight_bits(np.array(picture), path)
+            elif deep(picture):
+                picture = eight_bits(all_bits(picture, path), path)
             picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
@@ -912,13 +957,15 @@ def opened(path: Path) -> Image.Image:
 
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
-    turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
+    tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
+    turn = None if picture.format == "TIFF" else TURNS.get(tags.get(0x0112))  # PIL turns TIFFs itself
     return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
 
 
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
 # What PIL and torchvision raise over a file that is no whole picture.
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+BROKEN += (Image.DecompressionBombError,)
 
 
 UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
@@ -927,15 +974,34 @@ UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
 def unreadable(path: Path) -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
+    return DataError(f"{path}: {UNREAD if os.path.exists(path) else 'not found'}")
 
 
-def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
-    """A grey picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
-    pixels = np.array(picture)
+def deep(picture: Image.Image) -> bool:
+    """Whether a colour picture has 16 bits a channel, of which PIL reads the upper eight alone."""
+    return picture.mode[:3] == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
+
+
+def all_bits(picture: Image.Image, path: Path) -> np.ndarray:
+    """The pixels (h, w, 3) uint16 of such a picture; told the other order of bytes, PIL reads the lower eight bits."""
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+    def swapped(args):
+        if isinstance(args, str):
+            return re.sub("(?<=;16)[BLN]", lambda order: other[order[0]], args)
+        return swapped(args[0]), *args[1:]
+
+    with opened(path) as lower:
+        lower.tile = [tile._replace(args=swapped(tile.args)) for tile in lower.tile]
+        upper, lower = (np.array(part)[..., :3].astype(np.uint16) for part in (picture, lower))
+    return 256 * upper + lower
+
+
+def eight_bits(pixels: np.ndarray, path: Path) -> Image.Image:
+    """A picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
     most = pixels.max(initial=0)
-    if picture.mode == "F" or most > 65535 or pixels.min(initial=0) < 0:
-        raise DataError(f"{path}: values of 32 bits (mode {picture.mode}); save it with 8 or 16 bits a channel")
+    if pixels.dtype.kind == "f" or most > 65535 or pixels.min(initial=0) < 0:
+        raise DataError(f"{path}: values of 32 bits ({pixels.dtype}); save it with 8 or 16 bits a channel")
     bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
     return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
 

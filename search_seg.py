@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 import evolve
 from data import shapes
-from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn_once
+from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, parse, python_source, softmax_leaves, sources, standalone, wide
 
 IGNORE = 255
@@ -192,12 +192,19 @@ def read_split(
         return [scaled(picture, kept_size(*picture.shape[-2:])) for picture in found]
 
     def read_labels(numbers: list[int]) -> list[Tensor]:
-        found = (read_label(labels[k], meaning) for k in numbers)
+        found = (read_label(labels[k], meaning, full_size(*pairs[k])) for k in numbers)
         return [F.interpolate(x[None, None], kept_size(*x.shape), mode="nearest-exact")[0, 0] for x in found]
 
     sample = range(0, len(pairs), math.ceil(len(pairs) / 256))  # the headers alone
     pixels = sum(math.prod(kept_size(*full_size(*pairs[k]))) for k in sample) / len(sample) * len(pairs)
-    keep, sizes, shapes = 4 * pixels <= memory, None, (None, None)
+
+    def size(k: int) -> tuple[int, int]:
+        """Of one pair; any will do where nothing of it can be used."""
+        with contextlib.suppress(DataError):
+            return kept_size(*full_size(*pairs[k]))
+        return 16, 16
+
+    keep, sizes, shapes = 4 * pixels <= memory, None, (lambda k: (3, *size(k)), size)
     if keep:
         sizes = [kept_size(*full_size(*pair)) for pair in pairs]
         shapes = [(3, *size) for size in sizes], sizes
@@ -213,18 +220,20 @@ def read_split(
 
 
 def full_size(image: Path, label: Path) -> tuple[int, int]:
-    """Height and width of a label map, which must be its image's: upright, or as it lies in the file."""
-    try:
-        with Image.open(label) as picture:
-            size = picture.size[::-1]
-    except BROKEN as error:
-        raise unreadable(label) from error
-    try:
-        with Image.open(image) as picture:
-            _, (h, w) = turning(picture)
-            lying = picture.size[::-1]
-    except BROKEN as error:
-        raise unreadable(image) from error
+    """Height and width in which an image and its label map are one size: both upright, or else as they lie in the file.
+
+    A program may have turned a label map and left the tag in it that asks for that, or copied the tag of the image.
+    """
+    sides = []
+    for path in (image, label):
+        try:
+            with Image.open(path) as picture:
+                sides.append((turning(picture)[1], picture.size[::-1]))
+        except BROKEN as error:
+            raise unreadable(path) from error
+    ((h, w), lying), (upright, size) = sides
+    if upright == (h, w):
+        return upright
     if size not in ((h, w), lying):
         raise DataError(f"{label}: mask of {size[1]}x{size[0]} pixels, its image has {w}x{h}")
     return size
@@ -258,9 +267,12 @@ def colour_number(red: int, green: int, blue: int) -> int:
     return 65536 * red + 256 * green + blue
 
 
-def read_label(path: Path, meaning: Meaning) -> Tensor:
-    """A label map (h, w) uint8: classes and IGNORE. Raises DataError naming the file and a value that is neither."""
-    values, coloured = read_values(path, meaning.palette)
+def read_label(path: Path, meaning: Meaning, listed: tuple[int, int] | None = None) -> Tensor:
+    """A label map (h, w) uint8: classes and IGNORE. Raises DataError naming the file and a value that is neither.
+
+    It is turned as its EXIF tag says where that gives the height and width it is `listed` with.
+    """
+    values, coloured = read_values(path, meaning.palette, listed)
     known = meaning.colours if coloured else meaning.values
     found, place = np.unique(values, return_inverse=True) if coloured else small_unique(values)
     if coloured and not all(value in known for value in found.tolist()):
@@ -285,25 +297,44 @@ def small_unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return found, table[values]
 
 
-def read_values(path: Path, palette: bool = False) -> tuple[np.ndarray, bool]:
+def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | None = None) -> tuple[np.ndarray, bool]:
     """The values (h, w) of a label map, and whether they are colours, as those of palettes with `palette`."""
     try:
         with opened(path) as picture:
             if blurs(picture, path):
                 raise DataError(f"{path}: a JPEG or the like, which blurs the classes of a mask; save masks as PNG")
-            if picture.mode in ("RGB", "RGBA") and "16" in str(picture.tile):
+            if deep(picture):
                 raise DataError(f"{path}: RGB with 16 bits a channel; save masks with 8, or as grey values")
+            if getattr(picture, "n_frames", 1) > 1:
+                size = picture.size
+                picture.seek(1)
+                if picture.size == size:  # a smaller one is an overview, as in a GeoTIFF
+                    raise DataError(f"{path}: {picture.n_frames} pictures in one file; save a mask as one")
+                picture.seek(0)
+            turn, upright = turning(picture)
+            if turn is not None and upright == listed:
+                picture = picture.transpose(turn)
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
             pixels = np.array(picture)
+            if picture.mode in ("LA", "PA", "RGBA"):
+                pixels, clear = pixels[..., :-1], pixels[..., -1] == 0
+                if clear.any() and not clear.all():  # transparent all over: some renderers leave alpha at 0
+                    if not pixels[~clear].any(-1).all():
+                        raise DataError(
+                            f"{path}: transparent pixels beside black ones; save masks without transparency"
+                        )
+                    pixels[clear] = 0  # whatever colour lies below, nothing is seen
+                pixels = pixels if picture.mode == "RGBA" else pixels[..., 0]
             if picture.mode in ("RGB", "RGBA"):
-                return pixels[..., :3].astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
-            if picture.mode in ("LA", "PA"):
-                pixels = pixels[..., 0]
-            plain = picture.mode[0] in "1LPI" and pixels.ndim == 2
-            if not plain or (pixels < 0).any() or (pixels > 65535).any():
-                raise DataError(f"{path}: mode {picture.mode}; a mask has grey values, a palette or RGB colours")
-            return pixels.astype(np.uint16 if picture.mode[0] == "I" else np.uint8), False
+                return pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
+            plain = picture.mode[0] in "1LPIF" and pixels.ndim == 2
+            whole = picture.mode[0] not in "IF" or ((0 <= pixels) & (pixels <= 65535) & (pixels % 1 == 0)).all()
+            if not (plain and whole):
+                raise DataError(
+                    f"{path}: mode {picture.mode}; a mask has grey values 0..65535, a palette or RGB colours"
+                )
+            return pixels.astype(np.uint16 if picture.mode[0] in "IF" else np.uint8), False
     except BROKEN as error:
         raise unreadable(path) from error
 
@@ -376,11 +407,13 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     if len(masks) > 5000:
         note(f"looking for the classes in {len(masks):,} masks; --classes N spares that in masks that are not RGB")
     values, colours, looks = {}, {}, {}  # and where they were first seen
-    largest: dict[int, float] = {}  # share of the pixels of a mask
+    largest = {}, {}  # share of the pixels of a mask, of values and of colours
+    together = False  # 1 and 255 in one mask
     for path, (coloured, shares, palette) in zip(masks, threads().map(distinct_values, masks)):
+        together |= not shares.keys().isdisjoint({1, 0x010101}) and not shares.keys().isdisjoint({255, 65535, 0xFFFFFF})
         for value, share in shares.items():
             (colours if coloured else values).setdefault(value, path)
-            largest[value] = max(share, largest.get(value, 0.0))
+            largest[coloured][value] = max(share, largest[coloured].get(value, 0.0))
             look = palette[3 * value : 3 * value + 3]
             if look and looks.setdefault(value, (look, path))[0] != look:
                 raise DataError(
@@ -389,29 +422,65 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
                 )
     if all(value >> 16 == value >> 8 & 255 == value & 255 for value in colours):  # grey masks saved as RGB
         values, colours = {value & 255: path for value, path in colours.items()} | values, {}
+        for value, share in largest[True].items():
+            largest[False][value & 255] = max(share, largest[False].get(value & 255, 0.0))
     if colours and values.keys() - {0}:
         one, other = next(iter(colours.values())), next(iter(values.values()))
         raise DataError(f"{one}: an RGB mask, and {other} is none; save all of them in one way")
     found = sorted(colours or values)
-    between = found[1:-1]
-    if (found[0], found[-1]) == (0, 255) and between and between != [*range(1, len(found) - 1)]:
-        if max(largest[value] for value in between) < 0.01:
-            raise DataError(
-                f"{values[between[0]]}: value {between[0]} at a few pixels between 0 and 255, as of soft edges; save "
-                "masks with two values or 0 .. N - 1, or say in labelmap.txt what is a class"
-            )
+
+    def shown(value: int) -> str:
+        return f"{value >> 16},{value >> 8 & 255},{value & 255}" if colours else str(value)
+
+    if len(found) < 256 and (mixed := soft_edges(largest[bool(colours)], bool(colours))) is not None:
+        raise DataError(
+            f"{(colours or values)[mixed]}: value {shown(mixed)} at a few pixels between others, as of soft edges; "
+            "save masks without, or say in labelmap.txt what is a class"
+        )
+    if number is None and found in ([0, 1, 255], [0, 1, 65535]) and not together:
+        raise DataError(
+            f"{values[1]}: value 1, and {values[found[2]]}: value {found[2]}, never both in one mask; if both are the "
+            f"second class save masks in one way, if {found[2]} is to be ignored give --classes 2"
+        )
     ignored = {colour_number(224, 224, 192)} if colours else {255, 65535}  # VOC's borders
     ignored = ignored & set(found) if len(set(found) - ignored) > 1 else set()
     classes = {value: k for k, value in enumerate(value for value in found if value not in ignored)}
     if number not in (None, len(classes)) or not 1 < len(classes) < 256:
         kinds = f"{len(classes)} colours or values in these masks, not {number or '2 to 255'}"
         raise DataError(f"{masks[0].parent}: {kinds}; say in labelmap.txt what they mean")
-    shown = [f"{v >> 16},{v >> 8 & 255},{v & 255}" if colours else str(v) for v in classes]
-    shown = " ".join(shown if len(shown) <= 30 else [*shown[:29], "..."])
+    names = [*map(shown, classes)]
+    names = " ".join(names if len(names) <= 30 else [*names[:29], "..."])
     said = f"; {max(ignored)} ignored" if ignored else ""
-    note(f"{len(classes)} classes found in {len(masks):,} masks: {shown}{said}")
+    note(f"{len(classes)} classes found in {len(masks):,} masks: {names}{said}")
     meaning = classes | dict.fromkeys(ignored, IGNORE)
     return Meaning(len(classes), {0: 0} if colours else meaning, meaning if colours else {})
+
+
+def soft_edges(largest: dict[int, float], coloured: bool) -> int | None:
+    """A value or colour that seems to be a mixture of two others, as smoothing leaves them; None if none does.
+
+    `largest` says what share of a mask each has at most. What is never a hundredth and lies between others is a mixture
+    if all between 0 and 255 is such, or if there is more of it than of others and than eight [D]. Values without a gap
+    are classes, however rare.
+    """
+    found, common = sorted(largest), [value for value, share in largest.items() if share >= 0.01]
+    rare = [value for value in found if largest[value] < 0.01]
+    if coloured:
+        places = {value: np.array([value >> 16, value >> 8 & 255, value & 255], float) for value in found}
+        lines = [(places[a], places[b] - places[a]) for a, b in itertools.combinations(common, 2)]
+
+        def mixes(c: np.ndarray) -> bool:
+            return any(
+                0 < (share := d @ (c - a) / (d @ d)) < 1 and abs(a + share * d - c).max() < 1.5 for a, d in lines
+            )
+
+        mixed = [value for value in rare if mixes(places[value])]
+    elif [*range(len(found) - 1)] == found[:-1]:
+        return None
+    else:
+        mixed = [value for value in rare if found[0] < value < found[-1]]
+    binary = not coloured and (found[0], found[-1]) == (0, 255) and len(mixed) == len(found) - 2
+    return mixed[0] if mixed and (binary or len(mixed) > max(8, len(found) - len(mixed))) else None
 
 
 class Distinct(NamedTuple):
@@ -440,7 +509,7 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: not a text in UTF-8; save it so") from None
 
 
-IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 def named_files(folder: Path) -> dict[str, Path]:
@@ -471,12 +540,12 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
     def find(text: str, folder: Path, endings: tuple[str, ...] = ("",)) -> Path | None:
         text = text.replace("\\", "/")  # as Windows writes it
         for path in (root / text.lstrip("/"), folder / text):
-            if path.suffix.lower() in IMAGES and path.is_file():
+            if path.suffix.lower() in IMAGES and os.path.isfile(path):  # unlike Path's, of no name too long
                 return path
         text = text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text
         for path in (folder / text, root / text.lstrip("/")):
             if path.parent not in files:
-                files[path.parent] = named_files(path.parent) if path.parent.is_dir() else {}
+                files[path.parent] = named_files(path.parent) if os.path.isdir(path.parent) else {}
             names = (plain_name(path.name + ending) for ending in endings)
             if found := next((files[path.parent][name] for name in names if name in files[path.parent]), None):
                 return found
@@ -491,10 +560,14 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
                 names = names[:1]
         else:
             names = [line]
+        if image is None and line.startswith("#"):
+            continue
         if image is None:
             missing = images / (names[0] if Path(names[0]).suffix else f"{names[0]}.jpg")
-            what = "no kind of picture that is read; save it as JPEG or PNG" if missing.exists() else "not found"
-            raise DataError(f"{missing}: {what}; {listing} has it")
+            what = "no kind of picture that is read; save it as JPEG or PNG" if os.path.exists(missing) else "not found"
+            raise DataError(f"{str(missing)[:300]}: {what}; {listing} has it")
+        if image.is_relative_to(masks) and not image.is_relative_to(images):
+            raise DataError(f"{listing}: '{line:.80}' is a mask; list pictures, or pictures and masks on one line")
         inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
         wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
         label = find(wanted, masks, MASK_ENDINGS)
@@ -535,7 +608,11 @@ FOLDERS = (
     ("images", "masks"),
     ("images", "labels"),
     ("images", "annotations"),
+    ("image", "mask"),
+    ("image", "label"),
     ("img_dir", "ann_dir"),
+    ("img", "masks_machine"),  # Supervisely
+    ("JPEGImages", "SegmentationClassPNG"),  # labelme
     ("JPEGImages", "SegmentationClass"),
 )
 SPLITS = {
@@ -543,7 +620,8 @@ SPLITS = {
     "val": ("val", "valid", "validation", "Val", "Valid", "Validation"),
     "test": ("test", "testing", "Test", "Testing"),
 }
-MASK_ENDINGS = ("", "_mask", "_label", "_seg")  # what the name of a mask has more than its image's
+# What the name of a mask has more than its image's.
+MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_seg", "_segmentation", "_gt", "_L")
 
 
 def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
@@ -564,6 +642,8 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
         for one, other in ((root / name / images, root / name / masks), (root / images / name, root / masks / name)):
             if one.is_dir() and other.is_dir():
                 pairs[split] = paired(one, other)
+        if split not in pairs and any((root / name).glob("*_mask.png")):  # beside the pictures, as Roboflow writes them
+            pairs[split] = paired(root / name, root / name)
     if "train" in pairs:
         if "test" not in pairs and "val" in pairs:
             pairs["test"] = pairs.pop("val")
@@ -571,7 +651,9 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
         whole = [(root / images, root / masks) for images, masks in FOLDERS]
         whole = [(images, masks) for images, masks in whole if images.is_dir() and masks.is_dir()]
         if pairs or not whole:
-            raise DataError(f"{root}: no training pictures; it must hold images and masks, and train.txt and val.txt")
+            raise DataError(
+                f"{root}: no training pictures; it must hold folders images and masks, and train.txt and val.txt"
+            )
         listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
         pairs = {"train": listed_pairs(root, listing, *whole[0]) if listing.is_file() else paired(*whole[0])}
     if "test" not in pairs:
@@ -584,16 +666,21 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
 def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """All pictures of a folder with their masks in another."""
     found, labels = named_files(images), named_files(masks)
+    endings = MASK_ENDINGS
+    if images == masks:  # side by side
+        endings = MASK_ENDINGS[1:]
+        found = {name: path for name, path in found.items() if not name.endswith(endings)}
     if not found:
         raise DataError(f"{images}: no pictures in it")
     pairs = []
     for name, path in found.items():
-        label = next((labels[name + ending] for ending in MASK_ENDINGS if name + ending in labels), None)
+        names = (name + ending for ending in (*endings, path.suffix))  # also a.jpg.png
+        label = next((labels[name] for name in names if name in labels), None)
         if label is None:
             raise DataError(f"{path}: no mask of that name in {masks}")
         pairs.append((path, label))
     used = {path for pair in pairs for path in pair}
-    for folder, why in ((images, "no pictures of a kind that is read"), (masks, "masks of no picture")):
+    for folder, why in {masks: "masks of no picture", images: "no pictures of a kind that is read"}.items():
         rest = {path for path in folder.iterdir() if not re.match(r"\.|Thumbs\.db|desktop\.ini", path.name)} - used
         if rest:
             warn_once(f"{folder}: left out {len(rest):,} files or folders (first: {min(rest).name}), {why}")
@@ -690,7 +777,7 @@ class Pictures:
         read: Callable[[list[int]], list[Tensor]],  # decodes; raises DataError naming the file that is broken
         number: int,
         device: str = "cpu",  # where batches go
-        shapes: list[tuple[int, ...]] | None = None,  # of each picture; None if that is not known before it is read
+        shapes: list[tuple[int, ...]] | Callable[[int], tuple[int, ...]] | None = None,  # of each; None: not settled
         fill: int = 0,  # outside of a picture
         dtype: torch.dtype = torch.uint8,
         group: int = 1,  # so many are read in one call: nvJPEG likes more than one
@@ -699,6 +786,8 @@ class Pictures:
         self.fill, self.dtype, self.group = fill, dtype, group
         self.kept: tuple[Tensor, list[int], Tensor] | None = None  # elements of all, where each begins, which are there
         self.coming: dict[int, tuple[Future, int]] = {}
+        self.broken: set[str] = set()  # what has been said of pictures for which blank ones stand
+        self.strict = False
 
     def __len__(self) -> int:
         return self.number
@@ -718,6 +807,7 @@ class Pictures:
         self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
         if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+            self.strict = True
             return self[:]
         size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
         if cuda and size < torch.cuda.mem_get_info(self.device)[0] / 4:
@@ -730,19 +820,35 @@ class Pictures:
             return self
         self.kept = elements, [0, *itertools.accumulate(sizes)], there
         if pixels <= SMALL:
-            self.take(range(self.number))  # what is broken shows at once
+            self.strict = True  # what is broken shows at once
+            self.take(range(self.number))
         return self
 
     def decode(self, numbers: list[int]) -> list[Tensor]:
         if self.kept is None:
-            return self.read(numbers)
+            return self.attempt(numbers)
         elements, start, there = self.kept
         found = [elements[start[k] : start[k + 1]].view(self.shapes[k]) for k in numbers]
         missing = [(k, place) for k, place in zip(numbers, found) if not there[k]]
-        for (k, place), picture in zip(missing, self.read([k for k, _ in missing])):
+        for (k, place), picture in zip(missing, self.attempt([k for k, _ in missing])):
             place.copy_(picture)
             there[k] = 1  # two processes may both have written it: the same bytes
         return found
+
+    def attempt(self, numbers: list[int]) -> list[Tensor]:
+        """Read some pictures. A blank one stands for one in a thousand that is broken: no search ends for that."""
+        try:
+            return self.read(numbers)
+        except DataError as error:
+            if len(numbers) > 1:
+                return [picture for k in numbers for picture in self.attempt([k])]
+            new, self.broken = str(error) not in self.broken, self.broken | {str(error)}
+            if self.strict or len(self.broken) > max(1, self.number // 1000):
+                raise
+            if new:
+                warn(f"{error}; a blank picture stands for it")
+            shape = self.shapes(numbers[0]) if callable(self.shapes) else self.shapes[numbers[0]]
+            return [torch.full(shape, self.fill, dtype=self.dtype)]
 
     def prefetch(self, index: Iterable[int]) -> None:
         """Begin to decode some pictures."""
@@ -873,7 +979,9 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
                 encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
                 return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
-                picture = eight_bits(picture, path)
+                picture = eight_bits(np.array(picture), path)
+            elif deep(picture):
+                picture = eight_bits(all_bits(picture, path), path)
             picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
@@ -891,13 +999,15 @@ def opened(path: Path) -> Image.Image:
 
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
-    turn = None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112))  # PIL turns TIFFs itself
+    tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
+    turn = None if picture.format == "TIFF" else TURNS.get(tags.get(0x0112))  # PIL turns TIFFs itself
     return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
 
 
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
 # What PIL and torchvision raise over a file that is no whole picture.
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+BROKEN += (Image.DecompressionBombError,)
 
 
 UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
@@ -906,15 +1016,34 @@ UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
 def unreadable(path: Path) -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {UNREAD if path.exists() else 'not found'}")
+    return DataError(f"{path}: {UNREAD if os.path.exists(path) else 'not found'}")
 
 
-def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
-    """A grey picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
-    pixels = np.array(picture)
+def deep(picture: Image.Image) -> bool:
+    """Whether a colour picture has 16 bits a channel, of which PIL reads the upper eight alone."""
+    return picture.mode[:3] == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
+
+
+def all_bits(picture: Image.Image, path: Path) -> np.ndarray:
+    """The pixels (h, w, 3) uint16 of such a picture; told the other order of bytes, PIL reads the lower eight bits."""
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+    def swapped(args):
+        if isinstance(args, str):
+            return re.sub("(?<=;16)[BLN]", lambda order: other[order[0]], args)
+        return swapped(args[0]), *args[1:]
+
+    with opened(path) as lower:
+        lower.tile = [tile._replace(args=swapped(tile.args)) for tile in lower.tile]
+        upper, lower = (np.array(part)[..., :3].astype(np.uint16) for part in (picture, lower))
+    return 256 * upper + lower
+
+
+def eight_bits(pixels: np.ndarray, path: Path) -> Image.Image:
+    """A picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
     most = pixels.max(initial=0)
-    if picture.mode == "F" or most > 65535 or pixels.min(initial=0) < 0:
-        raise DataError(f"{path}: values of 32 bits (mode {picture.mode}); save it with 8 or 16 bits a channel")
+    if pixels.dtype.kind == "f" or most > 65535 or pixels.min(initial=0) < 0:
+        raise DataError(f"{path}: values of 32 bits ({pixels.dtype}); save it with 8 or 16 bits a channel")
     bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
     return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
 

@@ -4,9 +4,11 @@ import itertools
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ready, refused
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 import evolve
 import search_det
@@ -90,6 +92,68 @@ def test_some_pictures_on_one_canvas(kind, monkeypatch):
         assert torch.equal(other.settle(lambda: "four").take([3])[0], whole[3]) and len(reads) == before
         _, other = four_pictures(reads)
         assert torch.equal(other.settle(lambda: "others").take([3])[0], whole[3]) and len(reads) == before + 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_one_broken_picture_ends_no_search(script, monkeypatch, capsys):
+    whole, broken = [torch.full((3, 5, 5 + 90 * k), k).byte() for k in range(4)], {2}
+
+    def read(numbers):
+        if gone := broken.intersection(numbers):
+            raise script.DataError(f"{min(gone)}.jpg: cut off")
+        return [whole[k] for k in numbers]
+
+    def make():
+        return script.Pictures(read, 4, shapes=[tuple(x.shape) for x in whole], fill=7, group=4)
+
+    with pytest.raises(script.DataError, match="2.jpg: cut off"):
+        make().settle(lambda: "few and small ones are read at once")
+    monkeypatch.setattr(script, "SMALL", 0)
+    for pictures in (make(), make().settle(lambda: "read when they are used")):
+        for _ in range(2):
+            got = pictures.take([1, 2, 3, 2])
+            assert (got[1] == 7).all() and all(map(torch.equal, got[::2], [whole[1], whole[3]]))
+            assert [x.shape for x in got] == [whole[k].shape for k in (1, 2, 3, 2)]
+        assert capsys.readouterr().err == "warning: 2.jpg: cut off; a blank picture stands for it\n"
+        broken.add(0)
+        with pytest.raises(script.DataError, match="0.jpg: cut off"):
+            pictures.take([0, 1])
+        broken.remove(0)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_training_goes_on_over_a_broken_picture(name, tmp_path, capsys):
+    root = shapes.write_shapes(tmp_path / "shapes", splits={"train": 24, "val": 6, "test": 6})
+    task, draw = make(name, root, "--memory", "0", "--batch", "4")
+    want = [*itertools.islice(draw(3), 20)]
+    line = (root / "ImageSets/Segmentation/train.txt").read_text().split()[5]
+    path = next((root / "JPEGImages").glob(f"{line}.*")).resolve()
+    copies = [file for file in (root / "train2017").glob("*") if file.read_bytes() == path.read_bytes()]
+    for file in (path, *copies):
+        file.write_bytes(file.read_bytes()[:-200])
+    for one, other in zip(want, itertools.islice(draw(3), 20)):
+        assert [x.shape for x in flat(one)] == [x.shape for x in flat(other)]
+    assert "a blank picture stands for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["header of the picture", "header of the mask", "class", "size", "end of the picture"])
+def test_broken_pairs_are_blank(tmp_path, what, capsys):
+    for k in range(300):
+        save(noise(20 + k % 2, 30, k), tmp_path / f"{k}.png")
+        save(np.full((20 + k % 2, 30), k % 3, np.uint8), tmp_path / f"{k}m.png")
+    image, mask = tmp_path / "299.png", tmp_path / "299m.png"
+    {
+        "header of the picture": lambda: image.write_bytes(b"?"),
+        "header of the mask": lambda: mask.write_bytes(b""),
+        "class": lambda: save(np.full((21, 30), 9, np.uint8), mask),
+        "size": lambda: save(np.zeros((40, 60), np.uint8), mask),
+        "end of the picture": lambda: image.write_bytes(image.read_bytes()[:-300]),
+    }[what]()
+    split = search_seg.read_split([(tmp_path / f"{k}.png", tmp_path / f"{k}m.png") for k in range(300)], 3, memory=0)
+    images, labels = split.images.take([299])[0], split.labels.take([299])[0]
+    assert images.shape[1:] == labels.shape and "299" in capsys.readouterr().err
+    assert (labels == (2 if "end" in what else IGNORE)).all() and images.any() == (what == "class")
+    search_seg.batch_scale_crop_flip(split, torch.tensor([299, 3]), 16, (0.5, 2.0), torch.Generator())
 
 
 def test_pictures_much_of_one_size_become_a_tensor():
@@ -321,12 +385,82 @@ def test_a_mask_goes_with_its_turned_picture(tmp_path):
         search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")], 2)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_sizes_are_told_without_decoding(tmp_path, suffix, monkeypatch):
+    path = save(noise(20, 30), tmp_path / f"a.{suffix}")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert search_det.picture_size(path) == search_seg.full_size(path, path) == (20, 30)
+
+
+@pytest.mark.parametrize("side", [32, 48])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_with_the_tag_of_its_picture(tmp_path, orientation, side):
+    """Both lie in their files as the camera held them, and both say so: sizes do not tell, where they are square."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((32, side, 3), np.uint8)
+    pixels[:9, :5] = 200
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels[..., 0] // 200).save(tmp_path / "a.png", exif=exif)
+    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+    assert split.labels[0].sum() == 45 and (split.images[0, 0][split.labels[0] == 1] > 120).all()
+    assert (split.images[0, 0] > 150).sum() < 60
+
+
+def test_a_turned_mask_in_which_the_tag_was_left(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.zeros((48, 32, 3), np.uint8)
+    upright[:16, 16:] = 200
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(upright[..., 0] // 200).save(tmp_path / "a.png", exif=exif)
+    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+    assert split.labels.shape == (2, 48, 32) and torch.equal(split.images[0, 0] > 100, split.labels[0] == 1)
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("most", [255, 4095, 65535])
 def test_sixteen_bits_are_scaled(tmp_path, suffix, most):
     ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(8, 0)
     pixels = search_seg.decode(save(ramp, tmp_path / f"a.{suffix}"))
     assert pixels.shape == (8, 64, 3) and pixels[0, :, 1].tolist() == pytest.approx(np.linspace(0, 255, 64), abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("most", [255, 4095, 65535])
+def test_sixteen_bits_of_colours_are_scaled(tmp_path, suffix, most):
+    ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(8, 0)
+    cv2.imwrite(str(tmp_path / f"a.{suffix}"), np.stack([0 * ramp, ramp // 2, ramp], -1))  # blue, green, red
+    want = np.linspace(0, 255, 64)
+    for script in SCRIPTS.values():
+        pixels = script.decode(tmp_path / f"a.{suffix}")
+        assert pixels.shape == (8, 64, 3)
+        for channel, share in enumerate((1, 0.5, 0)):
+            assert pixels[0, :, channel].tolist() == pytest.approx(share * want, abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_sixteen_bits_of_colours_are_turned(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    small = noise(20, 30)
+    Image.fromarray(small).save(tmp_path / "8.png", exif=exif)
+    large = small.astype(np.uint16) * 257
+    if suffix == "png":
+        whole = cv2.imencode(".png", large[..., ::-1])[1].tobytes()
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        whole = whole[:33] + chunk + whole[33:]  # after the header
+    else:  # the plainest there is: one strip, whose place and the bits of the channels follow the twelve tags
+        tags = {256: 30, 257: 20, 258: 158, 259: 1, 262: 2, 273: 164, 274: orientation, 277: 3, 278: 20, 279: 3600}
+        tags |= {284: 1, 339: 1}
+        entries = (struct.pack("<HHIHH", tag, 3, 3 if tag == 258 else 1, value, 0) for tag, value in tags.items())
+        whole = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(entries) + struct.pack("<I", 0)
+        whole += struct.pack("<HHH", 16, 16, 16) + large.tobytes()
+    (tmp_path / f"16.{suffix}").write_bytes(whole)
+    for script in SCRIPTS.values():
+        assert torch.equal(script.decode(tmp_path / f"16.{suffix}"), script.decode(tmp_path / "8.png"))
 
 
 def test_more_than_sixteen_bits_are_refused(tmp_path):
@@ -363,6 +497,21 @@ def test_pictures_cut_off_are_named(tmp_path, suffix):
             script.decode(path)
     with pytest.raises(DataError, match="b.jpg: not found"):
         search_seg.decode(tmp_path / "b.jpg")
+
+
+def test_a_damaged_second_page_is_named(tmp_path):
+    """Without its width, for which PIL has a TypeError."""
+    mask = Image.fromarray(index_map())
+    mask.save(tmp_path / "a.tif", save_all=True, append_images=[mask])
+    whole = bytearray((tmp_path / "a.tif").read_bytes())
+    first = struct.unpack("<I", whole[4:8])[0]
+    after = first + 2 + 12 * struct.unpack("<H", whole[first : first + 2])[0]
+    second = struct.unpack("<I", whole[after : after + 4])[0] + 2
+    assert whole[second : second + 2] == struct.pack("<H", 256)
+    whole[second : second + 2] = struct.pack("<H", 255)
+    (tmp_path / "a.tif").write_bytes(whole)
+    with pytest.raises(DataError, match="a.tif: not a readable image"):
+        search_seg.read_values(tmp_path / "a.tif")
 
 
 def test_nvjpeg_gets_plain_jpegs_in_one_call(tmp_path, monkeypatch):
@@ -421,6 +570,7 @@ def masks_of(index):
         "palette": palette,
         "16 bits": Image.fromarray(index.astype(np.uint16)),
         "32 bits": Image.fromarray(index.astype(np.int32)),
+        "floats": Image.fromarray(index.astype(np.float32)),  # as GIS programs save classes
         "grey and alpha": Image.fromarray(index).convert("LA"),
         "grey saved as RGB": Image.fromarray(index).convert("RGB"),
         "colours": colour,
@@ -432,7 +582,7 @@ def masks_of(index):
 @pytest.mark.parametrize("kind", masks_of(index_map()))
 def test_masks_as_tools_write_them(tmp_path, kind):
     index = index_map()
-    masks_of(index)[kind].save(path := tmp_path / ("a.tif" if kind == "32 bits" else "a.png"))
+    masks_of(index)[kind].save(path := tmp_path / ("a.tif" if kind in ("32 bits", "floats") else "a.png"))
     want = torch.from_numpy(index.copy())
     if kind == "borders":
         want[0] = IGNORE
@@ -451,13 +601,16 @@ def test_masks_as_tools_write_them(tmp_path, kind):
         ("jpeg in tiff", "a JPEG or the like, which blurs"),
         ("lab", "mode LAB"),
         ("RGB of 16 bits", "RGB with 16 bits a channel"),
+        ("two pages", "2 pictures in one file"),
+        ("alpha alone", "transparent pixels beside black ones"),
+        ("grey and alpha alone", "transparent pixels beside black ones"),
     ],
 )
 def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
     index = index_map()
     picture = {
         "jpeg": Image.fromarray(index),
-        "float": Image.fromarray(index.astype(np.float32)),
+        "float": Image.fromarray(index.astype(np.float32) / 2),
         "foreign colour": Image.fromarray(np.where(index[..., None] == 1, [1, 2, 3], 0).astype(np.uint8)),
         "class": Image.fromarray(np.where(index == 1, 21, 0).astype(np.uint8)),
         "16 bits": Image.fromarray(np.where(index == 1, 300, 0).astype(np.uint16)),
@@ -465,13 +618,22 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
         "jpeg in tiff": Image.fromarray(index),
         "lab": Image.fromarray(np.stack([index] * 3, -1)).convert("RGB"),
         "RGB of 16 bits": Image.fromarray(index),
+        "two pages": Image.fromarray(index),
+        "alpha alone": Image.fromarray(np.stack([0 * index] * 3 + [100 * index], -1)),
+        "grey and alpha alone": Image.merge("LA", [Image.fromarray(0 * index), Image.fromarray(100 * index)]),
     }[kind]
     if kind == "lab":
         picture = ImageCms.profileToProfile(
             picture, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
         )
-    form = {"jpeg": "JPEG", "lossy webp": "WEBP", "jpeg in tiff": "TIFF", "float": "TIFF", "lab": "TIFF"}.get(kind)
-    picture.save(tmp_path / "a.png", form, **{"compression": "jpeg"} if kind == "jpeg in tiff" else {})
+    form = {"jpeg": "JPEG", "lossy webp": "WEBP"}.get(
+        kind, "TIFF" if kind in ("jpeg in tiff", "float", "lab") else "PNG"
+    )
+    how = {
+        "jpeg in tiff": {"compression": "jpeg"},
+        "two pages": {"save_all": True, "append_images": [picture.rotate(9)]},
+    }
+    picture.save(tmp_path / "a.png", form, **how.get(kind, {}))
     if kind == "RGB of 16 bits":
         cv2.imwrite(str(tmp_path / "a.png"), np.stack([index.astype(np.uint16)] * 3, -1))
     with pytest.raises(DataError, match=message):
@@ -604,8 +766,23 @@ def own_palettes():
         yield mask
 
 
+def smoothed(values, mode):
+    """A larger label map, rotated by a program that mixes what is beside each other."""
+    large = Image.fromarray(np.asarray(values, np.uint8)[index_map()]).convert(mode)
+    return large.resize((300, 200), Image.Resampling.NEAREST).rotate(7, Image.Resampling.BILINEAR)
+
+
+def binary(high):
+    return (index_map() > 0).astype(np.uint8) * high
+
+
 REFUSED_MASKS = {
-    "soft edges": ([soft(index_map())] * 6, "value 128 at a few pixels between 0 and 255, as of soft edges"),
+    "soft edges": ([soft(index_map())] * 6, "value 128 at a few pixels between others, as of soft edges"),
+    "soft edges in RGB": ([Image.fromarray(soft(index_map())).convert("RGB")] * 6, "value 128 at a few pixels"),
+    "smoothed greys": ([smoothed((0, 50, 100), "L")] * 6, r"value \d+ at a few pixels"),
+    "smoothed colours": ([smoothed(COLOURS, "RGB")] * 6, r"value 0,\d+,0 at a few pixels"),
+    "two ways": ([binary(1 + 254 * (k % 2)) for k in range(6)], "value 1, and .*1.png: value 255, never both in one"),
+    "two depths": ([Image.fromarray(binary(255)).convert("1L"[k % 2]) for k in range(6)], "value 255, never both"),
     "own palettes": ([*own_palettes()] * 2, "is another colour in its palette than in"),
 }
 
@@ -614,13 +791,51 @@ REFUSED_MASKS = {
 def test_masks_that_would_be_misread(tmp_path, kind):
     masks, words = REFUSED_MASKS[kind]
     with pytest.raises(DataError, match=words):
-        read_folder(write_folder(tmp_path, masks))
+        search_seg.found_meaning(masks_in(write_folder(tmp_path, masks)), None)
+
+
+def masks_in(root):
+    return sorted((root / "masks").iterdir())
+
+
+def test_rare_classes_are_no_soft_edges(tmp_path):
+    """Twelve classes of a pixel each: their values have no gap, or their colours are between no others."""
+    index = np.zeros((200, 300), np.uint8)
+    index[50:90, 50:90] = 1
+    index[5, 10:22] = np.arange(2, 14)
+    palette = np.frombuffer(shapes.voc_palette(), np.uint8).reshape(-1, 3).copy()
+    palette[2:14, 1] += 7
+    for kind, mask in {"grey": index, "colours": palette[index]}.items():
+        assert search_seg.found_meaning(masks_in(write_folder(tmp_path / kind, [mask] * 4)), None).number == 14
 
 
 @pytest.mark.parametrize("values", [(0, 1, 255), (0, 128, 255), (7, 9, 255)])
 def test_few_grey_values_are_classes(tmp_path, values):
     split = read_folder(write_folder(tmp_path, [np.array(values, np.uint8)[index_map()]] * 6))["test"]
     assert split.labels.unique().tolist() == [0, 1, 255]
+
+
+def test_an_overview_is_no_second_mask(tmp_path):
+    mask = Image.fromarray(index_map())
+    mask.save(tmp_path / "a.tif", save_all=True, append_images=[mask.resize((15, 10), Image.Resampling.NEAREST)])
+    label = search_seg.read_label(tmp_path / "a.tif", search_seg.plain_meaning(21))
+    assert torch.equal(label, torch.from_numpy(index_map()))
+
+
+def test_nothing_is_seen_of_transparent_colours(tmp_path):
+    index = index_map()
+    below = np.where(index[..., None] > 0, COLOURS[index], noise(20, 30))
+    save(np.dstack([below, np.where(index > 0, 200, 0).astype(np.uint8)]), tmp_path / "a.png")
+    save(np.dstack([COLOURS[index], 0 * index]), tmp_path / "b.png")  # alpha that says nothing
+    for name in ("a.png", "b.png"):
+        label = search_seg.read_label(tmp_path / name, search_seg.plain_meaning(21))
+        assert torch.equal(label, torch.from_numpy(index)), name
+
+
+def test_colours_in_a_mask_of_sixteen_pixels(tmp_path):
+    """The sides are no bits."""
+    save(COLOURS[np.eye(16, dtype=np.uint8)], tmp_path / "a.png")
+    assert search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(21)).sum() == 16
 
 
 def test_lossless_webp_in_colour(tmp_path):
@@ -681,6 +896,27 @@ def test_lists_from_elsewhere(tmp_path):
     (root / "val.txt").write_text("h.heic\n")
     with pytest.raises(DataError, match="h.heic: no kind of picture that is read; save it as JPEG or PNG"):
         read_folder(root)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("masks/0.png\nmasks/1.png", "train.txt: 'masks/0.png' is a mask; list pictures, or pictures and masks"),
+        ("0\n" + "x" * 5000, r"x+: not found; .*train.txt has it"),
+        ("0\n" + "x" * 5000 + ".png", r"x+: not found; .*train.txt has it"),
+        ("0\n" + "x" * 300 + "/1.png", r"x+: not found; .*train.txt has it"),
+        ("0\n#1", None),
+    ],
+)
+def test_lines_that_name_no_picture(tmp_path, lines, message):
+    root = write_folder(tmp_path, [index_map()] * 4, "lists", ("png", "png"))
+    (root / "train.txt").write_text(lines + "\n# a remark\n")
+    if message is None:
+        assert len(search_seg.folder_pairs(root)["train"]) == 1
+    else:
+        with pytest.raises(DataError, match=message) as error:
+            search_seg.folder_pairs(root)
+        assert len(str(error.value)) < 300 + len(str(root)) + 100
 
 
 def test_a_picture_by_which_a_loss_is_trained_and_chosen_is_told(tmp_path, capsys):
@@ -801,7 +1037,7 @@ def test_lists_are_read_in_any_locale(tmp_path):
 @pytest.mark.parametrize(
     "broken, message",
     [
-        ("no folders", "no training pictures; it must hold images and masks"),
+        ("no folders", "no training pictures; it must hold folders images and masks"),
         ("no mask", "0.jpg: no mask of that name in"),
         ("two pictures", "beside 0.jpg; move away"),
         ("no pictures", "images: no pictures in it"),
@@ -831,6 +1067,36 @@ def test_broken_folders_are_named(tmp_path, broken, message):
     with pytest.raises(DataError, match=message) as error:
         read_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+EXPORTS = {  # folders of pictures and masks, and their names
+    "Roboflow": ("train", "train", "{}.rf.1a.jpg", "{}.rf.1a_mask.png"),
+    "Supervisely": ("img", "masks_machine", "{}.jpg", "{}.png"),
+    "labelme": ("JPEGImages", "SegmentationClassPNG", "{}.jpg", "{}.png"),
+    "Carvana": ("train/images", "train/masks", "{}.jpg", "{}_mask.gif"),
+    "ISIC": ("images", "masks", "{}.jpg", "{}_segmentation.png"),
+    "whole names": ("images", "masks", "{}.jpg", "{}.jpg.png"),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_folders_as_tools_export_them(tmp_path, tool):
+    images, masks, image, mask = EXPORTS[tool]
+    for split in ("train", "valid") if "train" in images else ("",):
+        for k in range(8):
+            save(noise(20, 30, k), tmp_path / images.replace("train", split) / image.format(k))
+            palette = masks_of(index_map())["palette"]
+            path = tmp_path / masks.replace("train", split) / mask.format(k)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            palette.save(path)
+        if tool == "Roboflow":
+            (tmp_path / split / "_classes.csv").write_text("Pixel Value, Class\n0, sky\n")
+        elif tool == "labelme":
+            (tmp_path / "SegmentationClass").mkdir()
+            (tmp_path / "SegmentationClass/0.npy").write_bytes(b"")
+    data = read_folder(tmp_path)
+    assert sum(len(split.images) for split in data.values()) == (16 if "train" in images else 8)
+    assert torch.equal(data["test"].labels[0], torch.from_numpy(index_map()))
 
 
 def test_masks_with_an_ending(tmp_path):

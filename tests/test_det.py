@@ -493,19 +493,41 @@ def test_an_object_of_id_0_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "box, words",
+    "box, area, words",
     [
-        ((0.1, 0.1, 0.3, 0.3), "all boxes are within 0..1"),
-        ((18, 12, 28, 19), "boxes seem to be x1 y1 x2 y2"),
+        ((0.1, 0.1, 0.3, 0.3), None, "all boxes are within 0..1"),
+        ((18, 12, 28, 19), None, "boxes seem to be x1 y1 x2 y2"),
+        ((2, 3, 10, 9), 48, "boxes seem to be x1 y1 x2 y2"),
     ],
 )
-def test_boxes_in_other_units(tmp_path, box, words):
+def test_boxes_in_other_units(tmp_path, box, area, words):
     def change(content):
         for annotation in content["annotations"]:
-            annotation["bbox"] = list(box)
+            annotation |= {"bbox": list(box), "area": area}
 
     with pytest.raises(DataError, match=words):
         sources_of(tmp_path, change).load()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.1, 0.9]],  # shares of the picture
+        [[0, 0, 8, 0, 8, 6, 0, 6]],  # pixels from the corner of the box
+        {"size": [20, 30], "counts": [0, 60, 540]},  # an object of another picture
+    ],
+)
+def test_masks_elsewhere_than_their_boxes(tmp_path, mask):
+    """Most of them; a few such are left to their makers."""
+    content = write_coco(tmp_path, {1: (20, 30)}, [entry(k, 1, box=(15, 8, 8, 6)) for k in range(9)])
+    source = search_det.Source(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
+    for annotation in content["annotations"][:5]:
+        search_det.check_source(source, True, False)
+        annotation["segmentation"] = mask
+        source.annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"most masks are elsewhere than their boxes \(first: annotation 0: [\[{]"):
+        search_det.check_source(source, True, False)
+    assert search_det.check_source(source, False, False)
 
 
 def test_names_of_pictures_as_systems_write_them(tmp_path, capsys):
@@ -513,7 +535,11 @@ def test_names_of_pictures_as_systems_write_them(tmp_path, capsys):
     search_det.warn_once.cache_clear()
     for name in ("10\u202fPM.jpg", "e\u0301.jpg"):
         root, written = tmp_path / name, unicodedata.normalize("NFC", name)
-        task = sources_of(root, lambda content, written=written: content["images"][0].update(file_name=written))
+
+        def change(content, written=written):
+            content["images"][0] |= {"file_name": written, "height": None}  # the picture tells its size
+
+        task = sources_of(root, change)
         for split in ("train2017", "val2017"):
             (root / split / "0.jpg").rename(root / split / name)
         shutil.rmtree(root / "val2017")

@@ -509,7 +509,8 @@ SIDES = [
     "leftEye rightEye", "L eye|R eye", "eyeL eyeR", "lefteye righteye", "leye reye", "EyeLeft EyeRight", "eye_l eye_r",
     "LEFT_EYE RIGHT_EYE", "Leye Reye", "eye (L)|eye (R)", "eye-left-1 eye-right-1", "Left eye|right eye", "l1 r1",
     "L_Eye R_Eye", "lEye rEye", "left.eye right.eye", "eyeLOuter eyeROuter", "LT_eye RT_eye",
-    "left_eye_left_corner right_eye_right_corner",
+    "left_eye_left_corner right_eye_right_corner", "left_eye right-eye", "Auge_links Auge_rechts", "左目 右目",
+    "oreille_gauche oreille_droite", "ojo izquierda|ojo derecha",
 ]  # fmt: skip
 
 
@@ -525,6 +526,8 @@ def test_mirror_of_whole_skeletons():
     assert search_pose.mirror(tuple(corners)) == [3, 2, 1, 0], "both sides change"
     assert search_pose.mirror(tuple(shapes.JOINTS)) == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
     assert search_pose.mirror(("Eye", "eye_left")) == [0, 1], "the other side is not there"
+    assert search_pose.mirror(("1_nose", "2_left_eye", "3_right_eye")) == [0, 2, 1], "numbered"
+    assert search_pose.mirror(("1L", "1R", "2L", "2R")) == [1, 0, 3, 2], "numbers that tell joints apart"
 
 
 def test_skeletons_without_sides_are_told(tmp_path, capsys):
@@ -590,7 +593,9 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
     for entry in truth["annotations"]:
         for key in ("area", "iscrowd", "num_keypoints", "id"):
             del entry[key]
-    truth["images"][0] = {"id": "0", "file_name": "0.jpg"}
+    (tmp_path / "0.jpg").rename(tmp_path / "e\u0301.jpg")  # composed in the file, and not on disk
+    truth["images"][0] = {"id": "0", "file_name": "\u00e9.jpg"}
+    truth["annotations"][0]["keypoints"] = [[5, 6, 2], [30, 25, 1], [None, None, None]]
     truth["annotations"][1]["keypoints"] = [5.0, 6, 2, nan, None, 0, 1e300, 0, 0]
     truth["annotations"][2] |= {"keypoints": None, "num_keypoints": 3}
     truth["annotations"][3] |= {"bbox": [4, 4, 0, 5], "id": "a"}
@@ -605,6 +610,35 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
     assert split.labelled.tolist() == [[True, True, False], [True, False, False]] and split.joints.isfinite().all()
     assert split.persons.area.tolist() == [1200] * 3 and split.persons.ignored.tolist() == [False, False, True]
     assert [image["height"] for image in read["images"]] == [40] * 4, "the picture tells where the file does not"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x, y: (x / 60, y / 40), "all joints are within 0..1 .first: .*; give x and y in pixels"),
+        (lambda x, y: (x - 30, y - 15), "most joints are far from their boxes .first: annotation 1: .*; give both in"),
+    ],
+)
+def test_joints_in_other_units(tmp_path, change, words):
+    truth, path = one_picture(tmp_path, ((35, 16, 2), (40, 30, 1), (50, 22, 2))), tmp_path / "a.json"
+    for entry in truth["annotations"]:
+        entry["bbox"] = [34, 15, 18, 16]
+    path.write_text(json.dumps(truth))
+    search_pose.read_annotations(path)
+    for entry in truth["annotations"]:
+        places = np.reshape(entry["keypoints"], (-1, 3)).tolist()
+        entry["keypoints"] = [value for x, y, v in places for value in (*change(x, y), v)]
+    path.write_text(json.dumps(truth))
+    with pytest.raises(DataError, match=f"a.json: {words}"):
+        search_pose.read_annotations(path)
+
+
+def test_a_joint_far_away_is_told(tmp_path, capsys):
+    truth, path = one_picture(tmp_path), tmp_path / "a.json"
+    truth["annotations"][1]["keypoints"][:2] = [-90, 6]
+    path.write_text(json.dumps(truth))
+    search_pose.read_annotations(path)
+    assert "1 of 4 joints are far from their boxes (first: annotation 2: [-90.0, 6.0], box" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scoring", [False, True])
@@ -994,6 +1028,7 @@ def test_joints_of_one_side_alone_are_named():
 
     assert sides("nose", "left_eye ", "right_eye") == []
     assert sides("nose", "Left_Hip", "right-knee", "neck") == ["Left_Hip", "right-knee"]
+    assert sides("oeil_gauche", "oeil_droit") == ["oeil_gauche"]
 
 
 bad = functools.partial(refused, search_pose)

@@ -893,7 +893,7 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
             if picture.mode[0] in "IF":
                 picture = eight_bits(np.array(picture), path)
             elif deep(picture):
-                picture = eight_bits(all_bits(picture, path), path)
+                picture = eight_bits(all_bits(path), path)
             picture = picture.convert("RGB")
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
@@ -936,19 +936,12 @@ def deep(picture: Image.Image) -> bool:
     return picture.mode[:3] == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
 
 
-def all_bits(picture: Image.Image, path: Path) -> np.ndarray:
-    """The pixels (h, w, 3) uint16 of such a picture; told the other order of bytes, PIL reads the lower eight bits."""
-    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-
-    def swapped(args):
-        if isinstance(args, str):
-            return re.sub("(?<=;16)[BLN]", lambda order: other[order[0]], args)
-        return swapped(args[0]), *args[1:]
-
-    with opened(path) as lower:
-        lower.tile = [tile._replace(args=swapped(tile.args)) for tile in lower.tile]
-        upper, lower = (np.array(part)[..., :3].astype(np.uint16) for part in (picture, lower))
-    return 256 * upper + lower
+def all_bits(path: Path) -> np.ndarray:
+    """The pixels (h, w, 3) uint16 of such a picture."""
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise unreadable(path)
+    return pixels[..., 2::-1]
 
 
 def eight_bits(pixels: np.ndarray, path: Path) -> Image.Image:

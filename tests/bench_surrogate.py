@@ -1,30 +1,43 @@
-"""How well does the surrogate of one search foretell the scores of losses that other searches found?
+"""Does the surrogate of one search know a good loss of another when it sees one?
 
-    python tests/bench_surrogate.py RUN_DIR RUN_DIR ... --scores FILE    # runs of search_seg.py on the embedded data
+    python tests/bench_surrogate.py RUN_DIR RUN_DIR ...    # runs of search_seg.py on the embedded data
 
 Within one search most losses are relatives, and any model foretells them. What a search lives by is what it expects of
-strangers. So, for every run, losses of the other runs (the eighty best of each, then those whose gradients have a
-cosine of less than .985) are trained by this run's proxy; FILE keeps the scores. The surrogate learns the run's first
-20, 40, 70 and 136 trainings, and is asked about those strangers that are farther than a cosine of .99 from all of them.
+strangers. So, for every run, the surrogate learns its first 40, 80 and 130 trainings and is asked about losses of other
+runs: those that were trained to convergence, good ones mostly (their worth: what they added to cross entropy with the
+same seeds), and as many that were bad in searches for the same metric (a proxy score .03 below the baseline's).
 
-Rank: Spearman's correlation of what is expected with what came out, over all strangers and over the better half of
-them. Ten: how many of the ten most promising are better than the best that the run had seen (by .002); by chance it
-would be `chance`. Sure: error of what is expected of the better half, in the deviations that it claims (mean and
-spread; it should be 0 and 1).
+Bad: how many of the ten most promising are bad. Ten: where these ten stand among the good ones, from 0 to 1, the bad at
+0. Good: where the ten most promising of the good stand. Rank: Spearman's correlation over the good. By chance it would
+be 5.0, .25, .50 and 0. Nothing is trained.
 
-Measured on five searches (BF1, seeds 1 and 2; BIoU, seeds 0 and 1; mIoU, seed 1; 136 trainings each, by the surrogate
-of the first row), 104 to 124 strangers each:
+Measured on thirteen searches (BF1, seeds 0 to 3 and 3 again; BIoU, seeds 0, 1 and 0 again; mAcc, seeds 0 and 1; FWIoU;
+mIoU twice; the mean over those that went so far), 208 losses trained to convergence:
 
-                                                   rank: all  better   ten  chance        sure
-    (1 + d^2 / l^2)^(-1/2), knee at the median          0.63   -0.00   2.6     2.2  +2.1   1.1
-    exp(-d^2 / l^2)                                     0.62    0.05   3.6     2.2  +1.1   0.7
-    linear                                              0.68    0.16   3.5     2.2  +0.9   0.7
-    exp(-d^2 / l^2) + linear, knee at the median        0.70    0.17   3.9     2.2  +1.4   1.1
-    exp(-d^2 / l^2) + linear, unit gradients            0.65    0.07   4.6     2.2  +0.9   0.6
-    exp(-d^2 / l^2) + linear (evolve.Surrogate)         0.71    0.17   4.7     2.2  +0.9   0.6
+                           after    bad    ten   good   rank
+    scores as they are        40   1.83   0.47   0.55   0.06
+    scores as they are        80   1.58   0.44   0.54   0.02
+    scores as they are       130   1.36   0.52   0.61   0.07
+    knee .5                   40   1.17   0.50   0.57   0.15
+    knee .5                   80   1.50   0.52   0.60   0.11
+    knee .5                  130   1.18   0.56   0.64   0.14
+    unit gradients            40   1.83   0.47   0.58   0.13
+    unit gradients            80   1.83   0.46   0.56   0.13
+    unit gradients           130   0.73   0.44   0.48   0.09
+    no linear part            40   1.42   0.54   0.64   0.21
+    no linear part            80   2.75   0.43   0.63   0.22
+    no linear part           130   4.73   0.35   0.68   0.22
+    linear                    40   3.58   0.36   0.62   0.18
+    linear                    80   4.00   0.36   0.58   0.19
+    linear                   130   3.82   0.37   0.60   0.15
+    evolve.Surrogate          40   1.83   0.46   0.58   0.15
+    evolve.Surrogate          80   1.83   0.47   0.58   0.14
+    evolve.Surrogate         130   3.00   0.45   0.62   0.16
+
 """
 
 import argparse
+import collections
 import json
 import random
 import statistics
@@ -40,34 +53,20 @@ import evolve  # noqa: E402
 import search_seg  # noqa: E402
 from loss_ops import parse  # noqa: E402
 
-AFTER = (20, 40, 70, 136)  # trainings
-BEST, NUMBER = 80, 130  # losses of each other run, and of all of them
-
-
-class Plain(evolve.Surrogate):
-    """No linear part."""
-
-    TRENDS = (0.0,)
-
-
-class Mixed(Plain):
-    """Squared exponentials of all lengths, as it was before; no linear part."""
-
-    LENGTHS, KNEE = (0.2, 0.4, 0.7, 1.2, 2.0), 0.5
-
-    def covariance(self, pairs, late, other):
-        alike = (1 + pairs[0] / self.length**2).rsqrt()
-        return alike.mean(0) * (1 + self.drift * late[:, None] * other)
-
-
-class Median(evolve.Surrogate):
-    KNEE = 0.5
+AFTER = (40, 80, 130)  # trainings
+BAD = 0.03  # below the baseline
 
 
 class Linear(evolve.Surrogate):
     """Next to nothing but a linear part."""
 
     TRENDS = (100.0,)
+
+
+class Plain(evolve.Surrogate):
+    """No linear part."""
+
+    TRENDS = (0.0,)
 
 
 class Unit(evolve.Surrogate):
@@ -82,103 +81,116 @@ class Unit(evolve.Surrogate):
             evolve.bounded = bounded
 
 
+class Scores(evolve.Surrogate):
+    """Of scores as they are."""
+
+    KNEE = 1e6
+
+
+class Half(evolve.Surrogate):
+    """Bad scores are compressed less."""
+
+    KNEE = 0.5
+
+
 KINDS = {
-    "(1 + d^2 / l^2)^(-1/2), knee at the median": Mixed,
-    "exp(-d^2 / l^2)": Plain,
+    "scores as they are": Scores,
+    "knee .5": Half,
+    "unit gradients": Unit,
+    "no linear part": Plain,
     "linear": Linear,
-    "exp(-d^2 / l^2) + linear, knee at the median": Median,
-    "exp(-d^2 / l^2) + linear, unit gradients": Unit,
-    "exp(-d^2 / l^2) + linear (evolve.Surrogate)": evolve.Surrogate,
+    "evolve.Surrogate": evolve.Surrogate,
 }
 
 
+def records(run: Path) -> list[dict]:
+    lines = (json.loads(line) for path in sorted(run.glob("journal-*.jsonl")) for line in path.open())
+    return sorted(lines, key=lambda record: record["elapsed"])
+
+
+def converged(runs: list[list[dict]]) -> dict[str, dict[str, float]]:
+    """What converged trainings of losses have added to those of cross entropy with the same seed: mean by metric."""
+    found, baseline = collections.defaultdict(dict), {}
+    for record in (record for run in runs for record in run if record.get("scores")):
+        if record["retrained"] == "ce":
+            baseline[record["seed"]] = record["scores"]
+        else:
+            found[record["retrained"]["loss"]][record["seed"]] = record["scores"]
+
+    def mean(runs: dict[int, dict], metric: str) -> float:
+        splits = [(run[split], baseline[seed][split]) for seed, run in runs.items() for split in ("val", "test")]
+        return statistics.fmean(one[metric] - other[metric] for one, other in splits)
+
+    found = {text: {s: run for s, run in runs.items() if s in baseline} for text, runs in found.items()}
+    return {text: {m: mean(runs, m) for m in search_seg.METRICS} for text, runs in found.items() if runs}
+
+
 class World:
-    """One run: its task, its records, and the strangers' scores in it."""
+    """One run: its task, its records, and the losses that it has seen."""
 
     def __init__(self, run: Path):
-        self.flags = json.loads((run / "args.json").read_text())["arguments"]
-        argv = ["--metric", self.flags["metric"], "--seed", str(self.flags["seed"]), "--device", "cpu"]
+        flags = json.loads((run / "args.json").read_text())["arguments"]
+        self.metric = flags["metric"]
+        argv = ["--metric", self.metric, "--seed", str(flags["seed"]), "--device", "cpu"]
         self.args = search_seg.parse_arguments(argv)
         self.task = search_seg.SegTask(self.args)
         self.task.load()
         self.task.prepare(run / "base.pt")
-        self.name, self.run = f"{self.flags['metric']}, {self.flags['seed']}", run
-        (self.branch,) = self.task.branches.values()
-        self.records = [json.loads(line) for line in (run / "journal-0.jsonl").read_text().splitlines()]
+        self.records = records(run)
+        self.scores = {r["losses"]["loss"]: r["score"] for r in self.records if "turn" in r}
+        (self.baseline,) = (record["baseline"] for record in self.records if "baseline" in record)
+        self.points: dict[tuple, torch.Tensor] = {}  # of strangers
 
-    def best(self) -> list[str]:
-        scores = {r["losses"]["loss"]: r["score"] for r in self.records if r.get("score") is not None and "turn" in r}
-        return sorted(scores, key=scores.get, reverse=True)[:BEST]
+    def bad(self) -> list[str]:
+        return [text for text, score in self.scores.items() if score is None or score < self.baseline - BAD]
 
-    def unlike(self, losses: list[str]) -> list[str]:
-        """NUMBER of them, at random, of which no two have nearly the same gradient."""
-        random.Random(0).shuffle(losses)
-        chosen, points = [], []
-        for text in dict.fromkeys(losses):
-            point = evolve.Surrogate().point(self.task, {"loss": parse(text)})[0]
-            if point.any() and all(point @ other < 0.985 * (point @ point) for other in points):
-                chosen.append(text)
-                points.append(point)
-        return chosen[:NUMBER]
+    def point(self, guide: evolve.Surrogate, text: str) -> torch.Tensor:
+        key = type(guide).point, text
+        if key not in self.points:
+            self.points[key] = guide.point(self.task, {"loss": parse(text)})
+        return self.points[key]
 
-    def train(self, text: str) -> float | None:
-        try:
-            return self.task.train({"loss": parse(text)})
-        except evolve.InvalidLoss:
-            return None
-
-    def ask(self, guide: evolve.Surrogate, scores: dict[str, float], number: int) -> tuple[float, ...]:
+    def ask(self, guide: evolve.Surrogate, good: dict[str, float], bad: list[str], number: int) -> tuple[float, ...]:
         """What the surrogate makes of the first trainings, and of these strangers after them."""
         state = evolve.make_state(self.args, self.task)
         for record in self.records:
-            if state.evaluated < number:
+            if state.evaluated < number and record.get("seed", 0) < state.table:
                 state.absorb(record)
         guide.fit(state, [])
-        points = torch.stack([guide.point(self.task, {"loss": parse(text)}) for text in scores])
-        far = evolve.squared_distances(points, guide.points)[0].amin(1) > 2 - 2 * 0.99
-        points, texts = points[far], [text for text, keep in zip(scores, far) if keep]
-        truth = torch.tensor([scores[text] for text in texts], dtype=torch.float64)
-        mean, deviation = guide.predict(points, late=0.0)
-        cost = torch.tensor([1 + 0.03 * len(evolve.nodes(parse(text))) for text in texts])
-        order = (evolve.expected_improvement(mean, evolve.UPWARDS * deviation, guide.best) / cost).argsort(
-            descending=True
-        )
-        better, ahead = truth >= truth.median(), truth > state.best().score + 0.002
-        errors = (truth - torch.tensor(guide.scores(mean)))[better] / (deviation * guide.spread)[better]
+        mean, deviation = guide.predict(torch.stack([self.point(guide, text) for text in (*good, *bad)]), late=0.0)
+        promise = evolve.expected_improvement(mean, evolve.UPWARDS * deviation, guide.best)
+        order, worth = promise.argsort(descending=True).tolist(), list(good.values())
+        place = [sum(other < value for other in worth) / len(worth) for value in worth] + [0.0] * len(bad)
         return (
-            spearman(mean.tolist(), truth.tolist()),
-            spearman(mean[better].tolist(), truth[better].tolist()),
-            10 * ahead[order[:10]].double().mean().item(),
-            10 * ahead.double().mean().item(),
-            errors.mean().item(),
-            errors.std().item(),
+            sum(k >= len(good) for k in order[:10]),
+            statistics.fmean(place[k] for k in order[:10]),
+            statistics.fmean(place[k] for k in [k for k in order if k < len(good)][:10]),
+            spearman(mean[: len(good)].tolist(), worth),
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--scores", type=Path, required=True, help="file that keeps what is trained")
     args = parser.parse_args()
     torch.set_num_threads(1)
     worlds = [World(run) for run in args.runs]
-    table = json.loads(args.scores.read_text()) if args.scores.exists() else {}
-    for world in worlds:
-        scores = table.setdefault(world.run.name, {})
-        strangers = [text for other in worlds if other is not world for text in other.best()]
-        for text in scores or world.unlike(strangers):
-            if text not in scores:
-                scores[text] = world.train(text)
-        args.scores.write_text(json.dumps(table))
-        print(f"{world.name}: {len(scores)} strangers", flush=True)
-    print(f"{'':<46}{'rank: all':>10}{'better':>8}{'ten':>6}{'chance':>8}{'sure':>12}")
+    again = converged([world.records for world in worlds])
+    print(f"{'':<22}{'after':>6}{'bad':>7}{'ten':>7}{'good':>7}{'rank':>7}")
     for kind, make in KINDS.items():
-        rows = []
-        for world in worlds:
-            scores = {text: score for text, score in table[world.run.name].items() if score is not None}
-            rows += [world.ask(make(), scores, number) for number in AFTER]
-        rank, better, ten, chance, mean, spread = (statistics.fmean(column) for column in zip(*rows))
-        print(f"{kind:<46}{rank:>10.2f}{better:>8.2f}{ten:>6.1f}{chance:>8.1f}{mean:>+6.1f}{spread:>6.1f}", flush=True)
+        for number in AFTER:
+            rows = []
+            for world in worlds:
+                good = {text: worth[world.metric] for text, worth in again.items() if text not in world.scores}
+                bad = [t for w in worlds if w is not world and w.metric == world.metric for t in w.bad()]
+                bad = [text for text in dict.fromkeys(bad) if text not in world.scores and text not in good]
+                if bad and len(world.scores) >= number:
+                    bad = random.Random(0).sample(bad, min(len(bad), len(good)))
+                    rows.append(world.ask(make(), good, bad, number))
+            if rows:
+                numbers = "".join(f"{statistics.fmean(column):>7.2f}" for column in zip(*rows))
+                print(f"{kind:<22}{number:>6}{numbers}", flush=True)
+    print(f"{len(worlds)} searches, {len(again)} losses trained to convergence")
 
 
 if __name__ == "__main__":

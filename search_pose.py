@@ -566,9 +566,7 @@ def mirror(names: tuple[str, ...]) -> list[int]:
     """
     names = tuple(name.strip() for name in names)
     bare = tuple(re.sub(r"^\d+[\W_]*", "", name) for name in names)
-    if len({*bare}) == len(names) and all(
-        map(len, bare)
-    ):  # numbers alone tell no joints apart: 1_left_eye, 2_right_eye
+    if all(bare) and len({*bare}) == len(names):  # 1_left_eye and 2_right_eye; numbers alone tell no joints apart
         names = bare
     known = {re.sub(r"[\W_]", "", name.lower()): k for k, name in enumerate(names)}
 

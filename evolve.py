@@ -699,7 +699,7 @@ class Surrogate:
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
     LENGTHS, NOISES = (0.1, 0.2, 0.4, 0.7, 1.2), (0.001, 0.005, 0.02, 0.1)
     TRENDS, DRIFTS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.5)
-    KNEE = 0.1  # scale on which what is worse than the baseline is `compressed`: this much of the best one's lead
+    KNEE = 0.3  # scale on which bad scores are `compressed`: this much of the best one's lead
     RIDGE, OUTLYING = 10.0, 3.0  # of the regression in `corrected`; chosen by tests/bench_proxy.py
 
     def __init__(self):
@@ -748,9 +748,9 @@ class Surrogate:
         again = {k: score - anchor + state.baseline for k, score in enumerate(again) if score is not None}
         proxy = self.corrected(state, proxy, again)
         values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
-        knee = values.median().item() if state.baseline is None else state.baseline
+        knee = min(values.median().item(), math.inf if state.baseline is None else state.baseline)
         values = compressed(values, knee, max(self.KNEE * (values.max().item() - knee), 1e-3))
-        self.centre = values.mean().item() if state.baseline is None else state.baseline
+        self.centre = values.mean().item() if state.baseline is None else values[len(self.rows)].item()
         self.spread = max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
         self.index = torch.tensor([*range(len(losses)), *again])  # row of each value
@@ -961,8 +961,9 @@ def briefly(state: "State", child: Child) -> Child:
 def compressed(scores: Tensor, knee: float, scale: float) -> Tensor:
     """Scores, those below the knee on a logarithmic scale: how bad a bad loss is says little of the good ones [D].
 
-    Good losses differ from the baseline, most of what differs from it is bad, and a smooth function of the gradient
-    would learn from that to stay near the baseline (measured in tests/bench_surrogate.py).
+    Bad is what is worse than the baseline and among the worse half. Good losses differ from the baseline, most of what
+    differs from it is bad, and a smooth function of the gradient would learn from that to stay near the baseline
+    (measured in tests/bench_surrogate.py).
     """
     below = (knee - scores).clamp(min=0)
     return torch.where(below > 0, knee - scale * (below / scale).log1p(), scores)

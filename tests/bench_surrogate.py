@@ -87,15 +87,22 @@ class Scores(evolve.Surrogate):
     KNEE = 1e6
 
 
-class Half(evolve.Surrogate):
+class Less(evolve.Surrogate):
     """Bad scores are compressed less."""
 
-    KNEE = 0.5
+    KNEE = 1.0
+
+
+class More(evolve.Surrogate):
+    """And more."""
+
+    KNEE = 0.1
 
 
 KINDS = {
     "scores as they are": Scores,
-    "knee .5": Half,
+    "knee 1": Less,
+    "knee .1": More,
     "unit gradients": Unit,
     "no linear part": Plain,
     "linear": Linear,

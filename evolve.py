@@ -775,6 +775,9 @@ class Surrogate:
         table = (table / table.abs().quantile(0.5, 0).clamp(min=1e-6)).clamp(-self.OUTLYING, self.OUTLYING)
         seen = [k for k, score in again.items() if score > -math.inf]
         missed = torch.tensor([again[k] for k in seen], dtype=torch.float64) - scores[seen]
+        if seen:  # a few that were lost altogether shall not decide
+            most = self.OUTLYING * missed.abs().quantile(0.5)
+            missed = missed.clamp(-most, most)
         square = table[seen].mT @ table[seen] + self.RIDGE * torch.eye(len(own), dtype=torch.float64)
         return (scores + table @ torch.linalg.solve(square, table[seen].mT @ missed)).tolist()
 

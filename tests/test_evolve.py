@@ -663,6 +663,7 @@ def test_proxy_scores_are_corrected_by_what_was_measured_besides():
     plain, truth = learned(), [lasts[text] for text in rest]
     for text in taught:
         again(state, text, lasts[text] - 0.1)
+    again(state, taught.pop(), -100.0)  # one that was lost altogether decides nothing
     again(state, list(known)[15], None)
     assert spearman(plain, truth) < 0.6 and spearman(learned(), truth) > 0.95
     state.baseline_metrics = {}  # a journal of an earlier version

@@ -700,7 +700,7 @@ class Surrogate:
     LENGTHS, NOISES = (0.1, 0.2, 0.4, 0.7, 1.2), (0.001, 0.005, 0.02, 0.1)
     TRENDS, DRIFTS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.5)
     KNEE = 0.3  # scale on which bad scores are `compressed`: this much of the best one's lead
-    RIDGE, OUTLYING = 10.0, 3.0  # of the regression in `corrected`; chosen by tests/bench_proxy.py
+    RIDGE, OUTLYING = 10.0, 3.0  # of the regression in `corrected`; see tests/bench_correction.py
 
     def __init__(self):
         self.known: dict[str, Tensor] = {}  # points of what was trained, by text

@@ -7,7 +7,18 @@ measured. Of the losses with the better 60 % of proxy scores, as a search meets 
 `Surrogate.corrected` what their converged trainings have added to cross entropy's. Shown: Spearman's correlation, over
 the others, of proxy scores and of corrected ones with the converged score; the mean over 200 draws.
 
-Measured on @@@
+Measured on six searches (BIoU, seed 0, twice; BF1, seeds 1 and 2; FWIoU and mIoU, seed 0), 98 losses:
+
+               proxy   after 6  after 12  after 20
+    miou        0.33      0.40      0.45      0.47
+    fwiou       0.61      0.56      0.58      0.58
+    macc        0.27      0.13      0.11      0.17
+    gacc        0.65      0.58      0.61      0.60
+    biou        0.39      0.42      0.48      0.52
+    bf1         0.36      0.54      0.59      0.63
+
+Without the bound on what a converged training was found to miss, a few that were lost altogether decide, and all of it
+is worse than nothing (mIoU 0.31, 0.20, 0.10).
 
 """
 

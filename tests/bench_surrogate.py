@@ -18,21 +18,27 @@ mIoU twice; the mean over those that went so far), 208 losses trained to converg
     scores as they are        40   1.83   0.47   0.55   0.06
     scores as they are        80   1.58   0.44   0.54   0.02
     scores as they are       130   1.36   0.52   0.61   0.07
-    knee .5                   40   1.17   0.50   0.57   0.15
-    knee .5                   80   1.50   0.52   0.60   0.11
-    knee .5                  130   1.18   0.56   0.64   0.14
-    unit gradients            40   1.83   0.47   0.58   0.13
-    unit gradients            80   1.83   0.46   0.56   0.13
-    unit gradients           130   0.73   0.44   0.48   0.09
-    no linear part            40   1.42   0.54   0.64   0.21
-    no linear part            80   2.75   0.43   0.63   0.22
-    no linear part           130   4.73   0.35   0.68   0.22
-    linear                    40   3.58   0.36   0.62   0.18
-    linear                    80   4.00   0.36   0.58   0.19
-    linear                   130   3.82   0.37   0.60   0.15
-    evolve.Surrogate          40   1.83   0.46   0.58   0.15
-    evolve.Surrogate          80   1.83   0.47   0.58   0.14
-    evolve.Surrogate         130   3.00   0.45   0.62   0.16
+    knee 1                    40   1.58   0.49   0.57   0.12
+    knee 1                    80   1.17   0.54   0.61   0.11
+    knee 1                   130   1.09   0.61   0.68   0.15
+    knee .1                   40   1.42   0.49   0.57   0.15
+    knee .1                   80   1.67   0.44   0.55   0.16
+    knee .1                  130   2.64   0.46   0.62   0.16
+    unit gradients            40   1.08   0.46   0.51   0.06
+    unit gradients            80   1.58   0.43   0.52   0.08
+    unit gradients           130   0.45   0.51   0.55   0.08
+    no linear part            40   1.75   0.49   0.59   0.12
+    no linear part            80   3.42   0.40   0.65   0.18
+    no linear part           130   3.73   0.38   0.65   0.21
+    linear                    40   2.83   0.40   0.57   0.17
+    linear                    80   3.58   0.40   0.63   0.19
+    linear                   130   2.82   0.43   0.62   0.14
+    evolve.Surrogate          40   1.75   0.47   0.57   0.15
+    evolve.Surrogate          80   1.50   0.53   0.62   0.14
+    evolve.Surrogate         130   1.45   0.52   0.60   0.15
+
+With the scores as they are it ranks the good ones hardly better than chance; what separates 0.1, 0.3 and 1 (`KNEE`) is
+within the noise of a dozen searches.
 
 """
 
@@ -88,13 +94,13 @@ class Scores(evolve.Surrogate):
 
 
 class Less(evolve.Surrogate):
-    """Bad scores are compressed less."""
+    """Bad scores are compressed less ..."""
 
     KNEE = 1.0
 
 
 class More(evolve.Surrogate):
-    """And more."""
+    """... and more."""
 
     KNEE = 0.1
 

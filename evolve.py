@@ -69,7 +69,7 @@ GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core 
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
-UPWARDS = 0.5  # [D] of the surrogate's deviation to hope for: of 776 trainings 2 % were a whole one above its mean
+UPWARDS = 0.5  # [D] of the surrogate's deviation to hope for: of 776 trainings 2 % were one above (measured early)
 LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] parents, and finalists, have gradients of less than this mean cosine
@@ -766,20 +766,17 @@ class Surrogate:
         function of all metrics: their differences from the baseline's, in units of the median one. It tells a loss
         that has bought its score too dearly from one that has not.
         """
-        own = state.baseline_metrics
-        if not own:
+        own, seen = state.baseline_metrics, [k for k, score in again.items() if score > -math.inf]
+        if not own or not seen:
             return proxy
-        measured = [*(row.metrics for row in self.rows), own]
-        table = [[metrics.get(name, base) - base for name, base in own.items()] for metrics in measured]
+        kept = [*(row.metrics for row in self.rows), own]
+        table = [[metrics.get(name, base) - base for name, base in own.items()] for metrics in kept]
         table, scores = torch.tensor(table, dtype=torch.float64), torch.tensor(proxy, dtype=torch.float64)
         table = (table / table.abs().quantile(0.5, 0).clamp(min=1e-6)).clamp(-self.OUTLYING, self.OUTLYING)
-        seen = [k for k, score in again.items() if score > -math.inf]
         missed = torch.tensor([again[k] for k in seen], dtype=torch.float64) - scores[seen]
-        if seen:  # a few that were lost altogether shall not decide
-            most = self.OUTLYING * missed.abs().quantile(0.5)
-            missed = missed.clamp(-most, most)
+        most = self.OUTLYING * missed.abs().quantile(0.5)  # a few that were lost altogether shall not decide
         square = table[seen].mT @ table[seen] + self.RIDGE * torch.eye(len(own), dtype=torch.float64)
-        return (scores + table @ torch.linalg.solve(square, table[seen].mT @ missed)).tolist()
+        return (scores + table @ torch.linalg.solve(square, table[seen].mT @ missed.clamp(-most, most))).tolist()
 
     def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
         """The best candidates, by identity, of which no two are near relatives in these branches.

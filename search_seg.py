@@ -786,7 +786,7 @@ class Pictures:
         self.fill, self.dtype, self.group = fill, dtype, group
         self.kept: tuple[Tensor, list[int], Tensor] | None = None  # elements of all, where each begins, which are there
         self.coming: dict[int, tuple[Future, int]] = {}
-        self.broken: set[str] = set()  # what has been said of pictures for which blank ones stand
+        self.broken: set[str] = set()  # what is wrong with pictures for which blank ones stand
         self.strict = False
 
     def __len__(self) -> int:
@@ -842,10 +842,11 @@ class Pictures:
         except DataError as error:
             if len(numbers) > 1:
                 return [picture for k in numbers for picture in self.attempt([k])]
-            new, self.broken = str(error) not in self.broken, self.broken | {str(error)}
+            known = str(error) in self.broken
+            self.broken.add(str(error))
             if self.strict or len(self.broken) > max(1, self.number // 1000):
                 raise
-            if new:
+            if not known:  # each worker says it: the others may never have read this one
                 warn(f"{error}; a blank picture stands for it")
             shape = self.shapes(numbers[0]) if callable(self.shapes) else self.shapes[numbers[0]]
             return [torch.full(shape, self.fill, dtype=self.dtype)]

@@ -652,6 +652,9 @@ def test_proxy_scores_are_corrected_by_what_was_measured_besides():
     state = begin(task, baseline=0.5, baseline_metrics={"toy": 0.5, "other": 0.7})
     for text in known:
         scored(state, {text: known[text]}, metrics={"toy": known[text], "other": others[text]})
+    odd = "Mul(y, Neg(p))"  # in a metric that has no bounds
+    scored(state, {odd: 0.5}, metrics={"toy": 0.5, "other": 1e3})
+    again(state, odd, 0.4)
     guide, taught, rest = state.surrogate, list(known)[:15], list(known)[16:]
 
     def learned():
@@ -670,7 +673,28 @@ def test_proxy_scores_are_corrected_by_what_was_measured_besides():
     assert spearman(learned(), plain) > 0.999
 
 
-def test_what_a_proxy_training_measures_is_in_its_record():
+def test_bad_is_what_is_worse_than_the_baseline_and_among_the_worse_half():
+    task, known, _ = spread(60)
+    scores = {text: 0.01 * k for k, text in enumerate(known)}  # 0 .. 0.39
+
+    def steps(baseline):
+        """How far apart the surrogate sees neighbours, the lower half of them and the upper one."""
+        state = begin(task, baseline=baseline)
+        scored(state, scores)
+        state.surrogate.learn(state)
+        assert state.surrogate.values[-1] == 0, "the baseline is where it counts from"
+        apart = state.surrogate.values[:-1].sort().values.diff()
+        return apart[: len(apart) // 2 - 1], apart[len(apart) // 2 + 1 :]
+
+    for baseline in (0.25, 0.9):
+        lower, upper = steps(baseline)
+        assert (lower.diff() > 0).all(), "ever closer, the worse they are"
+    assert upper.max() == pytest.approx(upper.min()), "all are worse: the better half is seen as it is"
+    lower, upper = steps(0.05)
+    assert lower[6:].min() == pytest.approx(upper.max()), "what is better than the baseline likewise"
+
+
+def test_what_a_proxy_training_measures_is_in_its_record(tmp_path):
     task = ToyTask()
     task.train = lambda losses: task.measured.update(toy=0.5, other=1 / 3, strange=math.nan) or 0.5
     record = evolve.proxy_training(task, nobody, tried_child(begin(task), make_child(begin(task), "Neg(Mul(y, p))")))
@@ -682,6 +706,14 @@ def test_what_a_proxy_training_measures_is_in_its_record():
     task.train = train
     record = evolve.proxy_training(task, nobody, tried_child(begin(task), make_child(begin(task), "Neg(Mul(y, p))")))
     assert record["metrics"] == {}, "nor what the training before has measured"
+
+    class Two(ToyTask):
+        def train(self, losses):
+            self.measured = {"toy": super().train(losses), "other": 0.25}
+            return self.measured["toy"]
+
+    proxies = [line for line in records(run(tmp_path, "--evals", "2", task=Two())) if "metrics" in line]
+    assert len(proxies) == 3 and all(line["metrics"]["other"] == 0.25 for line in proxies), "the baseline's, too"
 
 
 def test_what_is_in_training_moves_no_other_expectation():

@@ -1032,7 +1032,7 @@ def test_one_loss_instead_of_a_search(root, finished, tmp_path, capsys, monkeypa
 
 
 def test_several_processes_share_one_training(root, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29616"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     flags = command(root, tmp_path, "--metric", "segm", "--loss", "rpn_reg=giou", "--seeds", "1")[1:]
     done = subprocess.run([*launcher, *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

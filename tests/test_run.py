@@ -233,7 +233,7 @@ def test_who_resumes_a_running_search_joins_it(root, tmp_path):
 
 def test_torchrun_enters_the_same_way(root, tmp_path):
     flags = ["--data-root", str(root), "--runs", str(tmp_path / "runs"), *SMALL, "--evals", "8", "--seeds", "1"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [*launcher, "search_seg.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
@@ -367,7 +367,7 @@ def test_one_training_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch, 
 
 
 def test_several_processes_share_one_training(root, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29614"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--loss", "dice", "--seeds", "1"]
     done = subprocess.run(
         [*launcher, "search_seg.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
@@ -404,7 +404,7 @@ dist.destroy_process_group()
 
 def test_processes_keep_the_same_weights_and_stop_together(tmp_path):
     (tmp_path / "shared.py").write_text(SHARED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29615"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60, "env": environment}
     done = subprocess.run([*launcher, "shared.py"], **options)

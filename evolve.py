@@ -584,7 +584,7 @@ def equivalence_key(slope: Tensor, scale_free: bool) -> str:
     loss, neither does the key: norms are relative to that over all samples [D]. All states of the base network count.
     """
     norm = slope.norm(dim=-1)  # (S, B)
-    side = (slope @ directions(slope.shape[-1])[:, 0].to(slope)) / norm.clamp(min=1e-300)
+    side = (slope @ directions(slope.shape[-1], slope.device)[:, 0].to(slope)) / norm.clamp(min=1e-300)
     norm = norm / norm.norm() if scale_free else norm
     digits = " ".join(f"{n:.1e}:{s:+.1e}" for n, s in zip(norm.flatten().tolist(), side.flatten().tolist()))
     return hashlib.blake2b(digits.encode(), digest_size=8).hexdigest()
@@ -595,9 +595,9 @@ SCALE = 0.25  # [D] distance of two gradients of the same direction, one of whic
 
 
 @functools.lru_cache(maxsize=8)
-def directions(size: int) -> Tensor:
-    """Fixed random directions (size, SKETCH)."""
-    return torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(0))
+def directions(size: int, device: torch.device) -> Tensor:
+    """Fixed random directions (size, SKETCH), the same on all devices."""
+    return torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def sketch(branch: Branch, slope: Tensor) -> Tensor:
@@ -607,7 +607,7 @@ def sketch(branch: Branch, slope: Tensor) -> Tensor:
     the S * B gradients of that of the bounded unit gradients, 2 - 2 cosine, to a few percent. Where the scale of a loss
     counts, as among several that are added, one more number tells it.
     """
-    projected = bounded(branch, slope).float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
+    projected = bounded(branch, slope).float() @ directions(slope.shape[-1], slope.device) / SKETCH**0.5
     projected = (projected / math.prod(slope.shape[:2]) ** 0.5).flatten().cpu()
     scale = SCALE * slope.norm(dim=-1).mean().log10().clamp(-4, 2).float().cpu()
     return projected if branch.scale_free else torch.cat([projected, scale[None]])
@@ -2389,8 +2389,10 @@ def settle_device_and_workers(args) -> None:
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device}: not available here; choose cpu" + " or cuda" * torch.cuda.is_available())
     cuda = device.type == "cuda"
-    if cuda and device.index is None:  # "cuda" means the current device from here on, another one in each worker
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if cuda:  # "cuda" alone means another device in each worker
+        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if device.index is None else device.index
+        torch.cuda.set_device(own)
+        torch.set_float32_matmul_precision("highest")  # coordinates of pictures, boxes and joints need all their bits
     if not args.workers:  # a further worker pays once there is an initial population for each
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         most = torch.cuda.device_count() if cuda else cores

@@ -790,7 +790,7 @@ class Pictures:
         elements, start, there = self.kept
         found = [elements[start[k] : start[k + 1]].view(self.shapes[k]) for k in numbers]
         missing = [(k, place) for k, place in zip(numbers, found) if not there[k]]
-        for (k, place), picture in zip(missing, self.attempt([k for k, _ in missing])):
+        for (k, place), picture in zip(missing, self.attempt([k for k, _ in missing]) if missing else ()):
             place.copy_(picture)
             there[k] = 1  # two processes may both have written it: the same bytes
         return found

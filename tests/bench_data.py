@@ -1,6 +1,6 @@
 """Data sets of full count: how soon the first batch comes, what a worker's memory holds, and how fast batches come.
 
-    python tests/bench_data.py                  # all; --only coco, voc or cityscapes
+    python tests/bench_data.py                  # all; --only coco, voc or cityscapes; --device cuda
 
 Look-alikes of COCO (118,287 and 5,000 pictures of 640 x 480, 860,000 objects, 150,000 persons), VOC with SBD (10,582
 and 1,449 of 500 x 375) and Cityscapes (2,975 and 500 of 2048 x 1024) are drawn into a temporary folder: a few hundred
@@ -197,21 +197,21 @@ def load(script, args):
     if script is search_seg:
         plan = search_seg.PROXY[args.data]
         split = search_seg.read_data(args)["train"]
-        return search_seg.Batches(split, plan, 0, "cpu"), split, plan, ()
+        return search_seg.Batches(split, plan, 0, args.device), split, plan, ()
     if script is search_pose:
         data, skeleton = search_pose.read_data(args)
         plan, size = search_pose.PROXY[args.model], (args.crop, round(args.crop * args.aspect))
-        batches = search_pose.Batches(data["train"], skeleton.swap, plan, size, 0, "cpu")
+        batches = search_pose.Batches(data["train"], skeleton.swap, plan, size, 0, args.device)
         return batches, data["train"], plan, (skeleton.swap, size)
     task = object.__new__(search_det.DetTask)
-    task.args, task.device, task.masks = args, "cpu", args.metric == "segm"
+    task.args, task.device, task.masks = args, args.device, args.metric == "segm"
     task.proxy, task.retraining = search_det.PROXY[args.data], search_det.RETRAIN[args.data]
     task.data = task.read_data()
     return task.batches(task.proxy, 0), task.data["train"], task.proxy, (task.masks,)
 
 
-def step_seconds(script, args, split, plan, batch) -> float:
-    """Of one training step of the data set's own network."""
+def network(script, args, split, plan):
+    """The data set's own network and its baseline's loss."""
     torch.manual_seed(0)
     if script is search_seg:
         net, loss = search_seg.build_model(plan.model, search_seg.CLASSES[args.data]), search_seg.LOSSES["ce"]
@@ -221,29 +221,59 @@ def step_seconds(script, args, split, plan, batch) -> float:
         masks = args.metric == "segm"
         net = search_det.build_model(plan.model, 1 + len(split.truth.categories), masks)
         loss = {branch: next(iter(known.values())) for branch, (_, known) in search_det.BRANCHES.items()}
+    return net.to(args.device, memory_format=torch.channels_last), loss
+
+
+def finish(args) -> None:
+    """Wait for what a GPU still has to do."""
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def steps_seconds(script, args, net, loss, batches, plan, number: int) -> float:
+    """Of one of so many training steps."""
+    finish(args)
     start = time.perf_counter()
-    script.train_network(net, loss, [batch], plan._replace(steps=1), stop_invalid=False)
-    return time.perf_counter() - start
+    script.train_network(net, loss, batches, plan._replace(steps=number), stop_invalid=False)
+    finish(args)
+    return (time.perf_counter() - start) / number
 
 
-def measure(name: str, root: Path) -> None:
+def share_waited(step: float, batches) -> float:
+    """Of a step on a CPU: a pause stands for the network, whose own arithmetic would hold this core."""
+    stream, waited = iter(batches), []
+    next(stream)
+    for _ in range(3):
+        time.sleep(min(step, 5))
+        before = time.perf_counter()
+        next(stream)
+        waited.append(time.perf_counter() - before)
+    stream.close()
+    return sorted(waited)[1] / (sorted(waited)[1] + step)
+
+
+def measure(name: str, root: Path, device: str) -> None:
     script, flags = CASES[name]
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     begin = time.perf_counter()
-    args = script.parse_arguments([*flags.split(), "--data-root", str(root), "--device", "cpu", "--workers", "1"])
+    flags = [*flags.split(), "--data-root", str(root), "--workers", "1", "--device"]
+    args = script.parse_arguments([*flags, device])
     batches, split, plan, more = load(script, args)
     stream = iter(batches)
     batch = next(stream)
+    finish(args)
     start = time.perf_counter() - begin
 
     def rate(source, least: float = 12.0) -> float:
         """Images a second, after two batches to fill what reads ahead."""
         next(source), next(source)
+        finish(args)
         begin, number = time.perf_counter(), 0
         while time.perf_counter() - begin < least:
             next(source)
             number += plan.batch
+        finish(args)
         return number / (time.perf_counter() - begin)
 
     if name.endswith("kept"):  # after the first epoch
@@ -256,24 +286,23 @@ def measure(name: str, root: Path) -> None:
     own = sum(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     stream.close()
-    step = step_seconds(script, args, split, plan, batch)
-    stream = iter(batches)
-    next(stream)
-    waited = []
-    for _ in range(3):
-        time.sleep(min(step, 5))  # as long as the network takes; its own arithmetic would hold this core
-        before = time.perf_counter()
-        next(stream)
-        waited.append(time.perf_counter() - before)
-    wait = sorted(waited)[1] / (sorted(waited)[1] + step)
-    stream.close()
+    net, loss = network(script, args, split, plan)
+    if device == "cpu":
+        step = steps_seconds(script, args, net, loss, [batch], plan, 1)
+        wait = share_waited(step, batches)
+    else:
+        steps_seconds(script, args, net, loss, [batch] * 5, plan, 5)  # chooses its kernels
+        step = steps_seconds(script, args, net, loss, [batch] * 20, plan, 20)
+        wait = max(0.0, 1 - step / steps_seconds(script, args, net, loss, batches, plan, 20))
+    if device != "cpu":  # whose memory no forked process can use
+        _, split, plan, more = load(script, script.parse_arguments([*flags, "cpu"]))
     script.threads.cache_clear()  # a forked process needs its own
     dataset = PictureByPicture(script, split, plan, more)
     loader = torch.utils.data.DataLoader(dataset, plan.batch, num_workers=2, collate_fn=collate)
     other = rate(iter(loader))
     print(
         f"{name:<16}{len(split.images):>9,}{start:>8.1f}{own:>7.2f}{peak:>7.2f}{mine:>10.0f}{other:>12.0f}"
-        f"{mine / other:>7.1f}{step:>8.1f}{wait:>7.1%}",
+        f"{mine / other:>7.1f}{step:>8.{1 if device == 'cpu' else 3}f}{wait:>7.1%}",
         flush=True,
     )
 
@@ -281,11 +310,12 @@ def measure(name: str, root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["coco", "voc", "cityscapes"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--measure", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help="where the look-alikes are left, and found by a later run")
     args = parser.parse_args()
     if args.measure:
-        return measure(args.measure, args.root)
+        return measure(args.measure, args.root, args.device)
     with tempfile.TemporaryDirectory() as temporary:
         root = args.root or Path(temporary)
         print(f"{'':<16}{'pictures':>9}{'start':>8}{'own':>7}{'peak':>7}{'images/s':>10}{'DataLoader':>12}", end="")
@@ -300,8 +330,9 @@ def main() -> None:
                 for name in CASES:
                     if name.startswith(kind):
                         command = [sys.executable, __file__, "--measure", name, "--root", str(root / kind)]
+                        command += ["--device", args.device]
                         subprocess.run(command, check=True)
-    print(f"\ntorch {torch.__version__}, CPU")
+    print(f"\ntorch {torch.__version__}, {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ NODES = 30  # [D] of a mutated tree, at most: longer ones cost more and say no m
 ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where another limit was measured
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
-GPU_BATCH = 64  # [D] children that are judged together on a GPU; on a CPU core one by one is as fast
+GPU_WORKERS = 8  # [D] that share a GPU by default (tests/bench_gpu.py)
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
@@ -121,10 +121,10 @@ def next_child(state: "State", rng: Random, guide: "Surrogate | None", deadline:
             pool = breed(state, rng, guide, fresh, tried)
         else:
             parent = parent if parent or fresh else select_parent(state, rng, state.task.branches)
-            children = [propose(state, rng, parent, tried) for _ in range(state.batch)]
-            pool = judge(state, [child for child in children if child], CHEAP, tried)
-        for k in range(0, len(pool), state.batch):
-            for child in judge(state, pool[k : k + state.batch], DEAR, tried):
+            child = propose(state, rng, parent, tried)
+            pool = judge(state, [child] if child else [], CHEAP, tried)
+        for k, child in enumerate(pool):
+            if judge(state, [child], DEAR, tried):
                 tried.counts["surrogate"] += len(pool) - k - 1 if guide else 0
                 return tried.close(state, briefly(state, child) if guide else child)
     return None
@@ -192,6 +192,8 @@ class DataError(Exception):
 @dataclass
 class Branch:
     """One searched loss: its symbols, and samples on which a tree can show what it optimises.
+
+    All tensors are on the CPU: for so few numbers one core is faster than a GPU (tests/bench_gpu.py).
 
     prediction: (S, B, N, C, H, W), raw outputs for B samples of the base network at S states of its training; the
     first state, an untrained network, is where the rejection protocol starts. target: (B, N, ...) in whatever form the
@@ -584,7 +586,7 @@ def equivalence_key(slope: Tensor, scale_free: bool) -> str:
     loss, neither does the key: norms are relative to that over all samples [D]. All states of the base network count.
     """
     norm = slope.norm(dim=-1)  # (S, B)
-    side = (slope @ directions(slope.shape[-1], slope.device)[:, 0].to(slope)) / norm.clamp(min=1e-300)
+    side = (slope @ directions(slope.shape[-1])[:, 0].to(slope)) / norm.clamp(min=1e-300)
     norm = norm / norm.norm() if scale_free else norm
     digits = " ".join(f"{n:.1e}:{s:+.1e}" for n, s in zip(norm.flatten().tolist(), side.flatten().tolist()))
     return hashlib.blake2b(digits.encode(), digest_size=8).hexdigest()
@@ -595,21 +597,21 @@ SCALE = 0.25  # [D] distance of two gradients of the same direction, one of whic
 
 
 @functools.lru_cache(maxsize=8)
-def directions(size: int, device: torch.device) -> Tensor:
-    """Fixed random directions (size, SKETCH), the same on all devices."""
-    return torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(0)).to(device)
+def directions(size: int) -> Tensor:
+    """Fixed random directions (size, SKETCH)."""
+    return torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(0))
 
 
 def sketch(branch: Branch, slope: Tensor) -> Tensor:
-    """Directions of the gradients (S, B, D) in few numbers, (S * B * SKETCH [+ 1],) float32 on the CPU.
+    """Directions of the gradients (S, B, D) in few numbers, (S * B * SKETCH [+ 1],) float32.
 
     Random projections keep distances (Johnson & Lindenstrauss): the squared distance of two sketches is the mean over
     the S * B gradients of that of the bounded unit gradients, 2 - 2 cosine, to a few percent. Where the scale of a loss
     counts, as among several that are added, one more number tells it.
     """
-    projected = bounded(branch, slope).float() @ directions(slope.shape[-1], slope.device) / SKETCH**0.5
-    projected = (projected / math.prod(slope.shape[:2]) ** 0.5).flatten().cpu()
-    scale = SCALE * slope.norm(dim=-1).mean().log10().clamp(-4, 2).float().cpu()
+    projected = bounded(branch, slope).float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
+    projected = (projected / math.prod(slope.shape[:2]) ** 0.5).flatten()
+    scale = SCALE * slope.norm(dim=-1).mean().log10().clamp(-4, 2).float()
     return projected if branch.scale_free else torch.cat([projected, scale[None]])
 
 
@@ -895,23 +897,21 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
     pool: dict[tuple, Child] = {}
     elite: list[Child] = []
     ranked = 0  # size of the pool when the elite was chosen
-    for _ in range(0, ATTEMPTS, state.batch):
+    for _ in range(ATTEMPTS):
         if len(pool) >= ranked + POOL // 5:
             elite, ranked = guide.rank(task, list(pool.values()))[: POOL // 10], len(pool)
         if len(pool) >= POOL or time.time() >= tried.deadline:
             break
-        children, elders = [], {}
-        for _ in range(state.batch):
-            elder = rng.choice(elite) if elite and rng.random() < ELITE else None
-            parent = elder or (None if fresh else select_parent(state, rng, task.branches))
-            children.append(propose(state, rng, parent, tried))
-            elders[id(children[-1])] = elder
-        for child in judge(state, children, CHEAP, tried):
-            if elder := elders[id(child)]:  # in the journal its parent is the last one that was trained
-                new = {tree.branch for tree in child.trees}
-                child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch not in new)]
-                child.parent, child.identity = elder.parent, state.identity(child)
-            pool[child.identity] = child
+        elder = rng.choice(elite) if elite and rng.random() < ELITE else None
+        parent = elder or (None if fresh else select_parent(state, rng, task.branches))
+        child = propose(state, rng, parent, tried)
+        if not judge(state, [child], CHEAP, tried):
+            continue
+        if elder:  # in the journal its parent is the last one that was trained
+            new = {tree.branch for tree in child.trees}
+            child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch not in new)]
+            child.parent, child.identity = elder.parent, state.identity(child)
+        pool[child.identity] = child
     return guide.rank(task, list(pool.values()))
 
 
@@ -1041,7 +1041,6 @@ class State:
     gates: frozenset[str] = frozenset(GATES)
     surrogate: Surrogate | None = None
     sampler: Sampler | None = None  # proposes in place of evolution
-    batch: int = 1  # children that are judged together
     population: deque[Member] = field(default_factory=lambda: deque(maxlen=POPULATION))
     counts: Counter = field(default_factory=Counter)  # by gate, and of invalid trainings
     verdicts: dict[tuple[str, str], Verdict] = field(default_factory=Recent)  # by branch and text
@@ -2120,8 +2119,7 @@ def make_state(args, task: Task) -> State:
     gates = frozenset(method.gates) - set(args.without)
     sampler = task.samplers[args.search]() if args.search in task.samplers else None
     surrogate = Surrogate() if "surrogate" in gates else None
-    batch = GPU_BATCH if args.device.startswith("cuda") else 1
-    return State(task, method, args.metric, gates, surrogate, sampler, batch, table=args.seed + TABLE_SEEDS)
+    return State(task, method, args.metric, gates, surrogate, sampler, table=args.seed + TABLE_SEEDS)
 
 
 def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda: None) -> None:
@@ -2293,7 +2291,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag("--without", "GATES", about, gate_list, [])
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
     flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), minutes)
-    about = "processes that search; by default one per core, on CUDA one per GPU"
+    about = f"processes that search; by default one per core, on CUDA at most {GPU_WORKERS} per GPU"
     flag("--workers", "N", about, at_least(0, most=1024), 0)
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
@@ -2392,10 +2390,9 @@ def settle_device_and_workers(args) -> None:
     if cuda:  # "cuda" alone means another device in each worker
         own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if device.index is None else device.index
         torch.cuda.set_device(own)
-        torch.set_float32_matmul_precision("highest")  # coordinates of pictures, boxes and joints need all their bits
     if not args.workers:  # a further worker pays once there is an initial population for each
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        most = torch.cuda.device_count() if cuda else cores
+        most = min(cores, GPU_WORKERS * torch.cuda.device_count()) if cuda else cores
         args.workers = max(1, min(most, args.evals // INITIAL))
 
 

@@ -2188,8 +2188,8 @@ class DetTask(evolve.Task):
 
         def alike(tensors) -> Tensor:
             """(B, N, ...): N rows of each tensor at even distances, some of them repeatedly where there are fewer."""
-            rows = torch.arange(GATE_SIZE[kind], device=self.device)
-            return torch.stack([tensor[rows * len(tensor) // GATE_SIZE[kind]] for tensor in tensors]).float()
+            rows = torch.arange(GATE_SIZE[kind])
+            return torch.stack([tensor.cpu()[rows * len(tensor) // GATE_SIZE[kind]] for tensor in tensors]).float()
 
         if kind == "reg":
             boxes = [farther_half(boxes) for (boxes,) in seen]

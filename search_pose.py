@@ -1841,13 +1841,14 @@ class PoseTask(evolve.Task):
         corner = [(n - m) // 2 for n, m in zip(train.images.shape[-2:], self.size)]
         joints = train.joints[index] - torch.tensor(corner).flip(0).to(self.device)
         target = batch_heatmaps(joints * (size[0] / self.size[0]), size, 1.0) * train.labelled[index, :, None, None]
+        target = target.cpu()
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
         images = normalise(middle(train.images[index], self.size).to(self.device).float())
-        net, logits = self.network(self.args.seed), [noise.to(self.device)]
+        net, logits = self.network(self.args.seed), [noise]
         for state in self.states[1:]:
             net.load_state_dict(state)
             with torch.no_grad():
-                logits.append(F.interpolate(SHARPNESS * net(images), size, mode="bilinear"))
+                logits.append(F.interpolate(SHARPNESS * net(images), size, mode="bilinear").cpu())
         return Branch(
             ("y", "p", "1"),
             torch.stack(logits).unsqueeze(3),  # (S, B, J, 1, H, W)

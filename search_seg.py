@@ -1914,14 +1914,14 @@ class SegTask(evolve.Task):
         """The training images with most classes, small, and what the base network makes of them on its way."""
         train = self.data["train"]
         self.few = index = richest(train, GATE_SAMPLES, self.num_classes)
-        label = F.interpolate(train.labels[index].unsqueeze(1).float(), (GATE_SIZE, GATE_SIZE)).squeeze(1)
-        label = torch.where(label == IGNORE, 0, label).long().to(self.device)  # the gates look at losses, not at data
+        label = F.interpolate(train.labels[index].cpu().unsqueeze(1).float(), (GATE_SIZE, GATE_SIZE)).squeeze(1)
+        label = torch.where(label == IGNORE, 0, label).long()  # the gates look at losses, not at data
         net, logits = self.network(self.proxy, self.args.seed), []
         for state in self.states:
             net.load_state_dict(state)
             with torch.no_grad():
                 raw = net(normalise(train.images[index].to(self.device).float()))
-            logits.append(F.interpolate(raw, (GATE_SIZE, GATE_SIZE), mode="bilinear"))
+            logits.append(F.interpolate(raw, (GATE_SIZE, GATE_SIZE), mode="bilinear").cpu())
         onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float()
         return Branch(
             ("y", "p", "1"),

@@ -86,7 +86,9 @@ def show_gates(number: int = 400) -> None:
     trees, found = list(some_trees(number, 0)), []
     print(f"\n{'gates':<26}{'trees/s':>10}{'ratio':>8}  verdicts as on one core")
     for device, size in (("cpu", 1), ("cuda", 1), ("cuda", 64), ("cuda", 200)):
-        task = ready("seg miou", device)
+        task = ready("seg miou", "cpu")
+        branch = task.branches["loss"]
+        branch.prediction, branch.target = branch.prediction.to(device), branch.target.to(device)
         verdicts_of(task, trees[:size], size)  # to warm up
         taken, verdicts = verdicts_of(task, trees, size)
         found.append((taken, verdicts))

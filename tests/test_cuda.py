@@ -1,7 +1,6 @@
 """What only a GPU can show: the same numbers as on the CPU, and searches that run there and go on elsewhere."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import random
@@ -79,33 +78,16 @@ def test_trees_have_the_same_value_and_gradient(seed):
 
 
 @pytest.mark.parametrize(("name", "metric"), METRICS)
-def test_gates_give_the_same_verdicts(root, name, metric):
-    """On the same predictions; a gain that is near the limit, or a gradient at the edge of a digit, may differ."""
-    task = task_of(root, name, "cpu", "--metric", metric)
-    cuda = task_of(root, name, "cuda", "--metric", metric)
-    for key, branch in task.branches.items():
-        same = dataclasses.replace(branch, prediction=branch.prediction.cuda(), target=branch.target.cuda())
-        own = cuda.branches[key]
-        assert own.prediction.is_cuda and own.prediction.shape == branch.prediction.shape
-        if key.endswith("reg"):  # its functions hold boxes, on the other device
-            same = own
-        rng = random.Random(0)
-        exprs = [evolve.random_tree(rng, tuple(branch.symbols)) for _ in range(60)]
-        exprs += [parse(text) for text in branch.known]
-        slopes = [evolve.gradients(b, exprs) for b in (branch, same)]
-        assert [s is None for s in slopes[0]] == [s is None for s in slopes[1]]
-        if same is own:
-            continue
-        useful = [k for k, slope in enumerate(slopes[0]) if slope is not None]
-        for k in useful:
-            one, other = (s[k].cpu() for s in slopes)
-            if one.norm() > 1e-4:  # less is rounding, and has any direction
-                assert (one - other).norm() < 1e-3 * one.norm(), exprs[k]
-            assert torch.allclose(evolve.sketch(same, slopes[1][k]).cpu(), evolve.sketch(branch, other), atol=1e-3)
-        chosen = [exprs[k] for k in useful]
-        gains = [[evolve.rejection_gains(branch, [expr])[0] for expr in chosen], evolve.rejection_gains(same, chosen)]
-        passes = [[gain >= branch.eta for gain in side] for side in gains]
-        assert sum(a == b for a, b in zip(*passes)) >= 0.9 * len(chosen), gains
+def test_gates_look_at_the_same_predictions(root, name, metric):
+    """On the CPU, whatever trains: an untrained network's are the same up to the rounding of its convolutions."""
+    sides = [task_of(root, name, device, "--metric", metric).branches for device in ("cpu", "cuda")]
+    assert sides[0].keys() == sides[1].keys()
+    for one, other in zip(*(side.values() for side in sides)):
+        for a, b in ((one.prediction, other.prediction), (one.target, other.target), (one.ideal, other.ideal)):
+            assert a.device == b.device and a.shape == b.shape and b.isfinite().all()
+        if name != "det":  # where other proposals may be drawn
+            assert torch.equal(one.target, other.target)
+            assert (one.prediction[0] - other.prediction[0]).abs().mean() < 0.05 * one.prediction[0].std()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -209,7 +191,7 @@ def test_batches_of_shapes_are_the_same(root, name, metric):
         task = task_of(root, name, device, "--metric", metric)
         batches.append(task.proxy_batches[0])
     (images, *targets), (others, *more) = batches
-    assert others.is_cuda and torch.allclose(others.cpu(), images, atol=1e-3)
+    assert others.is_cuda and (others.cpu() - images).abs().mean() < 0.05, "nvJPEG is a little coarser"
     for a, b in zip(targets, more):
         for one, other in zip(a, b) if isinstance(a, list) else [({"": a}, {"": b})]:
             for key in one:

@@ -499,11 +499,6 @@ def test_judging_together_is_judging_one_by_one():
     assert {tree.gate for child in children for tree in child.trees} >= {"dead", "gradient", "rejected", ""}
 
 
-def test_children_judged_together_wait_for_their_turn():
-    lines = explore(begin(ToyTask(), "--without", "surrogate", batch=40), 6)
-    assert len({tuple(line["identity"]) for line in lines}) == 6, "nothing is trained twice"
-
-
 def test_gates_come_in_order():
     task = ToyTask()
     state = begin(task)

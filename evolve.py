@@ -115,12 +115,13 @@ def next_child(state: "State", rng: Random, guide: "Surrogate | None", deadline:
     tried, parent = Tried(deadline), None
     if together := best_trials_together(state):
         return tried.close(state, together)
-    fresh = rng.random() < FRESH or not state.method.mutate or state.evaluated < INITIAL
+    early = state.evaluated < (INITIAL if len(state.task.branches) == 1 else TRIALS)
+    fresh = rng.random() < FRESH or not state.method.mutate or early
     while time.time() < deadline:
         if guide:
             pool = breed(state, rng, guide, fresh, tried)
         else:
-            parent = parent if parent or fresh else select_parent(state, rng, state.task.branches)
+            parent = parent if parent or fresh else select_parent(state, rng)
             child = propose(state, rng, parent, tried)
             pool = judge(state, [child] if child else [], CHEAP, tried)
         for k, child in enumerate(pool):
@@ -491,8 +492,8 @@ def judge(state: "State", children: list[Child], names: tuple[str, ...], tried: 
             tried.counts[min(against, key=list(GATES).index)] += 1
         elif child.identity in state.failed:
             tried.counts["seen"] += 1
-        elif decided and child.identity in state.scores:
-            tried.counts[decided[-1]] += 1
+        elif (decided or not child.trees) and child.identity in state.scores:
+            tried.counts[decided[-1] if decided else "seen"] += 1
             if not state.surrogate:  # hundreds a turn would soon make a population of copies
                 tried.reused.append((texts(child.losses), child.identity))
         elif "simulation" in state.gates.intersection(names) and not simulated(state, child):
@@ -781,13 +782,13 @@ class Surrogate:
         return (scores + table @ torch.linalg.solve(square, table[seen].mT @ missed.clamp(-most, most))).tolist()
 
     def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
-        """The best candidates, by identity, of which no two are near relatives in these branches.
+        """The best candidates with a tree in each of these branches, by identity, of which no two are near relatives.
 
-        What they have in others does not count: a trial has the baseline's losses there, as all trials have.
+        What they have in others does not count, unless no branch is named.
         """
         key = tuple(branches)
         if key not in self.niches:
-            apart = self.pairs[0][[self.names.index(name) for name in key]].mean(0) >= 2 - 2 * RELATED
+            apart = self.pairs[0][[self.names.index(name) for name in key or self.names]].mean(0) >= 2 - 2 * RELATED
             best: list[int] = []
             for k in self.ranking:
                 if self.rows[k].score is not None and {*key} <= self.rows[k].losses.keys() and apart[k, best].all():
@@ -903,13 +904,13 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
         if len(pool) >= POOL or time.time() >= tried.deadline:
             break
         elder = rng.choice(elite) if elite and rng.random() < ELITE else None
-        parent = elder or (None if fresh else select_parent(state, rng, task.branches))
+        parent = elder or (None if fresh else select_parent(state, rng))
         child = propose(state, rng, parent, tried)
         if not judge(state, [child], CHEAP, tried):
             continue
         if elder:  # in the journal its parent is the last one that was trained
-            new = {tree.branch for tree in child.trees}
-            child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch not in new)]
+            old = child.losses.keys() - {tree.branch for tree in child.trees}
+            child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch in old)]
             child.parent, child.identity = elder.parent, state.identity(child)
         pool[child.identity] = child
     return guide.rank(task, list(pool.values()))
@@ -997,7 +998,7 @@ def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -
     able = [
         (promise, row.losses)
         for promise, row in zip(guide.promise, guide.rows)
-        if row.score is not None and row.whole and state.converged(row.text) is None and row.text not in busy
+        if row.score is not None and state.converged(row.text) is None and row.text not in busy
     ]
     ranked = [losses for _, losses in sorted(able, key=lambda pair: -pair[0])]
     if state.converged(state.task.baseline) is None:
@@ -1017,7 +1018,6 @@ class Member(NamedTuple):
     identity: tuple[str, ...]
     text: str = ""
     gain: float | None = None
-    whole: bool = True  # a loss for every branch
     parent: str | None = None  # its text
     metrics: dict[str, float] = {}  # all that its proxy training has measured
 
@@ -1086,7 +1086,7 @@ class State:
         return Tree(branch, expr, self.text(expr))
 
     def identity(self, child: Child) -> tuple[str, ...]:
-        """Shared by all candidates with the same keys; that of a trial names its branch."""
+        """Shared by all candidates with the same keys in the same branches."""
         new = {tree.branch: tree.key or (tree.verdict and tree.verdict.key) or tree.text for tree in child.trees}
         keys = []
         for name, expr in child.losses.items():
@@ -1138,8 +1138,7 @@ class State:
         for child, known in reused:
             self.population.append(Member(child, self.scores.get(known), known))
         parent = record["parent"] and losses_text(record["parent"])
-        whole, metrics = not record["trial"], record["metrics"]
-        member = Member(losses, score, identity, losses_text(losses), gain, whole, parent, metrics)
+        member = Member(losses, score, identity, losses_text(losses), gain, parent, record["metrics"])
         self.population.append(member)
         self.results.setdefault(member.text, member)
         self.programs.update(record["programs"])
@@ -1160,8 +1159,8 @@ class State:
         return self.surrogate.merits.get(member.identity, member.score) if self.surrogate else member.score
 
     def valid(self) -> list[Member]:
-        """The valid whole candidates, the oldest first."""
-        return [result for result in self.results.values() if result.score is not None and result.whole]
+        """The valid candidates, the oldest first."""
+        return [result for result in self.results.values() if result.score is not None]
 
     def ranking(self) -> list[Member]:
         """The same, best first: by merit, where that is known."""
@@ -1189,13 +1188,15 @@ def losses_text(losses: dict[str, object] | str) -> str:
     """One line for one or several losses, or their texts; the name of hand-made ones as it is."""
     if isinstance(losses, str):
         return losses
-    if len(losses) == 1:
-        return str(next(iter(losses.values())))
+    if losses.keys() == {"loss"}:
+        return str(losses["loss"])
     return "; ".join(f"{branch}={loss}" for branch, loss in losses.items())
 
 
-def select_parent(state: State, rng: Random, branches: Sequence[str], least: int = TOURNAMENT_MIN) -> Member | None:
-    """The best of a random 5 % of the population; None while no candidate of it has all `branches` and is valid.
+def select_parent(
+    state: State, rng: Random, branches: Sequence[str] = (), least: int = TOURNAMENT_MIN
+) -> Member | None:
+    """The best of a random 5 % of the population; None while no valid one has a tree in each of these `branches`.
 
     Equivalent losses share their score to the last digit; the newest stands for all of them [D], and of near relatives
     (by the surrogate) the best one. Otherwise variants of the best so far soon fill the population, win every
@@ -1227,14 +1228,15 @@ def propose(state: State, rng: Random, parent: Member | Child | None, tried: Tri
 # ---------------------------------------------------------------------------------------------------------------------
 # Several branches
 #
-# Candidates of random trees are hardly ever good in all branches. So the first TRIALS candidates have a tree for one
-# branch alone and the baseline's loss for the others, always in the branch that has fared worst: a fresh tree, or one
-# mutated from an earlier trial, the likelier the better that was. The next one is put together of the best trials of
-# all branches. From then on a child differs from its parent in one branch, which is mutated, drawn afresh, or taken
-# from the winner of another tournament [D].
+# A candidate has a tree in some of the branches, and the baseline's loss in the others. The first TRIALS have a single
+# one, always in the branch that has fared worst: a fresh tree, or one mutated from an earlier trial, the likelier the
+# better that was. The next one is put together of the best trials of all branches. From then on a child differs from
+# its parent in one branch, which is mutated, drawn afresh, taken from the winner of another tournament, or given back
+# to the baseline [D].
 
 TRIALS = 30
 EXCHANGE = 0.3  # probability that a child takes a branch from the winner of another tournament
+GIVE_BACK = 0.1  # ... that a branch has the baseline's loss again
 TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
 
 
@@ -1252,19 +1254,19 @@ def propose_several(state: State, rng: Random, parent: Member | Child | None, tr
             expr = method.mutate(state, rng, name, branches[name], parent.losses[name])
         else:
             expr = method.fresh(state, rng, name, branches[name])
-        return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)], more={"trial": True})
-    winners = {name: parent or select_parent(state, rng, [name], TOURNAMENT_SEVERAL) for name in branches}
-    parts = {name: winner.losses[name] for name, winner in winners.items() if winner}
-    name = rng.choice([name for name in branches if name not in parts] or list(branches))
-    if name not in parts or rng.random() < FRESH:
+        return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)])
+    winners = {name: select_parent(state, rng, [name], TOURNAMENT_SEVERAL) for name in branches}
+    winners = {name: winner.losses[name] for name, winner in winners.items() if winner}
+    losses, name, move = parent.losses if parent else winners, rng.choice(list(branches)), rng.random()
+    if move < GIVE_BACK and losses.keys() > {name}:
+        return Child({other: expr for other, expr in losses.items() if other != name}, losses)
+    if move > 1 - FRESH or name not in winners:
         expr = method.fresh(state, rng, name, branches[name])
-    elif rng.random() < EXCHANGE:
-        expr = select_parent(state, rng, [name], TOURNAMENT_SEVERAL).losses[name]
+    elif move > 1 - FRESH - EXCHANGE or name not in losses:
+        expr = winners[name]
     else:
-        expr = method.mutate(state, rng, name, branches[name], parts[name])
-    losses = {**parts, name: expr}
-    more = {"trial": True} if len(losses) < len(branches) else {}
-    return Child(losses, parts or None, [state.tree(name, expr)], more=more)
+        expr = method.mutate(state, rng, name, branches[name], losses[name])
+    return Child({**losses, name: expr}, losses or None, [state.tree(name, expr)])
 
 
 def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
@@ -1283,11 +1285,12 @@ def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
 
 
 def best_trials_together(state: State) -> Child | None:
-    """The best trials of all branches as one candidate, the first whole one; None before and after its turn."""
-    whole, parts = any(result.whole for result in state.results.values()), best_parts(state)
-    if whole or not state.method.mutate or state.evaluated < TRIALS or parts.keys() != state.task.branches.keys():
+    """The best trials of all branches as one candidate; None before and after its turn."""
+    branches, parts = state.task.branches, best_parts(state)
+    early = not state.method.mutate or state.evaluated < TRIALS or parts.keys() != branches.keys()
+    if early or any(result.losses.keys() == branches.keys() for result in state.results.values()):
         return None
-    child = Child({name: parts[name] for name in state.task.branches})
+    child = Child({name: parts[name] for name in branches})
     child.identity = state.identity(child)
     return child
 
@@ -1367,11 +1370,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
         last = result.score
         if len(chosen) == number:
             break
-    finalists = (chosen + others)[:number]
-    parts = texts(best_parts(state))
-    if len(finalists) < number and len(parts) > 1 and parts not in finalists:  # a short search of several branches
-        finalists.append(parts)
-    return finalists
+    return (chosen + others)[:number]
 
 
 def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
@@ -1400,7 +1399,6 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "turn": int,
         "losses": TREES,
         "parent": (TREES, None),
-        "trial": bool,
         "score": (float, None),
         "metrics": {str: float},
         "gain": {str: (float, None)},
@@ -1417,7 +1415,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "seconds": float,
     },
 }
-UNSAID = {"leader": False, "trial": False, "programs": {}, "metrics": {}}
+UNSAID = {"leader": False, "programs": {}, "metrics": {}}
 ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
 RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
 ALIVE = {"losses": (TREES, str, None), "leader": bool, "searching": bool}  # a worker's sign of life
@@ -1798,7 +1796,7 @@ class Reporter:
             f"equivalent {gates.get('equivalent', 0)}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
             + (f"  * {self.best.text}" if improved else "")
-            + (f"  {' '.join(record['losses'])} alone" if record.get("trial") else ""),
+            + (f"  {' '.join(record['losses'])}" if len(state.task.symbols) > 1 and not improved else ""),
             flush=True,
         )
         self.draw_evaluated(record, rate, gates)

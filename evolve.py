@@ -1231,8 +1231,8 @@ def propose(state: State, rng: Random, parent: Member | Child | None, tried: Tri
 # A candidate has a tree in some of the branches, and the baseline's loss in the others. The first TRIALS have a single
 # one, always in the branch that has fared worst: a fresh tree, or one mutated from an earlier trial, the likelier the
 # better that was. The next one is put together of the best trials of all branches. From then on a child differs from
-# its parent in one branch, which is mutated, drawn afresh, taken from the winner of another tournament, or given back
-# to the baseline [D].
+# its parent, or from what the winners of tournaments for each branch make together, in one branch, which is mutated,
+# drawn afresh, taken from the winner of another tournament, or given back to the baseline [D].
 
 TRIALS = 30
 EXCHANGE = 0.3  # probability that a child takes a branch from the winner of another tournament
@@ -1258,15 +1258,16 @@ def propose_several(state: State, rng: Random, parent: Member | Child | None, tr
     winners = {name: select_parent(state, rng, [name], TOURNAMENT_SEVERAL) for name in branches}
     winners = {name: winner.losses[name] for name, winner in winners.items() if winner}
     losses, name, move = parent.losses if parent else winners, rng.choice(list(branches)), rng.random()
+    before = parent and parent.losses
     if move < GIVE_BACK and losses.keys() > {name}:
-        return Child({other: expr for other, expr in losses.items() if other != name}, losses)
+        return Child({other: expr for other, expr in losses.items() if other != name}, before)
     if move > 1 - FRESH or name not in winners:
         expr = method.fresh(state, rng, name, branches[name])
     elif move > 1 - FRESH - EXCHANGE or name not in losses:
         expr = winners[name]
     else:
         expr = method.mutate(state, rng, name, branches[name], losses[name])
-    return Child({**losses, name: expr}, losses or None, [state.tree(name, expr)])
+    return Child({**losses, name: expr}, before, [state.tree(name, expr)])
 
 
 def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
@@ -1912,6 +1913,8 @@ class Reporter:
         show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.converged else ", not converged")
         invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
         print("\n" + verdict_in_words(task, args.metric, ahead, invalid))
+        if losses and (left := [name for name in getattr(args, "branches", ()) if name not in losses]):
+            print(f"{', '.join(left)}: as in {task.baseline}; nothing better was found for them")
         print(f"explored {state.explored:,} losses, trained {state.evaluated}; everything is in {self.directory}")
         if losses:
             print(f"take the found loss with you: {self.directory / 'best_loss.py'}")

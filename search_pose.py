@@ -77,11 +77,11 @@ class Schedule(NamedTuple):
 # ResNet-50: crops, Gaussians, ranges of augmentation, batch and 140 epochs as published [S], the proxy a fiftieth [D].
 PROXY = {
     "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=100),
-    "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001),
+    "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=3200),
 }
 RETRAIN = {
     "small": PROXY["small"]._replace(steps=600, base=0),
-    "r50": PROXY["r50"]._replace(steps=160_000, batch=128),
+    "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=0),
 }
 
 

@@ -80,8 +80,8 @@ class Schedule(NamedTuple):
 # data sets: the published settings [A]; the batch of re-training and the crops of Cityscapes are ours [D].
 PROXY = {
     "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, base=100),
-    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, model="r50-dlv3p"),
-    "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, model="r50-dlv3p"),
+    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, model="r50-dlv3p"),
+    "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, model="r50-dlv3p"),
 }
 PROXY["folder"] = PROXY["voc"]
 RETRAIN = {

@@ -65,7 +65,7 @@ NODES = 30  # [D] of a mutated tree, at most: longer ones cost more and say no m
 ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where another limit was measured
 REJECTION_STEPS = 500  # [P]
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
-GPU_WORKERS = 8  # [D] that share a GPU by default (tests/bench_gpu.py)
+GPU_WORKERS = 8  # [D] that share a GPU by default, on the embedded data (tests/bench_gpu.py)
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
@@ -2033,7 +2033,7 @@ def main(args, make_task: Callable[..., Task]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        cure = "take a smaller batch, window or network"
+        cure = "take a smaller batch, window or network" + ", or fewer --workers" * (args.workers > 1)
         fail(f"--device {args.device}: out of memory ({error!s:.80}); {cure}", everyone=True)
     except OSError as error:  # no right to write, no space, a folder that has gone
         if error.filename is None or error.strerror is None:
@@ -2292,7 +2292,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag("--without", "GATES", about, gate_list, [])
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
     flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), minutes)
-    about = f"processes that search; by default one per core, on CUDA at most {GPU_WORKERS} per GPU"
+    about = f"processes that search; by default one per core, on CUDA one per GPU, on shapes {GPU_WORKERS}"
     flag("--workers", "N", about, at_least(0, most=1024), 0)
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
@@ -2393,8 +2393,9 @@ def settle_device_and_workers(args) -> None:
         torch.cuda.set_device(own)
     if not args.workers:  # a further worker pays once there is an initial population for each
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        most = min(cores, GPU_WORKERS * torch.cuda.device_count()) if cuda else cores
-        args.workers = max(1, min(most, args.evals // INITIAL))
+        if cuda:
+            cores = min(cores, torch.cuda.device_count() * (GPU_WORKERS if args.data == "shapes" else 1))
+        args.workers = max(1, min(cores, args.evals // INITIAL))
 
 
 def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object]:

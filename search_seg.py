@@ -77,7 +77,7 @@ class Schedule(NamedTuple):
 
 # The proxy on shapes was chosen by its rank correlation with re-training and by its cost (tests/bench_proxy.py) [D].
 # AdamW makes it blind to the scale of a loss, so that its ranking is about the shape of the loss alone. On the real
-# data sets: the published settings [A]; the batch of re-training and the crops of Cityscapes are ours [D].
+# data sets: the published settings [A]; their base, the batch of re-training and the crops of Cityscapes are ours [D].
 PROXY = {
     "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, base=100),
     "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, model="r50-dlv3p"),

@@ -287,6 +287,15 @@ def test_torchrun_with_nccl(root, tmp_path):
     assert ">>>>  miou" in done.stdout
 
 
+def test_workers_by_default(monkeypatch):
+    monkeypatch.setattr(evolve.os, "sched_getaffinity", lambda process: range(64))
+    gpus = torch.cuda.device_count()
+    assert search_seg.parse_arguments(["--device", "cuda"]).workers == min(25, 8 * gpus)
+    assert search_seg.parse_arguments(["--device", "cuda", "--evals", "40"]).workers == 2
+    real = ["--data", "voc", "--data-root", "."]
+    assert search_seg.parse_arguments(["--device", "cuda", *real]).workers == min(25, gpus)
+
+
 def test_a_gpu_that_is_not_there(monkeypatch, capsys):
     error = refused(search_seg, monkeypatch, capsys, "--device", f"cuda:{torch.cuda.device_count()}")
     assert "--device" in error and "cpu or cuda" in error

@@ -1229,10 +1229,10 @@ def propose(state: State, rng: Random, parent: Member | Child | None, tried: Tri
 # Several branches
 #
 # A candidate has a tree in some of the branches, and the baseline's loss in the others. The first TRIALS have a single
-# one, always in the branch that has fared worst: a fresh tree, or one mutated from an earlier trial, the likelier the
-# better that was. The next one is put together of the best trials of all branches. From then on a child differs from
-# its parent, or from what the winners of tournaments for each branch make together, in one branch, which is mutated,
-# drawn afresh, taken from the winner of another tournament, or given back to the baseline [D].
+# one, in one branch after the other: a fresh tree, or one mutated from an earlier trial, the likelier the better that
+# was. The next one is put together of the best trials of all branches. From then on a child differs from its parent, or
+# from what the winners of tournaments for each branch make together, in one branch, which is mutated, drawn afresh,
+# taken from the winner of another tournament, or given back to the baseline [D].
 
 TRIALS = 30
 EXCHANGE = 0.3  # probability that a child takes a branch from the winner of another tournament
@@ -1246,7 +1246,7 @@ def propose_several(state: State, rng: Random, parent: Member | Child | None, tr
     if not method.mutate:
         return whole_fresh(state, rng, tried)
     if state.evaluated < TRIALS:
-        name = min(branches, key=lambda branch: best_trial(state, branch))
+        name = [*branches][state.evaluated % len(branches)]
         earlier = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
         if not parent and earlier and rng.random() < min(0.5, earlier.score / (state.baseline or 1.0)):
             parent = earlier
@@ -1294,12 +1294,6 @@ def best_trials_together(state: State) -> Child | None:
     child = Child({name: parts[name] for name in branches})
     child.identity = state.identity(child)
     return child
-
-
-def best_trial(state: State, branch: str) -> float:
-    """The best score of a tree that was tried in this branch alone; -inf while there is none."""
-    trials = (member.score for member in state.population if member.losses.keys() == {branch})
-    return max((score for score in trials if score is not None), default=-math.inf)
 
 
 def best_parts(state: State) -> dict[str, Expr]:

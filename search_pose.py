@@ -80,7 +80,7 @@ PROXY = {
     "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=3200),
 }
 RETRAIN = {
-    "small": PROXY["small"]._replace(steps=600, base=0),
+    "small": PROXY["small"]._replace(steps=1200, base=0),
     "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=0),
 }
 

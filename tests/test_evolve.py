@@ -1046,7 +1046,7 @@ def test_several_branches(tmp_path, capsys):
         assert name == ("cls", "reg")[k % 2]
         assert line["identity"][0].startswith(f"{name}:"), "the same tree in another branch is another candidate"
     for line in children[1:]:
-        assert line["losses"] != line["parent"]
+        assert line["losses"] != line["parent"] and line["gain"].keys() <= line["losses"].keys()
     assert any(len(line["losses"]) == 2 for line in children[1:])
     rows = (directory / "hall_of_fame.csv").read_text().splitlines()[1:]
     assert result_of(directory)["losses"].keys() <= {"cls", "reg"}
@@ -1100,6 +1100,39 @@ def test_a_branch_without_a_tree_gets_one():
     children = [evolve.propose_several(state, rng, parent, Tried()) for _ in range(100)]
     assert {frozenset(child.losses) for child in children} == {frozenset({"cls"}), frozenset({"cls", "reg"})}
     assert CE in [child.losses.get("reg") for child in children], "that of the winner of a tournament"
+
+
+def test_a_favourite_gives_a_branch_back_with_its_tree(monkeypatch):
+    state, rng, (_, known, rest) = begin(ToyTask(branches=("cls", "reg"))), random.Random(0), spread(150)
+    texts = [[*known, *rest], [*rest, *known]]
+
+    def propose(state, rng, parent, tried):
+        if parent:
+            return evolve.Child({"cls": parent.losses["cls"]}, parent.losses)
+        trees = {name: parse(own.pop() if own else "1") for name, own in zip(("cls", "reg"), texts)}
+        return evolve.Child(trees, None, [state.tree(*item) for item in trees.items()])
+
+    for name, value in {"propose": propose, "POOL": 100, "ATTEMPTS": 1000}.items():
+        monkeypatch.setattr(evolve, name, value)
+    guide = SimpleNamespace(rank=lambda task, children: children)
+    pool = evolve.breed(state, rng, guide, True, Tried())
+    some = [child for child in pool if child.losses.keys() == {"cls"}]
+    assert 5 < len(some) < len(pool) - 5
+    assert all({tree.branch for tree in child.trees} == child.losses.keys() for child in pool)
+
+
+def test_relatives_are_so_in_the_branches_that_count():
+    guide = Surrogate()
+    apart = torch.tensor([[0.0, 0.15], [0.15, 0.0]])  # the limit is 0.1
+    guide.pairs, guide.names, guide.ranking = torch.stack([apart, torch.zeros(2, 2)])[None], ["cls", "reg"], [0, 1]
+    guide.rows = [Member({"cls": CE}, 0.5, ("first",)), Member({"cls": CE}, 0.5, ("second",))]
+    assert guide.niche_bests(["cls"]) == {("first",), ("second",)}
+    assert guide.niche_bests([]) == {("first",)} and guide.niche_bests(["reg"]) == set()
+
+
+def test_losses_of_different_branches_are_different():
+    texts = [evolve.losses_text({name: CE}) for name in ("cls", "reg", "loss")]
+    assert texts == [f"cls={CE}", f"reg={CE}", str(CE)]
 
 
 def test_a_branch_that_was_given_back_is_no_news():

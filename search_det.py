@@ -2130,6 +2130,8 @@ class DetTask(evolve.Task):
 
     def train_base(self) -> list[dict[str, Tensor]]:
         plan = self.proxy._replace(steps=RETRAIN[self.args.data].steps)
+        if plan.base:
+            note(f"training the base network: {plan.base} steps of {BASELINE}")
         net = self.network(plan, self.args.seed)
         batches = itertools.islice(self.batches(plan, 500 + self.args.seed), plan.base)
         train_network(net, self.losses(BASELINE), batches, plan)

@@ -1816,6 +1816,8 @@ class PoseTask(evolve.Task):
 
     def train_base(self) -> list[dict[str, Tensor]]:
         plan = self.proxy._replace(steps=RETRAIN[self.args.model].steps)
+        if plan.base:
+            note(f"training the base network: {plan.base} steps of {BASELINE}")
         steps = [round(plan.base * share) for share in STATES]
         net, states = self.network(self.args.seed), []
 

@@ -1897,6 +1897,8 @@ class SegTask(evolve.Task):
 
     def train_base(self) -> list[dict[str, Tensor]]:
         plan = self.proxy._replace(steps=RETRAIN[self.args.data].steps)
+        if plan.base:
+            note(f"training the base network: {plan.base} steps of {BASELINE}")
         steps = [round(plan.base * share) for share in STATES]
         net, states = self.network(plan, self.args.seed), []
 

@@ -1255,18 +1255,22 @@ def propose_several(state: State, rng: Random, parent: Member | Child | None, tr
         else:
             expr = method.fresh(state, rng, name, branches[name])
         return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)])
-    winners = {name: select_parent(state, rng, [name], TOURNAMENT_SEVERAL) for name in branches}
-    winners = {name: winner.losses[name] for name, winner in winners.items() if winner}
-    losses, name, move = parent.losses if parent else winners, rng.choice(list(branches)), rng.random()
+
+    def winner(name: str) -> Expr | None:
+        member = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
+        return member and member.losses[name]
+
     before = parent and parent.losses
+    losses = before or {name: expr for name in branches if (expr := winner(name))}
+    name, move = rng.choice([*branches]), rng.random()
     if move < GIVE_BACK and losses.keys() > {name}:
         return Child({other: expr for other, expr in losses.items() if other != name}, before)
-    if move > 1 - FRESH or name not in winners:
+    if move > 1 - FRESH:
         expr = method.fresh(state, rng, name, branches[name])
-    elif move > 1 - FRESH - EXCHANGE or name not in losses:
-        expr = winners[name]
-    else:
+    elif name in losses and not GIVE_BACK <= move < GIVE_BACK + EXCHANGE:
         expr = method.mutate(state, rng, name, branches[name], losses[name])
+    else:
+        expr = winner(name) or method.fresh(state, rng, name, branches[name])
     losses = {**losses, name: expr}  # in the order of the branches: the same losses are the same candidate
     return Child({key: losses[key] for key in branches if key in losses}, before, [state.tree(name, expr)])
 
@@ -1289,8 +1293,8 @@ def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
 def best_trials_together(state: State) -> Child | None:
     """The best trials of all branches as one candidate; None before and after its turn."""
     branches, parts = state.task.branches, best_parts(state)
-    early = not state.method.mutate or state.evaluated < TRIALS or parts.keys() != branches.keys()
-    if early or any(result.losses.keys() == branches.keys() for result in state.results.values()):
+    due = state.method.mutate and state.evaluated >= TRIALS and parts.keys() == branches.keys()
+    if not due or any(result.losses.keys() == branches.keys() for result in state.results.values()):
         return None
     child = Child({name: parts[name] for name in branches})
     child.identity = state.identity(child)

@@ -92,6 +92,7 @@ def test_run_writes_what_it_promises(finished):
     assert re.match(r"seg_macc_shapes_3_\d{8}-\d{6}$", directory.name)
     assert len(re.findall(r"^eval +\d+/6  macc ", printed, re.M)) == 6
     assert ">>>>" in printed and str(directory) in printed
+    assert printed.count("training the base network: 2 steps of ce\n") == 1
     result = json.loads((directory / "result.json").read_text())
     told = "task metric losses explored evaluated gates seconds converged test difference"
     assert set(result) == set(told.split())
@@ -107,6 +108,18 @@ def test_run_writes_what_it_promises(finished):
     assert about["arguments"]["seed"] == 3 and about["versions"]["torch"] == torch.__version__
     rows = (directory / "hall_of_fame.csv").read_text().splitlines()
     assert rows[0].startswith("rank,proxy_macc") and 2 <= len(rows) <= 7
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_out_of_memory_has_cures(capsys, workers):
+    def full(args):
+        raise MemoryError("no room")
+
+    with pytest.raises(SystemExit) as stop:
+        evolve.main(search_seg.parse_arguments(["--device", "cpu", "--workers", str(workers)]), full)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: --device cpu: out of memory") and "batch" in error
+    assert ("fewer --workers" in error) == (workers > 1)
 
 
 def test_found_loss_stands_alone(finished, tmp_path):

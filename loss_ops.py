@@ -4,12 +4,12 @@ A loss is a rooted tree of primitive operators over a few leaves (AutoLoss-Zero,
 
     Neg(Mul(y, Log(p)))              cross entropy
     Square(Add(p, Neg(y)))           squared error
-    Neg(Sqrt(MeanNHW(Mul(p, y))))    a soft recall, class by class
+    Neg(Sqrt(MeanNHW(Mul(p, y))))    minus the root of each class's soft true positives
 
 Leaves are the target `y`, the prediction `p` (after softmax or sigmoid) and the constant `1`; for box regression the
 intersection `i`, the union `u` and the enclosing area `e` of predicted and target box. Every tensor is
 (..., N, C, H, W): leading dimensions hold independent losses, H = W = 1 where a task has no space. The value of a tree
-is summed over C and averaged over N, H and W, so that `Neg(Mul(y, Log(p)))` is exactly cross entropy.
+is summed over C and averaged over N, H and W, so that `Neg(Mul(y, Log(p)))` is exactly cross entropy (but at p = 0).
 
 Ignored positions (mask False) are left out of every sum, mean and pool.
 
@@ -71,7 +71,7 @@ def inv(x):
     return 1 / (x + EPS)
 
 
-def log(x):
+def log(x):  # odd, so 0 at 0
     return torch.sign(x) * torch.log(torch.abs(x) + EPS)
 
 
@@ -248,7 +248,7 @@ def parse(text: str) -> Expr:
 
 def hint(name: str) -> str:
     """The known name nearest to `name`, or all that are known."""
-    known = {known.lower(): known for known in (*OPERATORS, *LEAVES)}
+    known = {name.lower(): name for name in (*OPERATORS, *LEAVES)}
     near = difflib.get_close_matches(name.lower(), known, 1, 0.3)
     return f"did you mean '{known[near[0]]}'?" if near else "known are " + " ".join(known.values())
 
@@ -264,7 +264,7 @@ def latex(expr: Expr) -> str:
             loose = ("Add", "Neg") if node.op == "Mul" else ("Add",)
             args = [rf"\left({t}\right)" if a.op in loose else t for a, t in zip(node.args, args)]
         elif node.op not in ("Add", "Abs", "Inv", "Exp", "Sqrt"):  # these bring no brackets of their own
-            args = [rf"\left({t}\right)" if a.args else t for a, t in zip(node.args, args)]
+            args = [t if node.op == "Square" and not a.args else rf"\left({t}\right)" for a, t in zip(node.args, args)]
         return OPERATORS[node.op].latex.format(*args)
 
     return show(expr).replace("+ -", "- ")
@@ -366,11 +366,11 @@ def softmax_leaves(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Leaves (N, C, H, W) and mask (N, 1, H, W) of a classification, in float32 at least.
 
-    logits: (N, C), (N, C, L), a line, or (N, C, H, W); any (N, C, ...) where nothing `pools`. label: the shape of the
-    logits without C, integers 0..C-1 or `ignore_index`, which may be any. Raises ValueError for other shapes,
-    and for a label that is no integer.
+    logits: (N, C), (N, C, L) for sequences, or (N, C, H, W); any (N, C, ...) where nothing `pools`. label: the shape of
+    the logits without C, integers 0..C-1 or `ignore_index`, which may be any integer. Raises ValueError for other
+    shapes, and for a label that is no integer.
 
-    An ignored position carries class 0 and equal probabilities below its mask, so that no operator overflows there.
+    An ignored position carries class 0 and equal probabilities under its mask, so that no operator overflows there.
     """
     shape = logits.shape
     if pools and len(shape) > 4:
@@ -466,8 +466,8 @@ def standalone(title: str, about: str, constants: str, bodies: Sequence[str], he
             text += source
     title = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in title)
     title = title.replace('"""', "'''")
-    pools = "import torch.nn.functional as F\n" * ("F." in text)
-    parts = [f"import torch\n{pools}from torch import Tensor\n\n{constants}", *functions, *bodies]
+    functional = "import torch.nn.functional as F\n" * ("F." in text)
+    parts = [f"import torch\n{functional}from torch import Tensor\n\n{constants}", *functions, *bodies]
     return f'r"""{title}\n\n{about}\n"""\n\n' + "\n\n\n".join(parts) + "\n"
 
 
@@ -493,7 +493,7 @@ def uniform(expr: Expr, mean: str | None) -> bool:
 
 
 def constant(expr: Expr) -> float | None:
-    """The value of a tree over `1` alone; None if it has any other leaf. It is 0 only where it is in any precision."""
+    """The value of a tree over `1` alone; None if it has any other leaf. 0 means 0 in float32, too."""
     return value_of_constant(expr) or value_of_constant(expr, torch.float32) if uniform(expr, None) else None
 
 
@@ -504,11 +504,11 @@ def value_of_constant(expr: Expr, dtype: torch.dtype = torch.float64) -> float:
 
 
 def canonical(expr: Expr) -> Expr:
-    """One representative of all trees that are the same loss by laws that hold exactly: the key of every cache.
+    """One representative of all trees that are the same loss by the laws below: the key of every cache.
 
     Commutative order, signs pulled out of odd functions and dropped in even ones, double negation, neutral elements,
     constants worth 0, 1 or -1, means and pools of what they leave unchanged, and means right below the final reduction.
-    Associativity is left alone: it reorders rounding. The value never changes (up to rounding in the last place).
+    The value changes by rounding in the last place at most; associativity, which rounds sums anew, is left alone.
     """
     expr = simplify(expr)
     while (bare := strip_means(expr)) != expr:
@@ -517,7 +517,10 @@ def canonical(expr: Expr) -> Expr:
 
 
 def strip_means(expr: Expr) -> Expr:
-    """The loss without means next to its final reduction, which takes the same mean (and C times the mean over C)."""
+    """The loss without means next to its final reduction: the mean over N, H, W, and C times the mean over C.
+
+    What is constant along C adds up to C times itself there, so a MeanC changes nothing either.
+    """
     if expr.op in ("MeanNHW", "MeanC"):
         return strip_means(expr.args[0])
     if expr.op in ("Add", "Neg"):

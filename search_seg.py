@@ -12,7 +12,8 @@ AutoLoss-Zero, arXiv 2103.14026 (marks [P]); published Auto Seg-Loss configs (ma
 The whole task is in this file: arguments, data, networks, metrics, hand-made losses, training, what the search needs.
 
 Measured (the first command, eleven minutes of two cores of an AMD EPYC, torch 2.14.1): 82,756 losses explored, 232 of
-them trained; after 600 steps each mIoU on test .691, cross entropy .656, +.034 +- .007 over three paired seeds.
+them trained; after 600 steps each mIoU on test .691, cross entropy .656, the difference over three paired seeds +.034
+(standard error .007).
 """
 
 import argparse
@@ -29,11 +30,12 @@ import mmap
 import os
 import random
 import re
+import struct
 import sys
 import tempfile
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
@@ -47,6 +49,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image  # comes with torchvision
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import evolve
 from data import shapes
@@ -275,17 +278,22 @@ def read_label(path: Path, meaning: Meaning, listed: tuple[int, int] | None = No
     values, coloured = read_values(path, meaning.palette, listed)
     known = meaning.colours if coloured else meaning.values
     found, place = np.unique(values, return_inverse=True) if coloured else small_unique(values)
+    if meaning.palette and not coloured and all(colour_number(v, v, v) in meaning.colours for v in found.tolist()):
+        known = {v: meaning.colours[colour_number(v, v, v)] for v in found.tolist()}  # grey is a colour of the table
     if coloured and not all(value in known for value in found.tolist()):
         red, green, blue = found >> 16, found >> 8 & 255, found & 255
         if meaning.palette or not ((red == green) & (green == blue)).all():
             value = next(value for value in found.tolist() if value not in known)
             colour = f"{value >> 16},{value >> 8 & 255},{value & 255}"
-            raise DataError(f"{path}: RGB colour {colour} in a mask, which is no class; list it in labelmap.txt")
+            raise DataError(
+                f"{path}: RGB colour {colour} in a mask, which is no class; list it in the labelmap.txt of --data "
+                "folder, or in a file given as --classes"
+            )
         found, known = blue, meaning.values  # a grey mask that was saved as RGB
     classes = [known.get(value, meaning.rest) for value in found.tolist()]
     if None in classes:
         value = next(value for value in reversed(found.tolist()) if value not in known)
-        raise DataError(f"{path}: class {value}; expected 0..{meaning.number - 1} or 255")
+        raise DataError(f"{path}: class {value}; expected 0..{meaning.number - 1} or 255 (--classes says how many)")
     return torch.from_numpy(np.array(classes, np.uint8)[place].reshape(values.shape))
 
 
@@ -311,12 +319,13 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
                 if picture.size == size:  # a smaller one is an overview, as in a GeoTIFF
                     raise DataError(f"{path}: {picture.n_frames} pictures in one file; save a mask as one")
                 picture.seek(0)
+            step = grey_step(picture)
             turn, upright = turning(picture)
             if turn is not None and upright == listed:
                 picture = picture.transpose(turn)
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
-            pixels = np.array(picture)
+            pixels = np.array(picture) // step if step > 1 else np.array(picture)
             if picture.mode in ("LA", "PA", "RGBA"):
                 pixels, clear = pixels[..., :-1], pixels[..., -1] == 0
                 if clear.any() and not clear.all():  # transparent all over: some renderers leave alpha at 0
@@ -328,15 +337,27 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
                 pixels = pixels if picture.mode == "RGBA" else pixels[..., 0]
             if picture.mode in ("RGB", "RGBA"):
                 return pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32), True
-            plain = picture.mode[0] in "1LPIF" and pixels.ndim == 2
-            whole = picture.mode[0] not in "IF" or ((0 <= pixels) & (pixels <= 65535) & (pixels % 1 == 0)).all()
-            if not (plain and whole):
-                raise DataError(
-                    f"{path}: mode {picture.mode}; a mask has grey values 0..65535, a palette or RGB colours"
-                )
-            return pixels.astype(np.uint16 if picture.mode[0] in "IF" else np.uint8), False
+            return grey_values(pixels, picture.mode, path), False
     except BROKEN as error:
-        raise unreadable(path) from error
+        raise unreadable(path, "PNG") from error
+
+
+def grey_values(pixels: np.ndarray, mode: str, path: Path) -> np.ndarray:
+    if mode[0] not in "1LPIF" or pixels.ndim != 2:
+        raise DataError(f"{path}: mode {mode}; a mask has grey values 0..65535, a palette or RGB colours")
+    if mode[0] not in "IF":
+        return pixels.astype(np.uint8)
+    possible = (0 <= pixels) & (pixels <= 65535) & (pixels % 1 == 0)
+    if not possible.all():
+        value = pixels[~possible][0]
+        raise DataError(f"{path}: mode {mode}, value {value:g}; a mask has grey values 0..65535, 255 is ignored")
+    return pixels.astype(np.uint16)
+
+
+def grey_step(picture: Image.Image) -> int:
+    """The distance of two neighbouring grey values: PIL stretches those of 2 and 4 bits to 0..255."""
+    kind = str(picture.tile[:1])
+    return 85 if "'L;2" in kind else 17 if "'L;4" in kind else 1
 
 
 def blurs(picture: Image.Image, path: Path) -> bool:
@@ -364,9 +385,12 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
         return plain_meaning(number)._replace(colours={colour_number(224, 224, 192): IGNORE} | colours, palette=True)
     sample = masks if number == 2 else masks[:: math.ceil(len(masks) / 64)]
     kinds = [*threads().map(distinct_values, sample)]
-    if any(kind.coloured for kind in kinds) and args.data == "folder":
+    shown = {value for kind in kinds if kind.coloured for value in kind.shares}
+    if args.data == "folder" and not all(map(is_grey, shown)):
         return found_meaning(masks, number)
-    values = set(itertools.chain.from_iterable(kind.shares for kind in kinds if not kind.coloured))
+    if changed := other_palette(sample, kinds):
+        warn_once(f"{changed}; if the colours are the classes give --classes a file with them")
+    values = {value for kind in kinds if not kind.coloured for value in kind.shares} | {value & 255 for value in shown}
     if number == 2 and values in ({0, 255}, {0, 65535}):  # a binary mask as many tools save it
         return Meaning(2, {0: 0, max(values): 1}, {})
     return plain_meaning(number)
@@ -375,11 +399,14 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
 def read_classes(source: int | Path) -> tuple[int, list[int]]:
     """The number of classes, and their colours if `source` is a file with a colour on each line.
 
-    A line is a name, or a name and three numbers: `cat:64,0,0::` as CVAT writes it, or `cat,64,0,0`. Black comes first.
+    A line is a name, or a name and three numbers: `cat:64,0,0::` as CVAT writes it, `cat,64,0,0` below the head of a
+    table, or `64 0 0 cat`. Black comes first. labelme's `__ignore__` is no class.
     """
     if isinstance(source, int):
         return source, []
-    lines = [line for line in read_lines(Path(source)) if not line.startswith("#")]
+    lines = [line for line in read_lines(Path(source)) if not line.startswith("#") and line != "__ignore__"]
+    lines = lines[1:] if lines and re.fullmatch(r"(?i)\W*(name|class|label)\w*\W+r(ed)?\W+g.*", lines[0]) else lines
+    lines = [re.sub(r"^(\d+)[,\s]+(\d+)[,\s]+(\d+)[,:\s]+(\D.*)", r"\4,\1,\2,\3", line) for line in lines]
     if wrong := [line for line in lines if re.match(r"[\[\]{}]|- |.*(?<!:)[:\[{]$|(?i:pixel value)", line)]:
         raise DataError(f"{source}: '{wrong[0]:.40}' is no class; give one name a line, no JSON, YAML or other table")
     found = [re.fullmatch(r"(.+?)[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)\b.*", line) for line in lines]
@@ -406,25 +433,25 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     """
     if len(masks) > 5000:
         note(f"looking for the classes in {len(masks):,} masks; --classes N spares that in masks that are not RGB")
-    values, colours, looks = {}, {}, {}  # and where they were first seen
+    values, colours = {}, {}  # and where they were first seen
     largest = {}, {}  # share of the pixels of a mask, of values and of colours
     together = False  # 1 and 255 in one mask
-    for path, (coloured, shares, palette) in zip(masks, threads().map(distinct_values, masks)):
+    kinds = [*threads().map(distinct_values, masks)]
+    for path, (coloured, shares, _) in zip(masks, kinds):
         together |= not shares.keys().isdisjoint({1, 0x010101}) and not shares.keys().isdisjoint({255, 65535, 0xFFFFFF})
         for value, share in shares.items():
             (colours if coloured else values).setdefault(value, path)
             largest[coloured][value] = max(share, largest[coloured].get(value, 0.0))
-            look = palette[3 * value : 3 * value + 3]
-            if look and looks.setdefault(value, (look, path))[0] != look:
-                raise DataError(
-                    f"{path}: value {value} is another colour in its palette than in {looks[value][1]}; save masks as "
-                    "RGB, give --classes a file with the colours, or --classes N if the values are the classes"
-                )
-    if all(value >> 16 == value >> 8 & 255 == value & 255 for value in colours):  # grey masks saved as RGB
+    if changed := other_palette(masks, kinds):
+        raise DataError(
+            f"{changed}; save masks as RGB, give --classes a file with the colours, or --classes N if the values are "
+            "the classes"
+        )
+    if all(map(is_grey, colours)):  # masks saved as RGB
         values, colours = {value & 255: path for value, path in colours.items()} | values, {}
         for value, share in largest[True].items():
             largest[False][value & 255] = max(share, largest[False].get(value & 255, 0.0))
-    if colours and values.keys() - {0}:
+    if colours and values.keys() - ({0} & colours.keys()):  # all black, a mask is stored as grey by some programs
         one, other = next(iter(colours.values())), next(iter(values.values()))
         raise DataError(f"{one}: an RGB mask, and {other} is none; save all of them in one way")
     found = sorted(colours or values)
@@ -432,10 +459,10 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     def shown(value: int) -> str:
         return f"{value >> 16},{value >> 8 & 255},{value & 255}" if colours else str(value)
 
-    if len(found) < 256 and (mixed := soft_edges(largest[bool(colours)], bool(colours))) is not None:
+    if len(found) <= 256 and (mixed := soft_edges(largest[bool(colours)], bool(colours))) is not None:
         raise DataError(
             f"{(colours or values)[mixed]}: value {shown(mixed)} at a few pixels between others, as of soft edges; "
-            "save masks without, or say in labelmap.txt what is a class"
+            "save masks without, or say in labelmap.txt or with --classes what is a class"
         )
     if number is None and found in ([0, 1, 255], [0, 1, 65535]) and not together:
         raise DataError(
@@ -456,12 +483,27 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     return Meaning(len(classes), {0: 0} if colours else meaning, meaning if colours else {})
 
 
+def is_grey(colour: int) -> bool:
+    return colour % 0x010101 == 0
+
+
+def other_palette(masks: list[Path], kinds: "list[Distinct]") -> str | None:
+    """Which value is another colour in one mask than in an earlier one, and where; None if none is."""
+    looks = {}
+    for path, kind in zip(masks, kinds):
+        for value in kind.shares if kind.palette else ():
+            look = kind.palette[3 * value : 3 * value + 3]
+            if look and looks.setdefault(value, (look, path))[0] != look:
+                return f"{path}: value {value} is another colour in its palette than in {looks[value][1]}"
+    return None
+
+
 def soft_edges(largest: dict[int, float], coloured: bool) -> int | None:
     """A value or colour that seems to be a mixture of two others, as smoothing leaves them; None if none does.
 
     `largest` says what share of a mask each has at most. What is never a hundredth and lies between others is a mixture
     if all between 0 and 255 is such, or if there is more of it than of others and than eight [D]. Values without a gap
-    are classes, however rare.
+    are classes, however rare, unless all 256 are there.
     """
     found, common = sorted(largest), [value for value, share in largest.items() if share >= 0.01]
     rare = [value for value in found if largest[value] < 0.01]
@@ -475,11 +517,11 @@ def soft_edges(largest: dict[int, float], coloured: bool) -> int | None:
             )
 
         mixed = [value for value in rare if mixes(places[value])]
-    elif [*range(len(found) - 1)] == found[:-1]:
+    elif len(found) < 256 and [*range(len(found) - 1)] == found[:-1]:
         return None
     else:
         mixed = [value for value in rare if found[0] < value < found[-1]]
-    binary = not coloured and (found[0], found[-1]) == (0, 255) and len(mixed) == len(found) - 2
+    binary = not coloured and (found[0], found[-1]) in ((0, 255), (0, 65535)) and len(mixed) == len(found) - 2
     return mixed[0] if mixed and (binary or len(mixed) > max(8, len(found) - len(mixed))) else None
 
 
@@ -570,7 +612,7 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
             raise DataError(f"{listing}: '{line:.80}' is a mask; list pictures, or pictures and masks on one line")
         inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
         wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
-        label = find(wanted, masks, MASK_ENDINGS)
+        label = find(wanted, masks, MASK_ENDINGS[masks == images and len(names) == 1 :])
         if label is None:
             raise DataError(f"{masks / wanted}{'' if Path(wanted).suffix else '.png'}: not found; the mask of {image}")
         pairs.append((image, label))
@@ -603,25 +645,38 @@ def cityscapes_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
 
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label id of class 0..18
 
-# What folders and splits of a data set are called.
+# What folders and splits of a data set are called, in any case.
 FOLDERS = (
     ("images", "masks"),
     ("images", "labels"),
     ("images", "annotations"),
     ("image", "mask"),
     ("image", "label"),
+    ("imgs", "masks"),
     ("img_dir", "ann_dir"),
     ("img", "masks_machine"),  # Supervisely
+    ("image_2", "semantic"),  # KITTI
     ("JPEGImages", "SegmentationClassPNG"),  # labelme
     ("JPEGImages", "SegmentationClass"),
 )
-SPLITS = {
-    "train": ("train", "training", "Train", "Training"),  # CVAT writes capitals
-    "val": ("val", "valid", "validation", "Val", "Valid", "Validation"),
-    "test": ("test", "testing", "Test", "Testing"),
-}
-# What the name of a mask has more than its image's.
-MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_seg", "_segmentation", "_gt", "_L")
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+BESIDE = ("_masks", "_mask", "_labels", "_label", "annot")  # what a folder of masks has more than its pictures'
+# What the name of a mask has more than its picture's.
+MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_gt", "_L", "_P")
+MASK_ENDINGS += ("_labelIds", "_labelTrainIds")
+
+
+@functools.lru_cache(maxsize=64)
+def entries(folder: Path) -> dict[str, Path]:
+    """What lies in a folder, by its name in small letters."""
+    return {path.name.lower(): path for path in sorted(folder.iterdir(), reverse=True)} if folder.is_dir() else {}
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """A path within a folder, its names in any case."""
+    for name in names:
+        folder = folder / name if (folder / name).exists() else entries(folder).get(name.lower(), folder / name)
+    return folder
 
 
 def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
@@ -630,26 +685,31 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
     Lists (train.txt) or folders (train/images or images/train, and so for masks) say what belongs to a split; without
     any, every eighth picture is for the test. Raises DataError if nothing of all this is there.
     """
+    entries.cache_clear()
     pairs = {}
-    kinds = [(split, name, *folders) for split, names in SPLITS.items() for name in names for folders in FOLDERS]
-    for split, name, images, masks in kinds:
-        lists = [root / f"{name}.txt", root / "ImageSets/Segmentation" / f"{name}.txt"]
-        if split in pairs:
-            continue
-        if (root / images).is_dir() and (root / masks).is_dir() and any(path.is_file() for path in lists):
-            listing = next(path for path in lists if path.is_file())
-            pairs[split] = listed_pairs(root, listing, root / images, root / masks)
-        for one, other in ((root / name / images, root / name / masks), (root / images / name, root / masks / name)):
-            if one.is_dir() and other.is_dir():
-                pairs[split] = paired(one, other)
-        if split not in pairs and any((root / name).glob("*_mask.png")):  # beside the pictures, as Roboflow writes them
-            pairs[split] = paired(root / name, root / name)
+    whole = [(inside(root, images), inside(root, masks)) for images, masks in FOLDERS]
+    whole = [(images, masks) for images, masks in whole if images.is_dir() and masks.is_dir()]
+    for split, names in SPLITS.items():
+        folders, lists = [], []
+        for name in names:
+            folders += [(inside(root, name, images), inside(root, name, masks)) for images, masks in FOLDERS]
+            folders += [(inside(root, images, name), inside(root, masks, name)) for images, masks in FOLDERS]
+            folders += [(inside(root, name), inside(root, name + ending)) for ending in BESIDE]
+            if any(inside(root, name).glob("*_mask.*")):  # beside the pictures, as Roboflow writes them
+                folders.append((inside(root, name), inside(root, name)))
+            lists += [inside(root, f"{name}.txt"), inside(root, "ImageSets", "Segmentation", f"{name}.txt")]
+        folders = [(images, masks) for images, masks in folders if images.is_dir() and masks.is_dir()]
+        listing = next((path for path in lists if path.is_file()), None)
+        lines = read_lines(listing) if listing else []
+        both = [(root, root)] * any(re.search(r"[,\t ]", line) for line in lines[:1])  # pictures and masks are listed
+        if folders and (not lines or any("/" in line for line in lines)):
+            pairs[split] = paired(*folders[0])
+        elif listing and (places := folders or whole or both):
+            pairs[split] = listed_pairs(root, listing, *places[0])
     if "train" in pairs:
         if "test" not in pairs and "val" in pairs:
             pairs["test"] = pairs.pop("val")
     else:
-        whole = [(root / images, root / masks) for images, masks in FOLDERS]
-        whole = [(images, masks) for images, masks in whole if images.is_dir() and masks.is_dir()]
         if pairs or not whole:
             raise DataError(
                 f"{root}: no training pictures; it must hold folders images and masks, and train.txt and val.txt"
@@ -657,6 +717,7 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
         listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
         pairs = {"train": listed_pairs(root, listing, *whole[0]) if listing.is_file() else paired(*whole[0])}
     if "test" not in pairs:
+        note(f"{root}: no val or test in a list or folder that is understood; every eighth picture is for the test")
         pairs = {"train": [p for k, p in enumerate(pairs["train"]) if k % 8 != 7], "test": pairs["train"][7::8]}
         if not pairs["test"]:
             raise DataError(f"{root}: {len(pairs['train'])} pictures and no val.txt; list some for the test there")
@@ -671,13 +732,15 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         endings = MASK_ENDINGS[1:]
         found = {name: path for name, path in found.items() if not name.endswith(endings)}
     if not found:
-        raise DataError(f"{images}: no pictures in it")
+        lists = "; list those in its folders in train.txt" * any(path.is_dir() for path in images.iterdir())
+        raise DataError(f"{images}: no pictures in it{lists}")
+    labels |= {name.lower(): path for name, path in labels.items() if name.lower() not in labels}
     pairs = []
     for name, path in found.items():
-        names = (name + ending for ending in (*endings, path.suffix))  # also a.jpg.png
-        label = next((labels[name] for name in names if name in labels), None)
+        names = [name + ending for ending in (*endings, path.suffix)]  # also a.jpg.png
+        label = next((labels[name] for name in (*names, *map(str.lower, names)) if name in labels), None)
         if label is None:
-            raise DataError(f"{path}: no mask of that name in {masks}")
+            raise DataError(f"{path}: no mask of that name in {masks}; list those that have one in train.txt")
         pairs.append((path, label))
     used = {path for pair in pairs for path in pair}
     for folder, why in {masks: "masks of no picture", images: "no pictures of a kind that is read"}.items():
@@ -746,7 +809,7 @@ def check_classes(split: Split, where: str) -> None:
             return
     if not classes:
         raise DataError(f"{where}: every pixel is 255, ignored; there is nothing to learn or to measure")
-    warn_once(f"{where}: only class {min(classes)} in all masks (255 is ignored; 0 and 255 need --data folder)")
+    warn_once(f"{where}: only class {min(classes)} in all masks (255 is ignored; data/README.md has what masks mean)")
 
 
 def check_boundaries(split: Split, where: str, metric: str) -> None:
@@ -932,7 +995,7 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
     ones have left behind goes when the next one starts.
     """
     folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
-    path = folder / (prefix + hashlib.sha256(key.encode()).hexdigest()[:24])
+    path = folder / (prefix + hashlib.sha256(os.fsencode(key)).hexdigest()[:24])
 
     def open_locked(path: Path, how: int) -> int:
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -963,8 +1026,8 @@ def shared_bytes(key: str, size: int) -> Tensor | None:
         return None
 
 
-def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
-    """The pixels (h, w, 3) uint8 of a picture, turned as its EXIF tag says.
+def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
+    """The pixels (h, w, 3) uint8 of a picture, in another of PIL's modes if asked for, turned as its EXIF tag says.
 
     It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
     transparency become RGB, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
@@ -976,17 +1039,22 @@ def decode(path: Path, listed: tuple[int, int] | None = None) -> Tensor:
                 (h, w), (height, width) = upright, listed
                 raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
             turn = turn if listed in (None, upright) else None
-            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None:
-                encoded = torchvision.io.read_file(str(path))  # the same bytes as by PIL, in two thirds of the time
-                return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).movedim(0, -1)
+            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None and mode == "RGB":
+                # The same bytes as by PIL, in two thirds of the time.
+                return torchvision.io.decode_jpeg(encoded(path), torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(np.array(picture), path)
             elif deep(picture):
                 picture = eight_bits(all_bits(path), path)
-            picture = picture.convert("RGB")
+            picture = picture.convert(mode)
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
     except BROKEN as error:
         raise unreadable(path) from error
+
+
+def encoded(path: Path) -> Tensor:
+    """The bytes of a file, whose name may be in no encoding at all."""
+    return torch.from_numpy(np.fromfile(path, np.uint8))
 
 
 def opened(path: Path) -> Image.Image:
@@ -1000,7 +1068,10 @@ def opened(path: Path) -> Image.Image:
 
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
     """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
-    tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
+    try:
+        tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
+    except BROKEN:  # which says nothing of the pixels
+        tags = {}
     turn = None if picture.format == "TIFF" else TURNS.get(tags.get(0x0112))  # PIL turns TIFFs itself
     return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
 
@@ -1008,16 +1079,14 @@ def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
 # What PIL and torchvision raise over a file that is no whole picture.
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
-BROKEN += (Image.DecompressionBombError,)
+BROKEN += (Image.DecompressionBombError, struct.error)
 
 
-UNREAD = "not a readable image, or cut off; save it as JPEG or PNG"
-
-
-def unreadable(path: Path) -> "DataError":
+def unreadable(path: Path, kinds: str = "JPEG or PNG") -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    return DataError(f"{path}: {UNREAD if os.path.exists(path) else 'not found'}")
+    unread = f"not a readable image, or cut off; save it as {kinds}"
+    return DataError(f"{path}: {unread if os.path.exists(path) else 'not found'}")
 
 
 def deep(picture: Image.Image) -> bool:
@@ -1027,7 +1096,7 @@ def deep(picture: Image.Image) -> bool:
 
 def all_bits(path: Path) -> np.ndarray:
     """The pixels (h, w, 3) uint16 of such a picture."""
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    pixels = cv2.imdecode(encoded(path).numpy(), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise unreadable(path)
     return pixels[..., 2::-1]
@@ -1046,8 +1115,7 @@ def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], devic
     """`decode` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
     if device.startswith("cuda") and all(map(is_plain_jpeg, paths, listed)):
         with contextlib.suppress(RuntimeError):  # what nvJPEG does not know the CPU may
-            encoded = [torchvision.io.read_file(str(path)) for path in paths]
-            return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=device)
+            return torchvision.io.decode_jpeg([*map(encoded, paths)], torchvision.io.ImageReadMode.RGB, device=device)
     return [decode(path, listed=size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
 
 
@@ -1497,7 +1565,7 @@ def lovasz(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def ssim(logits: Tensor, label: Tensor) -> Tensor:
-    """1 - structural similarity of prediction and one-hot target, class by class (BASNet, Qin 2019, Eq. 4).
+    """1 - structural similarity of prediction and one-hot target, class by class (BASNet, Qin 2019, Eq. 5).
 
     Statistics over a Gaussian window of 11 x 11 pixels, sigma 1.5 (Wang 2004), zero beyond the image; ignored pixels
     are alike in both and left out of the mean.
@@ -1535,7 +1603,7 @@ ASL_CURVES = {"miou": 2, "fwiou": 2, "biou": 2, "macc": 1, "gacc": 1, "bf1": 4}
 
 
 def asl_loss(logits: Tensor, label: Tensor, theta, metric: str, ignore_index: int = IGNORE) -> Tensor:
-    """1 - the surrogate of `metric` (ASL, Sec. 3): AND(p, y) = g(p) y and OR(p, y) = h(p) + y - h(p) y.
+    """1 - the surrogate of `metric` (ASL, Secs. 4.1 and 4.2): AND(p, y) = g(p) y and OR(p, y) = h(p) + y - h(p) y.
 
     logits and label as `softmax_leaves` takes them; biou and bf1 know neighbourhoods, as pools do.
     theta: control points as published, absolute and never falling along a curve, curve after curve: AND and OR for
@@ -1689,7 +1757,7 @@ LOSSES = {
     "asl": asl_loss,
 }
 WEIGHTS = {"wce": unet_weights, "dpce": distance_weights}
-KNOWN = (  # what `--search cse` starts from: cross entropy, squared and absolute error, Dice, soft recall
+KNOWN = (  # what `--search cse` starts from: cross entropy, squared and absolute error, Dice, true positives
     "Neg(Mul(y, Log(p)))",
     "Square(Add(p, Neg(y)))",
     "Abs(Add(p, Neg(y)))",
@@ -1719,9 +1787,9 @@ def read_searched(text: str) -> Expr | Asl:
 ASL_HELPERS = sources(edges, bezier, asl_boundary_f1, asl_loss)
 
 
-def export(found: dict[str, Expr | Asl], title: str = "A loss function found by search.") -> str:
+def export(losses: dict[str, Expr | Asl], title: str = "A loss function found by search.") -> str:
     """A found loss as a standalone file with `loss(logits, label)`; it imports nothing of this repository."""
-    loss = found["loss"]
+    loss = losses["loss"]
     if isinstance(loss, Expr):
         return python_source(loss, title)
     constants = f"IGNORE = {IGNORE}\nASL_CURVES = {ASL_CURVES}\nTHETA = {loss.theta}"
@@ -1745,26 +1813,36 @@ class Batches:
 
     def __init__(self, split: Split, plan: Schedule, seed: int, device: str):
         rank, world = evolve.rank_and_world()
-        self.split, self.plan, self.size = split, plan, max(1, plan.batch // world)
+        self.split, self.plan, self.share = split, plan, max(1, plan.batch // world)
         seed += 1_000_003 * rank
         self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, augmentation = self.generators
-        for index in read_ahead(self.split, self.size, order):
+        for index in read_ahead(self.split, self.share, order):
             images, *targets = batch_scale_crop_flip(self.split, index, self.plan.crop, self.plan.scale, augmentation)
             yield normalise(batch_colour_jitter(images, 0.25, augmentation)), *targets
 
 
-def make_optimizer(net: nn.Module, plan: Schedule) -> torch.optim.Optimizer:
+def make_optimizer(net: nn.Module, plan: Schedule) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer, and what lowers its learning rates to zero; the layers after a backbone have one of their own."""
     head = {id(weight) for module in net.head() for weight in module.parameters()}
     groups = [
         {"params": [w for w in net.parameters() if id(w) not in head], "lr": plan.lr},
         {"params": [w for w in net.parameters() if id(w) in head], "lr": plan.lr * plan.head_lr},
     ]
     if plan.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=True)
-    return torch.optim.SGD(groups, momentum=0.9, weight_decay=plan.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=plan.weight_decay, fused=True)
+    return optimizer, LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
+
+
+def batch_loss(net: nn.Module, loss: Callable, batch: Sequence[Tensor]) -> Tensor:
+    images, *targets = batch
+    with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+        logits = net(images)
+    return loss(logits.float(), *targets)
 
 
 def train_network(
@@ -1784,8 +1862,7 @@ def train_network(
     only, so that the host seldom waits for the device.
     """
     cuda = next(net.parameters()).is_cuda
-    optimizer = make_optimizer(net, plan)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
+    optimizer, schedule = make_optimizer(net, plan)
     _, world = evolve.rank_and_world()
     parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
     first, curve = checkpoint.load(parts, data.generators) if checkpoint else (0, [])
@@ -1794,10 +1871,8 @@ def train_network(
     if world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if cuda else net
         net = nn.parallel.DistributedDataParallel(net)
-    for step, (images, *targets) in zip(range(first, plan.steps), data):
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            logits = net(images)
-        value = loss(logits.float(), *targets)
+    for step, batch in zip(range(first, plan.steps), data):
+        value = batch_loss(net, loss, batch)
         if not value.requires_grad:
             raise InvalidLoss("the first step, for want of a gradient")
         shown = value.detach()
@@ -1854,6 +1929,9 @@ def draw_predictions(net: nn.Module, split: Split, path: Path, device: str, numb
 GATE_SIZE = 16  # side of the rejection samples in pixels [D]
 GATE_SAMPLES = 5  # [P]
 STATES = (0, 0.15, 1)  # shares of the base training after which the gates look at its predictions [D]
+# Least gain in the rejection protocol. The published 0.6 [P] turns away the best losses known here: a pool leaves free
+# logits unconstrained, a network not. About half of what the least of the good ones gains (tests/bench_gates.py) [D].
+ETA = {"miou": 0.1, "fwiou": 0.1, "macc": 0.2, "gacc": 0.1, "biou": 0.1, "bf1": 0.3}
 
 
 class SegTask(evolve.Task):
@@ -1873,6 +1951,11 @@ class SegTask(evolve.Task):
         self.samplers = {"asl": lambda: AslSearch(args.metric)}
         self.data: dict[str, Split] = {}
 
+    def load(self) -> None:
+        if not self.data:
+            self.data = read_data(self.args, self.pairs, self.meaning)
+            self.weighted: dict[str | None, Split] = {None: self.data["train"]}
+
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it; small networks have their own optimizer on all data sets."""
         args = self.args
@@ -1882,10 +1965,35 @@ class SegTask(evolve.Task):
         flags = dict(steps=steps, crop=args.crop, batch=args.batch, lr=args.lr, model=args.model, base=base)
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
-    def load(self) -> None:
-        if not self.data:
-            self.data = read_data(self.args, self.pairs, self.meaning)
-            self.weighted: dict[str | None, Split] = {None: self.data["train"]}
+    def network(self, plan: Schedule, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        net = build_model(plan.model, self.num_classes, self.args.pretrained)
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def loss(self, losses: dict[str, Expr] | str) -> Callable[..., Tensor]:
+        if losses == "asl":
+            return Asl(self.args.metric, ASL_THETA[self.args.metric])
+        if isinstance(losses, str):
+            return LOSSES[losses]
+        return losses["loss"] if isinstance(losses["loss"], Asl) else tree_loss(losses["loss"])
+
+    def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Batches:
+        """The batches of a training; those of wce and dpce carry weights, which are made on first use."""
+        name = losses if isinstance(losses, str) and losses in WEIGHTS else None
+        if name not in self.weighted:
+            self.weighted[name] = with_weights(self.data["train"], WEIGHTS[name], self.num_classes)
+        return Batches(self.weighted[name], plan, seed, self.device)
+
+    @functools.cached_property
+    def proxy_batches(self):
+        """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
+        plan = self.proxy
+        if plan.steps * plan.batch * plan.crop**2 * 13 < 2**29:  # bytes: a pixel has three floats and a label
+            return list(itertools.islice(self.batches(BASELINE, plan, self.args.seed), plan.steps))
+        return None
+
+    def test(self, net: nn.Module, split: Split) -> dict[str, float]:
+        return test_network(net, split, self.num_classes, self.device)
 
     def prepare(self, base: Path) -> None:
         """The base network: the baseline's loss for the first steps of the converged schedule.
@@ -1904,7 +2012,7 @@ class SegTask(evolve.Task):
 
         def batches() -> Iterator[tuple[Tensor, ...]]:
             for step, batch in enumerate(self.batches(BASELINE, plan, 500 + self.args.seed)):
-                states.extend(copy.deepcopy(net.state_dict()) for _ in range(steps.count(step)))
+                states.extend([copy.deepcopy(net.state_dict())] * steps.count(step))  # several in a short base
                 if step == steps[-1]:
                     return
                 yield batch
@@ -1950,33 +2058,6 @@ class SegTask(evolve.Task):
         metrics.update(logits.argmax(-3).flatten(0, -3), label.flatten(0, -3))
         return metrics.compute()[self.args.metric].view(leading)
 
-    def network(self, plan: Schedule, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        net = build_model(plan.model, self.num_classes, self.args.pretrained)
-        return net.to(self.device, memory_format=torch.channels_last)
-
-    def loss(self, losses: dict[str, Expr] | str) -> Callable[..., Tensor]:
-        if losses == "asl":
-            return Asl(self.args.metric, ASL_THETA[self.args.metric])
-        if isinstance(losses, str):
-            return LOSSES[losses]
-        return losses["loss"] if isinstance(losses["loss"], Asl) else tree_loss(losses["loss"])
-
-    def batches(self, losses: dict[str, Expr] | str, plan: Schedule, seed: int) -> Batches:
-        """The batches of a training; those of wce and dpce carry weights, which are made on first use."""
-        name = losses if isinstance(losses, str) and losses in WEIGHTS else None
-        if name not in self.weighted:
-            self.weighted[name] = with_weights(self.data["train"], WEIGHTS[name], self.num_classes)
-        return Batches(self.weighted[name], plan, seed, self.device)
-
-    @functools.cached_property
-    def proxy_batches(self):
-        """The batches of the proxy. Every candidate sees the same ones, so they are made once where memory allows."""
-        plan = self.proxy
-        if plan.steps * plan.batch * plan.crop**2 * 13 < 2**29:
-            return list(itertools.islice(self.batches(BASELINE, plan, self.args.seed), plan.steps))
-        return None
-
     def train(self, losses: dict[str, Expr] | str) -> float:
         self.measured = self.proxy_scores(losses)
         return round(self.measured[self.args.metric], 6)
@@ -1989,7 +2070,7 @@ class SegTask(evolve.Task):
         data = shared or self.batches(losses, self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
-        return test_network(net, self.data["val"], self.num_classes, self.device)
+        return self.test(net, self.data["val"])
 
     def simulate(self, losses: dict[str, Expr] | str) -> float:
         """A short training on the pictures of the gates: the score on these."""
@@ -2000,7 +2081,7 @@ class SegTask(evolve.Task):
             train_network(net, self.loss(losses), Batches(few, plan, self.args.seed, self.device), plan)
         except InvalidLoss:
             return 0.0
-        return test_network(net, few, self.num_classes, self.device)[self.args.metric]
+        return self.test(net, few)[self.args.metric]
 
     def retrain(
         self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
@@ -2011,11 +2092,11 @@ class SegTask(evolve.Task):
         self.curve = train_network(net, self.loss(losses), self.batches(losses, plan, own), plan, checkpoint=checkpoint)
         if picture:
             draw_predictions(net, self.data["test"], picture, self.device)
-        return {name: test_network(net, self.data[name], self.num_classes, self.device) for name in ("val", "test")}
+        return {name: self.test(net, self.data[name]) for name in ("val", "test")}
 
 
 class AslSearch:
-    """Auto Seg-Loss's own search (ASL, Sec. 3.4): PPO2 over the control points, drawn from a truncated normal.
+    """Auto Seg-Loss's own search (ASL, Sec. 4.3): PPO2 over the control points, drawn from a truncated normal.
 
     The points are relative here, each a share of the way from its predecessor to (1, 1) in either coordinate: any
     numbers in 0..1 make rising curves. A round of samples shares the mean `mu`; its update moves `mu` towards what
@@ -2093,11 +2174,6 @@ class AslSearch:
             cv2.rectangle(picture, (28 + 256 * k, 28), (228 + 256 * k, 228), (160, 160, 160))
             cv2.polylines(picture, [line], False, (0, 0, 0), 2, cv2.LINE_AA)
         board.add_image("asl/curves", picture, self.rounds, dataformats="HWC")
-
-
-# Least gain in the rejection protocol. The published 0.6 [P] turns away the best losses known here: a pool leaves free
-# logits unconstrained, a network not. About half of what the least of the good ones gains (tests/bench_gates.py) [D].
-ETA = {"miou": 0.1, "fwiou": 0.1, "macc": 0.2, "gacc": 0.1, "biou": 0.1, "bf1": 0.3}
 
 
 # =====================================================================================================================

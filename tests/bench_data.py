@@ -206,7 +206,7 @@ def load(script, args):
     task = object.__new__(search_det.DetTask)
     task.args, task.device, task.masks = args, args.device, args.metric == "segm"
     task.proxy, task.retraining = search_det.PROXY[args.data], search_det.RETRAIN[args.data]
-    task.data = task.read_data()
+    task.data = search_det.read_data(args, max(task.proxy.size, task.retraining.size), task.masks)
     return task.batches(task.proxy, 0), task.data["train"], task.proxy, (task.masks,)
 
 

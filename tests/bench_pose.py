@@ -94,7 +94,10 @@ def show_seconds(task: search_pose.PoseTask) -> None:
     print(f"\nloader: {len(data) * len(data[0][0]) / drawn:,.0f} persons/s")
     print(f"{'one proxy training, s':<40}{'loader':>8}{'training':>10}{'metric':>8}")
     for name in ("mse", "Neg(Mul(y, Log(p)))", "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))"):
-        loss, net = task.loss(name if name in search_pose.LOSSES else {"loss": parse(name)}), task.network(0)
+        loss, net = (
+            task.loss(name if name in search_pose.LOSSES else {"loss": parse(name)}),
+            task.network(task.proxy, 0),
+        )
         start = time.perf_counter()
         search_pose.train_network(net, loss, data, task.proxy)
         middle = time.perf_counter()

@@ -358,6 +358,28 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation, suffix):
             search_det.decode(path, listed=(9, 7))
 
 
+@pytest.mark.parametrize("tags", [b"Exif\0\0nonsense, and more of it", b"Exif\0\0II*", b"Exif\0\0"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_broken_tags_say_nothing_of_the_pixels(tmp_path, tags, suffix):
+    Image.fromarray(np.full((8, 9, 3), 200, np.uint8)).save(tmp_path / f"a.{suffix}", exif=tags)
+    for script in SCRIPTS.values():
+        pixels = script.decode(tmp_path / f"a.{suffix}")
+        assert pixels.shape == (8, 9, 3) and (pixels.float() - 200).abs().max() < 9
+
+
+def test_names_in_no_encoding(tmp_path):
+    """As from an archive that was packed on another system."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path / "bilder-") + b"\xfc"))
+    folder.mkdir()
+    for suffix in ("jpg", "png"):
+        Image.fromarray(noise(8, 9)).save(folder / f"a.{suffix}")
+    deep = cv2.imencode(".png", noise(8, 9).astype(np.uint16) * 257)[1].tobytes()
+    (folder / "b.png").write_bytes(deep)
+    for script in SCRIPTS.values():
+        assert all(script.decode(folder / name).shape == (8, 9, 3) for name in ("a.jpg", "a.png", "b.png"))
+        assert script.shared_bytes(script.fingerprint("x", folder.iterdir()), 10) is not None
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_plain_tiffs_are_turned_rightly(tmp_path, orientation):
     """Uncompressed and grey, as PIL would map them into memory."""
@@ -580,6 +602,34 @@ def test_masks_as_tools_write_them(tmp_path, kind):
     assert torch.equal(search_seg.read_label(path, search_seg.plain_meaning(21)), want)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_few_bits(tmp_path, bits):
+    """PIL stretches their values: the last class would be 255, which is ignored."""
+    index = np.arange(2**bits, dtype=np.uint8)[None].repeat(8, 0)
+    shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
+    packed = (index.reshape(8, -1, 8 // bits) << shifts).sum(-1, dtype=np.uint8)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    header = struct.pack(">IIBBBBB", 2**bits, 8, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert torch.equal(
+        search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(2**bits)), torch.tensor(index)
+    )
+
+
+def test_a_value_that_is_no_class_is_named(tmp_path):
+    for value in (-9999, 70000):
+        Image.fromarray(np.where(index_map() == 1, value, 0).astype(np.int32)).save(tmp_path / "a.tif")
+        with pytest.raises(DataError, match=f"a.tif: mode I, value {value:g}; a mask has grey values 0..65535"):
+            search_seg.read_label(tmp_path / "a.tif", search_seg.plain_meaning(21))
+    (tmp_path / "b.png").write_bytes(b"?")
+    with pytest.raises(DataError, match="b.png: not a readable image, or cut off; save it as PNG$"):
+        search_seg.read_label(tmp_path / "b.png", search_seg.plain_meaning(21))
+
+
 @pytest.mark.parametrize(
     "kind, message",
     [
@@ -699,6 +749,44 @@ def test_colours_are_found_in_masks(tmp_path, capsys):
     assert torch.equal(data["test"].labels[0], torch.from_numpy(index_map())) and not data["test"].labels[2].any()
 
 
+def test_grey_masks_with_a_table_of_colours(tmp_path):
+    grey = np.array([0, 127, 255], np.uint8)
+    root = write_folder(tmp_path, [grey[index_map()]] * 3 + [Image.fromarray(grey[index_map()]).convert("RGB")] * 3)
+    (root / "labelmap.txt").write_text("background:0,0,0::\ncell:127,127,127::\nnucleus:255,255,255::\n")
+    for label in read_folder(root)["test"].labels:
+        assert torch.equal(label, torch.from_numpy(index_map()))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_number_of_classes_stands(tmp_path, mode):
+    """Not every value is there, and none is moved for that."""
+    masks = [Image.fromarray(np.array([0, 1, 3], np.uint8)[index_map()]).convert(mode)] * 6
+    data = read_folder(write_folder(tmp_path, masks), "--classes", "5")
+    assert data["test"].labels.unique().tolist() == [0, 1, 3]
+    with pytest.raises(DataError, match="class 3; expected 0..2 or 255"):
+        read_folder(tmp_path, "--classes", "3")
+
+
+def test_palettes_that_differ_are_told(tmp_path, capsys):
+    search_seg.warn_once.cache_clear()
+    read_folder(write_folder(tmp_path, [*own_palettes()] * 2), "--classes", "3")
+    assert "is another colour in its palette than in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, number, coloured",
+    [
+        ("name,r,g,b\nsky,128,128,128\nsea,0,0,255\n", 2, True),  # class_dict.csv
+        ("64 128 64\tAnimal\n192 0 128\tArchway\n0 0 0\tVoid\n", 3, True),  # CamVid
+        ("__ignore__\n_background_\ncat\ndog\n", 3, False),  # labelme
+    ],
+)
+def test_tables_of_classes(tmp_path, text, number, coloured):
+    (tmp_path / "classes").write_text(text)
+    found, colours = search_seg.read_classes(tmp_path / "classes")
+    assert (found, len(colours)) == (number, number if coloured else 0)
+
+
 @pytest.mark.parametrize("line", ["{}:{},{},{}::", "{}, {}, {}, {}", "{} {} {} {}"])
 def test_colour_table_of_a_labelling_tool(tmp_path, line):
     colours = {"cat": (250, 50, 83), "background": (0, 0, 0), "dog": (51, 221, 255)}
@@ -767,7 +855,21 @@ def binary(high):
     return (index_map() > 0).astype(np.uint8) * high
 
 
+def matte(steps):
+    """A binary mask with an edge of every grey."""
+    mask = np.zeros((200, 300), np.uint8)
+    mask[:, 150:] = 255
+    mask[: len(steps), 149] = steps
+    return mask
+
+
 REFUSED_MASKS = {
+    "all greys": ([matte(range(k, k + 128)) for k in (0, 128)] * 3, r"value \d+ at a few pixels"),
+    "soft edges of 16 bits": ([soft(index_map()).astype(np.uint16) * 257] * 6, "value 32896 at a few pixels"),
+    "no class is black": (
+        [Image.fromarray(COLOURS[np.maximum(index_map(), 1)])] * 5 + [np.zeros((20, 30), np.uint8)],
+        "an RGB mask, and .*5.png is none",
+    ),
     "soft edges": ([soft(index_map())] * 6, "value 128 at a few pixels between others, as of soft edges"),
     "soft edges in RGB": ([Image.fromarray(soft(index_map())).convert("RGB")] * 6, "value 128 at a few pixels"),
     "smoothed greys": ([smoothed((0, 50, 100), "L")] * 6, r"value \d+ at a few pixels"),
@@ -851,6 +953,24 @@ def test_a_list_of_classes_in_another_language(tmp_path, text):
     (tmp_path / "names").write_text(text)
     with pytest.raises(DataError, match="is no class; give one name a line"):
         read_folder(root, "--classes", tmp_path / "names")
+
+
+def test_lists_of_pictures_and_masks_in_any_folders(tmp_path):
+    root = write_folder(tmp_path / "a", [index_map()] * 8, "no splits")
+    (root / "images").rename(root / "rgb")
+    (root / "labels").rename(root / "gt")
+    (root / "train.txt").write_text("".join(f"/rgb/{k}.jpg /gt/{k}.png\n" for k in range(5)))
+    (root / "val.txt").write_text("".join(f"rgb/{k}.jpg,gt/{k}.png\n" for k in range(5, 8)))
+    assert len(read_folder(root)["test"].images) == 3
+    root = write_folder(tmp_path / "b", [index_map()] * 8, "split last")  # a list chooses among those in its folder
+    (root / "train.txt").write_text("0\n2\n3\n")
+    assert {path.stem for path, _ in search_seg.folder_pairs(root)["train"]} == {"0", "2", "3"}
+
+
+def test_every_eighth_for_want_of_a_split_is_told(tmp_path, capsys):
+    search_seg.note.cache_clear()
+    read_folder(write_folder(tmp_path, [index_map()] * 8, "no splits"))
+    assert "no val or test in a list or folder that is understood; every eighth" in capsys.readouterr().out
 
 
 def test_lists_as_cvat_writes_them(tmp_path):
@@ -1062,6 +1182,12 @@ def test_broken_folders_are_named(tmp_path, broken, message):
 
 EXPORTS = {  # folders of pictures and masks, and their names
     "Roboflow": ("train", "train", "{}.rf.1a.jpg", "{}.rf.1a_mask.png"),
+    "side by side": ("train", "train", "{}.tif", "{}_mask.tif"),
+    "Carvana as it comes": ("train", "train_masks", "{}.jpg", "{}_mask.gif"),
+    "SegNet": ("train", "trainannot", "{}.png", "{}.png"),
+    "capitals": ("Images", "Masks", "{}.JPG", "{}_Mask.PNG"),
+    "fast.ai": ("images", "labels", "{}.png", "{}_P.png"),
+    "KITTI": ("training/image_2", "training/semantic", "{}.png", "{}.png"),
     "Supervisely": ("img", "masks_machine", "{}.jpg", "{}.png"),
     "labelme": ("JPEGImages", "SegmentationClassPNG", "{}.jpg", "{}.png"),
     "Carvana": ("train/images", "train/masks", "{}.jpg", "{}_mask.gif"),
@@ -1073,20 +1199,22 @@ EXPORTS = {  # folders of pictures and masks, and their names
 @pytest.mark.parametrize("tool", EXPORTS)
 def test_folders_as_tools_export_them(tmp_path, tool):
     images, masks, image, mask = EXPORTS[tool]
-    for split in ("train", "valid") if "train" in images else ("",):
+    split_folders = "train" in images and tool != "KITTI"
+    for split in ("train", "valid") if split_folders else ("",):
         for k in range(8):
-            save(noise(20, 30, k), tmp_path / images.replace("train", split) / image.format(k))
+            where = (folder.replace("train", split) if split else folder for folder in (images, masks))
+            images_here, masks_here = (tmp_path / folder for folder in where)
+            save(noise(20, 30, k), images_here / image.format(k))
             palette = masks_of(index_map())["palette"]
-            path = tmp_path / masks.replace("train", split) / mask.format(k)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            palette.save(path)
+            masks_here.mkdir(parents=True, exist_ok=True)
+            palette.save(masks_here / mask.format(k))
         if tool == "Roboflow":
             (tmp_path / split / "_classes.csv").write_text("Pixel Value, Class\n0, sky\n")
         elif tool == "labelme":
             (tmp_path / "SegmentationClass").mkdir()
             (tmp_path / "SegmentationClass/0.npy").write_bytes(b"")
     data = read_folder(tmp_path)
-    assert sum(len(split.images) for split in data.values()) == (16 if "train" in images else 8)
+    assert sum(len(split.images) for split in data.values()) == (16 if split_folders else 8)
     assert torch.equal(data["test"].labels[0], torch.from_numpy(index_map()))
 
 

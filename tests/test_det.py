@@ -274,7 +274,6 @@ def test_baseline_is_torchvisions_own_training(task, mask_task, masks):
     images, targets = task.proxy_batches[0]
     sizes = [tuple(images.shape[-2:])] * len(images)
     net = task.network(task.proxy, 3).train()
-    net.set_losses(task.losses("ce+l1"))
     theirs = unmodified(net, masks)
     runs = []
     for _ in range(2):
@@ -285,7 +284,7 @@ def test_baseline_is_torchvisions_own_training(task, mask_task, masks):
             proposals, first = theirs.rpn(ImageList(images, sizes), features, targets)
             values = {**first, **theirs.roi_heads(features, proposals, sizes, targets)[1]}
         else:
-            values = net(images, sizes, targets)
+            values = net(images, sizes, targets, task.losses("ce+l1"))
         sum(values.values()).backward()
         runs.append((sorted(v.item() for v in values.values()), [w.grad.clone() for w in net.parameters()]))
     assert len(runs[0][0]) == 4 + masks and runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)

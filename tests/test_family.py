@@ -17,15 +17,15 @@ PAIRS = list(itertools.combinations(SCRIPTS, 2))
 BANNERS = ["Arguments", "Data", "Network", "Metric", "Losses", "Training", "Search", "Main"]
 PACKAGES = {"torch", "torchvision", "numpy", "pycocotools", "cv2", "PIL"}
 EVERYWHERE = (
-    "Schedule parse_arguments check_arguments read_loss Split list_data normalise build_model "
-    "tree_loss export train_network test_network draw_predictions main"
+    "Schedule parse_arguments check_arguments read_loss Split list_data read_data normalise build_model "
+    "tree_loss export Batches make_optimizer batch_loss train_network test_network draw_predictions main"
 ).split()
 COPIES = set(  # the same to the letter wherever they occur
     "conv normalise unreadable load_coco identity floats EmptyObject check_image check_images picture_size "
     "check_annotation within_reach check_boxes check_coco entries_of by_id plain_name list_results places "
     "check_places column ranks_within best_first match accumulate batch_colour_jitter resnet Pictures threads "
     "map_pictures read_ahead shared_bytes decode opened turning deep all_bits eight_bits read_pictures is_plain_jpeg "
-    "group_size scaled fingerprint found_files rows_of".split()
+    "group_size scaled fingerprint found_files rows_of train_network".split()
 )
 # Flags whose help goes on with what the task has to offer; up to there it is the same.
 OWN_ENDING = {"metric", "loss", "compare", "data", "model", "proxy_steps", "retrain_steps", "batch", "lr", "search"}

@@ -401,7 +401,7 @@ def test_dead_means_what_it_says():
 
 def test_latex_has_every_part():
     text = latex(parse("Neg(Mul(Add(y, Neg(1)), Log(MeanNHW(p))))"))
-    assert text == r"-\left(y - 1\right) \cdot \log \left(\mathrm{mean}_{NHW} p\right)"
+    assert text == r"-\left(y - 1\right) \cdot \log \left(\mathrm{mean}_{NHW} \left(p\right)\right)"
     for expr in trees(300, seed=16):
         shown = latex(expr)
         assert shown.count("{") == shown.count("}") and shown.count(r"\left") == shown.count(r"\right")

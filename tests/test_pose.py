@@ -819,7 +819,7 @@ def test_gate_scores_count_joints(task):
 
 def test_training_learns(root):
     task = ready(search_pose.PoseTask(arguments(root, "--proxy-steps", "60", "--metric", "pck")))
-    start = task.test(task.network(0), task.data["val"])["pck"]
+    start = task.test(task.network(task.proxy, 0), task.data["val"])["pck"]
     assert start < 0.2 and task.train("ce") > 0.4
 
 
@@ -830,7 +830,7 @@ def test_every_loss_trains(task, name):
 
 
 def test_a_prediction_depends_on_its_picture_alone(task):
-    net, images = task.network(0), search_pose.middle(task.data["test"].images, task.size)
+    net, images = task.network(task.proxy, 0), search_pose.middle(task.data["test"].images, task.size)
     torch.testing.assert_close(search_pose.predict(net, images)[:1], search_pose.predict(net, images[:1]))
 
 

@@ -175,7 +175,7 @@ def slow_dice(logits, label):
 
 
 def slow_lovasz(logits, label):
-    """The Lovasz extension of the Jaccard loss, summed set by set along the sorted errors (Berman 2018, Eq. 3)."""
+    """The Lovasz extension of the Jaccard loss, summed set by set along the sorted errors (Berman 2018, Def. 2)."""
     p, c = flat(logits, label)
     terms = []
     for k in c.unique():

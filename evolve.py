@@ -34,6 +34,7 @@ import os
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -44,7 +45,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import cv2
 import numpy as np
@@ -69,10 +70,10 @@ GPU_WORKERS = 8  # [D] that share a GPU by default, on the embedded data (tests/
 POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
-UPWARDS = 0.5  # [D] of the surrogate's deviation to hope for: of 776 trainings 2 % were one above (measured early)
+UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: few trainings surpass what is expected
 LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
-RELATED = 0.95  # [D] parents, and finalists, have gradients of less than this mean cosine
+RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
 
@@ -93,18 +94,21 @@ def search(state: "State", worker: "Worker", args) -> None:
             return
         turn = state.next_turn(worker.rank)
         rng = Random(f"{args.seed}/{worker.rank}/{turn}")
-        guide = state.surrogate.fit(state, worker.others_at_work(state)) if state.surrogate else None
+        at_work = worker.others_at_work(state)
+        guide = state.surrogate.fit(state, at_work) if state.surrogate else None
         if guide and (leader := next_leader(state, guide, worker, args.seed)):
             worker.tell(converged_training(state.task, worker, leader, args.seed, leader=True))
             continue
-        child = next_child(state, rng, guide, deadline)
+        child = next_child(state, rng, guide, deadline, at_work)
         if child is None:  # the deadline came first
             return
         worker.tell({"turn": turn, **proxy_training(state.task, worker, child)})
 
 
-def next_child(state: "State", rng: Random, guide: "Surrogate | None", deadline: float):
-    """A child that deserves a training; None if the deadline comes first.
+def next_child(
+    state: "State", rng: Random, guide: "Surrogate | None", deadline: float, at_work: Sequence[dict] = ()
+) -> "Child | None":
+    """A child that deserves a training; None where the deadline has come and nothing has passed.
 
     As published, one parent is drawn and mutated until a child passes: a new parent for every attempt would select for
     fertility. With the surrogate some hundred children of many parents pass the cheap gates, and the most promising of
@@ -113,7 +117,7 @@ def next_child(state: "State", rng: Random, guide: "Surrogate | None", deadline:
     if state.sampler:
         return state.sampler.propose(rng)
     tried, parent = Tried(deadline), None
-    if together := best_trials_together(state):
+    if together := best_trials_together(state, at_work):
         return tried.close(state, together)
     early = state.evaluated < (INITIAL if len(state.task.branches) == 1 else TRIALS)
     fresh = rng.random() < FRESH or not state.method.mutate or early
@@ -166,16 +170,18 @@ def measured(task: "Task") -> dict[str, float]:
     return {name: round(value, 6) for name, value in task.measured.items() if math.isfinite(value)}
 
 
-def converged_training(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None, **more) -> dict:
+def converged_training(
+    task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None, leader: bool = False
+) -> dict:
     """A converged training of losses, or of the baseline by its name, as its record in the journal."""
     start = time.time()
-    worker.works_on(losses, bool(more))
+    worker.works_on(losses, leader)
     try:
         scores = task.retrain(losses, seed, picture)
     except InvalidLoss:
         scores = None
     seconds = round(time.time() - start, 3)
-    return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds, **more}
+    return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds, "leader": leader}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,17 +328,16 @@ def replace_node(expr: Expr, index: int, new: Expr) -> Expr:
     return Expr(expr.op, tuple(args))
 
 
-def pick(rng: Random, expr: Expr, operators: bool) -> tuple[int, Expr]:
-    """A random operator, or a random leaf, of `expr` with its number in preorder."""
-    return rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if bool(node.args) == operators])
+def pick(rng: Random, expr: Expr, operators: bool | None = None) -> tuple[int, Expr]:
+    """A random node of `expr`, or one of its operators, or of its leaves, with its number in preorder."""
+    return rng.choice([(k, node) for k, node in enumerate(nodes(expr)) if operators in (None, bool(node.args))])
 
 
 def insert(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Put a random operator between a random node and its parent; a second operand is a random leaf [P]."""
-    everything = nodes(expr)
-    index = rng.randrange(len(everything))
+    index, node = pick(rng, expr)
     op = rng.choice(list(OPERATORS))
-    args = [everything[index]] + [Expr(rng.choice(symbols)) for _ in range(OPERATORS[op].arity - 1)]
+    args = [node] + [Expr(rng.choice(symbols)) for _ in range(OPERATORS[op].arity - 1)]
     rng.shuffle(args)
     return replace_node(expr, index, Expr(op, tuple(args)))
 
@@ -372,20 +377,20 @@ def swap(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
 
 def combine(rng: Random, expr: Expr, symbols: tuple[str, ...]) -> Expr:
     """Add a small random tree to a random node, or multiply by it [D]: a weight or a penalty in a single step."""
-    index = rng.randrange(len(nodes(expr)))
+    index, node = pick(rng, expr)
     term = random_tree(rng, symbols, rng.randint(1, DEPTH))
-    return replace_node(expr, index, Expr(rng.choice(("Add", "Mul")), (nodes(expr)[index], term)))
+    return replace_node(expr, index, Expr(rng.choice(("Add", "Mul")), (node, term)))
 
 
 def cross(rng: Random, expr: Expr, other: Expr) -> Expr:
     """A random subtree of `other` in place of a random node of `expr`, or as a term or factor beside it [D]."""
-    index, part = rng.randrange(len(nodes(expr))), rng.choice(nodes(other))
-    beside = Expr(rng.choice(("Add", "Mul")), (nodes(expr)[index], part))
+    (index, node), (_, part) = pick(rng, expr), pick(rng, other)
+    beside = Expr(rng.choice(("Add", "Mul")), (node, part))
     return replace_node(expr, index, rng.choice((part, beside)))
 
 
 def mutate(rng: Random, expr: Expr, symbols: tuple[str, ...], other: Expr | None = None) -> Expr:
-    """One to three mutations in a row [D], each equally likely; some children have a second parent, `other`.
+    """One, two or three mutations in a row (1/2, 1/3, 1/6) [D]; some children have a second parent, `other`.
 
     A bare leaf can only grow, and what has outgrown NODES can only shrink.
     """
@@ -475,9 +480,14 @@ class Tried:
 
 
 def judge(state: "State", children: list[Child], names: tuple[str, ...], tried: Tried) -> list[Child]:
-    """The children that pass the named gates. A child whose equivalent was trained takes over its score [P]."""
+    """The children that pass the named gates.
+
+    A child whose equivalent was trained takes over its score [P], but for a search with the surrogate.
+    """
     trees = [tree for child in children for tree in child.trees]
-    for name in (name for name in names if name in state.gates & GATES.keys()):
+    for name in names:
+        if name not in state.gates or name not in GATES:  # the gate "simulation" judges whole children, below
+            continue
         undecided = [tree for tree in trees if tree.verdict is None]
         for tree, verdict in zip(undecided, GATES[name](state, undecided)):
             tree.verdict, tree.gate = verdict, name if verdict else ""
@@ -511,7 +521,7 @@ def dead(state: "State", trees: list[Tree]) -> list[Verdict | None]:
 
 
 def seen(state: "State", trees: list[Tree]) -> list[Verdict | None]:
-    """The canonical text is known, whatever became of it [D]; in this very turn, it is in the pool already."""
+    """The canonical text was judged before, and the verdict stands; or it has come up earlier in this turn [D]."""
     verdicts = []
     for tree in trees:
         here = tree.branch, tree.text
@@ -587,7 +597,7 @@ def equivalence_key(slope: Tensor, scale_free: bool) -> str:
     loss, neither does the key: norms are relative to that over all samples [D]. All states of the base network count.
     """
     norm = slope.norm(dim=-1)  # (S, B)
-    side = (slope @ directions(slope.shape[-1])[:, 0].to(slope)) / norm.clamp(min=1e-300)
+    side = (slope @ directions(slope.shape[-1])[:, 0].double()) / norm.clamp(min=1e-300)
     norm = norm / norm.norm() if scale_free else norm
     digits = " ".join(f"{n:.1e}:{s:+.1e}" for n, s in zip(norm.flatten().tolist(), side.flatten().tolist()))
     return hashlib.blake2b(digits.encode(), digest_size=8).hexdigest()
@@ -610,7 +620,7 @@ def sketch(branch: Branch, slope: Tensor) -> Tensor:
     the S * B gradients of that of the bounded unit gradients, 2 - 2 cosine, to a few percent. Where the scale of a loss
     counts, as among several that are added, one more number tells it.
     """
-    projected = bounded(branch, slope).float() @ directions(slope.shape[-1]).to(slope.device) / SKETCH**0.5
+    projected = bounded(branch, slope).float() @ directions(slope.shape[-1]) / SKETCH**0.5
     projected = (projected / math.prod(slope.shape[:2]) ** 0.5).flatten()
     scale = SCALE * slope.norm(dim=-1).mean().log10().clamp(-4, 2).float()
     return projected if branch.scale_free else torch.cat([projected, scale[None]])
@@ -687,14 +697,15 @@ COUNTERS = (*CHEAP, "surrogate", *DEAR)
 class Surrogate:
     """A Gaussian process over the gradients of losses that predicts what a converged training would score.
 
-    A score is the baseline's, plus a linear function of how far, and which way, the gradient turns from the baseline's,
-    plus a smooth deviation. So is the covariance of two candidates, averaged over branches: exp(-d^2 / length^2) +
-    trend * <g - b, g' - b>, where g and g' are their unit gradients, b the baseline's, over samples and states, and d^2
-    is |g - g'|^2 [D]. The linear part sees beyond the families that were tried: what helped a little may help a lot.
+    A score is modelled as the baseline's, plus a linear function of where the gradient lies, seen from the baseline's,
+    plus a smooth function of it. Hence the covariance of two candidates, averaged over branches:
+    trend * <g - b, g' - b> + exp(-|g - g'|^2 / length^2), where g and g' are their unit gradients and b the baseline's,
+    over samples and states [D]. The linear part sees beyond the families that were tried: what helped a little may help
+    a lot.
 
     It learns from proxy scores, `corrected` by all else that proxy trainings measure, and from converged ones: a
-    converged score is the proxy score plus a deviation, a process of the same kind with `drift` times the variance. The
-    baseline, which is trained anyway, is part of what it learns from, and the deviation is measured from the baseline's
+    converged score is the proxy score plus a drift, a process of the same kind with `drift` times the variance. The
+    baseline, which is trained anyway, is part of what it learns from, and the drift is measured from the baseline's
     own: a family of losses that starts fast and does not last is no better than it is. Length, noise, trend and drift
     are chosen by their marginal likelihood, one after another, twice; the best variance is known in closed form.
     """
@@ -735,20 +746,21 @@ class Surrogate:
         return self
 
     def learn(self, state: "State") -> None:
-        """The points of what was trained, and for each score its value, its row among them, and whether it is late.
+        """What there is to learn from: `rows` of candidates, the `points` of these and of the baseline, and its scores.
 
-        The rows are candidates, then the baseline, if its proxy score is known.
+        Of each score `values` has what it is worth, `index` the row of its point, and `late` 1 if it is converged.
         """
         task = state.task
         half, texts = self.ROWS // 2, list(state.results)
         ranking = sorted(texts, key=lambda text: state.results[text].score or 0.0)
         self.rows = [state.results[text] for text in dict.fromkeys(ranking[-half:] + texts[-half:])]
-        losses, proxy, again = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows], []
+        losses, proxy = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows]
+        again = {}  # converged scores by row, as far ahead of the baseline's proxy score as of its converged one
         if state.baseline is not None:
             losses, proxy, anchor = [*losses, {}], [*proxy, state.baseline], state.converged(task.baseline)
             if anchor not in (None, -math.inf):
-                again = [*(state.converged(row.text) for row in self.rows), anchor]
-        again = {k: score - anchor + state.baseline for k, score in enumerate(again) if score is not None}
+                late = [*(state.converged(row.text) for row in self.rows), anchor]
+                again = {k: score - anchor + state.baseline for k, score in enumerate(late) if score is not None}
         proxy = self.corrected(state, proxy, again)
         values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
         knee = min(values.median().item(), math.inf if state.baseline is None else state.baseline)
@@ -826,11 +838,11 @@ class Surrogate:
         from_one, from_other = squared_distances(one, self.origin), squared_distances(other, self.origin)
         return torch.stack([squared, (from_one + from_other.mT - squared) / 2])
 
-    def covariance(self, pairs: Tensor, late: Tensor, other: Tensor) -> Tensor:
+    def covariance(self, pairs: Tensor, late: Tensor, other_late: Tensor) -> Tensor:
         """(n, m) of two lots of scores: what `compare` says of their points, and which are converged (n,) and (m,)."""
         squared, inner = pairs
         alike = (-squared / self.length**2).exp() + self.trend * inner
-        return alike.mean(0) * (1 + self.drift * late[:, None] * other)
+        return alike.mean(0) * (1 + self.drift * late[:, None] * other_late)
 
     def solve(self, length: float, noise: float, trend: float, drift: float) -> None:
         self.length, self.noise, self.trend, self.drift = length, noise, trend, drift
@@ -841,7 +853,10 @@ class Surrogate:
 
     def evidence(self, setting: Sequence[float]) -> float:
         """Log marginal likelihood, up to a constant."""
-        self.solve(*setting)
+        try:
+            self.solve(*setting)
+        except torch.linalg.LinAlgError:  # by rounding, where many are nearly alike and little noise is assumed
+            return -math.inf
         return -(len(self.values) / 2 * self.variance.log() + self.factor.diagonal().log().sum()).item()
 
     def expect(self, point: Tensor) -> None:
@@ -858,8 +873,8 @@ class Surrogate:
     def predict(self, points: Tensor, late: float) -> tuple[Tensor, Tensor]:
         """What converged trainings are expected to score, in the units of `self.values`, and how uncertain that is.
 
-        The deviation is that of a converged score (`late` 1), or (0) of what a proxy training would tell of it: next to
-        a candidate that had its proxy training, another one tells little.
+        The deviation is that of a converged score (`late` 1), or (0) of what a proxy training could still tell of it:
+        little, next to a candidate that had one.
         """
         pairs = self.compare(points, self.points)[..., self.index]
         last, kind = torch.ones(len(points), dtype=torch.float64), torch.full((len(points),), late, dtype=torch.float64)
@@ -899,10 +914,10 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
     elite: list[Child] = []
     ranked = 0  # size of the pool when the elite was chosen
     for _ in range(ATTEMPTS):
-        if len(pool) >= ranked + POOL // 5:
-            elite, ranked = guide.rank(task, list(pool.values()))[: POOL // 10], len(pool)
         if len(pool) >= POOL or time.time() >= tried.deadline:
             break
+        if len(pool) >= ranked + POOL // 5:
+            elite, ranked = guide.rank(task, list(pool.values()))[: POOL // 10], len(pool)
         elder = rng.choice(elite) if elite and rng.random() < ELITE else None
         parent = elder or (None if fresh else select_parent(state, rng))
         child = propose(state, rng, parent, tried)
@@ -912,6 +927,7 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
             old = child.losses.keys() - {tree.branch for tree in child.trees}
             child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch in old)]
             child.parent, child.identity = elder.parent, state.identity(child)
+        tried.counts["equivalent"] += child.identity in pool
         pool[child.identity] = child
     return guide.rank(task, list(pool.values()))
 
@@ -991,10 +1007,10 @@ def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -
     measure the others by.
     """
     others = worker.others().values()
+    busy = [losses_text(other["losses"] or {}) for other in others]
     due = 1 + (state.evaluated - INITIAL) // LEADER_EVERY
     if due <= state.leaders + sum(other["leader"] for other in others):
         return None
-    busy = [losses_text(losses) for losses in worker.others_at_work(state)]
     able = [
         (promise, row.losses)
         for promise, row in zip(guide.promise, guide.rows)
@@ -1051,7 +1067,7 @@ class State:
     results: dict[str, Member] = field(default_factory=dict)  # distinct candidates, by text
     again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # converged trainings by text and seed
     turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
-    programs: dict[str, list] = field(default_factory=dict)  # the latest one that computes a tree
+    programs: dict[str, list] = field(default_factory=dict)  # by branch and tree, the latest that computes it
     baseline: float | None = None  # its proxy score
     baseline_metrics: dict[str, float] = field(default_factory=dict)  # all that its proxy training has measured
     simulated: float | None = None  # its score in the short training of CSE
@@ -1230,14 +1246,14 @@ def propose(state: State, rng: Random, parent: Member | Child | None, tried: Tri
 #
 # A candidate has a tree in some of the branches, and the baseline's loss in the others. The first TRIALS have a single
 # one, in one branch after the other: a fresh tree, or one mutated from an earlier trial, the likelier the better that
-# was. The next one is put together of the best trials of all branches. From then on a child differs from its parent, or
-# from what the winners of tournaments for each branch make together, in one branch, which is mutated, drawn afresh,
-# taken from the winner of another tournament, or given back to the baseline [D].
+# was. The next one is put together of the best trials of all branches. From then on a child is a copy of its parent
+# with one branch changed; without a parent, of the winners of one tournament per branch, put together. The branch is
+# mutated, drawn afresh, taken from the winner of another tournament, or given back to the baseline [D].
 
 TRIALS = 30
 EXCHANGE = 0.3  # probability that a child takes a branch from the winner of another tournament
 GIVE_BACK = 0.1  # ... that a branch has the baseline's loss again
-TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN: a child changes one loss of several, a smaller step
+TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN where a branch is taken from the winner
 
 
 def propose_several(state: State, rng: Random, parent: Member | Child | None, tried: Tried) -> Child | None:
@@ -1290,23 +1306,19 @@ def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
     return Child(losses)
 
 
-def best_trials_together(state: State) -> Child | None:
-    """The best trials of all branches as one candidate; None before and after its turn."""
-    branches, parts = state.task.branches, best_parts(state)
-    due = state.method.mutate and state.evaluated >= TRIALS and parts.keys() == branches.keys()
-    if not due or any(result.losses.keys() == branches.keys() for result in state.results.values()):
+def best_trials_together(state: State, at_work: Sequence[dict]) -> Child | None:
+    """The best trial of every branch, as one candidate; None before TRIALS, and once such a one is or was trained."""
+    branches, parts = state.task.branches, {}
+    known = [*(result.losses for result in state.results.values()), *at_work]
+    if not state.method.mutate or state.evaluated < TRIALS or any(each.keys() == branches.keys() for each in known):
+        return None
+    for member in sorted(state.valid(), key=lambda member: member.score):
+        parts |= member.losses
+    if parts.keys() != branches.keys():
         return None
     child = Child({name: parts[name] for name in branches})
     child.identity = state.identity(child)
     return child
-
-
-def best_parts(state: State) -> dict[str, Expr]:
-    """For each branch the tree of the best candidate that has one."""
-    parts = {}
-    for result in sorted((r for r in state.results.values() if r.score is not None), key=lambda r: r.score):
-        parts |= result.losses
-    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1338,17 +1350,19 @@ def close(state: State, worker: "Worker", args) -> None:
     if found and (picture := draw_gradients(task, found)):
         write_atomically(worker.directory / "gradients.png", picture)
     table = {"baseline": task.baseline} | ({"found": found} if found else {})
+    jobs = []
     for k in range(args.seeds):
         pictures = {name: worker.directory / f"{name}.png" for name in table if k == 0}
-        jobs = [(losses, args.seed + TABLE_SEEDS + k, pictures.get(name)) for name, losses in table.items()]
-        worker.serve(state, jobs)
+        jobs += [(losses, args.seed + TABLE_SEEDS + k, pictures.get(name)) for name, losses in table.items()]
+    worker.serve(state, jobs)
 
 
 def select_finalists(state: State) -> list[dict[str, str]]:
     """The best few, no two with nearly the same gradient as long as others beat the baseline [D].
 
     First come those that have shown it in a converged training, for half of the places, then those that promise it.
-    Near relatives train alike: a few of them would be one candidate, trained a few times. So does an equal score.
+    Near relatives train alike: a few of them would be one candidate, trained a few times. Equal proxy scores are taken
+    for those of equivalent losses.
     """
     number, chosen, others, points, last = RUNGS[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, []) or Surrogate()
@@ -1472,12 +1486,14 @@ def read_weights(path: Path, device: str, use: Callable[[object], object], cure:
     """What `use` makes of the tensors in a file; the program ends with one line where it cannot."""
     try:
         return use(torch.load(path, map_location=device, weights_only=True))
+    except torch.OutOfMemoryError:  # `main` knows the cure
+        raise
     except Exception as error:  # a file of anything makes torch.load, and load_state_dict, raise anything
         fail(f"{path}: damaged, {' '.join(str(error).split()) or type(error).__name__:.120}; {cure}")
 
 
 def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: torch.nn.Module) -> list[dict]:
-    """The weights of the base network at some of its steps, trained now or, once for all workers, in the past."""
+    """The weights of the base network at some of its steps; who finds no file trains it, the first for all workers."""
     if not path.exists():
         make_once(path, functools.partial(torch.save, train()))
 
@@ -1493,15 +1509,20 @@ def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: t
 # The journal, and those who write it
 
 
+def unfinished(path: Path) -> Path:
+    """Where this process, of all on all machines, writes a file before it has its name."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = unfinished(path)
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 
 
 def make_once(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written unless somebody else has, whoever comes first."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = unfinished(path)
     try:
         write(part)
         os.link(part, path)  # fails if the file is there, in one step
@@ -1682,7 +1703,7 @@ class Worker(Journal):
     def claim(self, name: str) -> bool:
         """Whether a job is this worker's: nobody has claimed it, or who has is dead."""
         path = self.room / f"claim-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
-        holder = write_once(path, self.life)
+        holder = path.read_text(encoding="utf-8", errors="replace") if path.exists() else write_once(path, self.life)
         if holder != self.life and holder not in self.others():
             with (self.room / "claims.lock").open("a") as lock:  # of several that take over the first succeeds
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -1902,8 +1923,8 @@ class Reporter:
         text = losses_text(losses) if losses else None
         print(f"\n        proxy  converged  seeds  loss ({args.metric} on the search-validation split)")
         rows = {result.text: shown(result.score) for result in state.hall_of_fame()[:8]}
-        if text and text not in state.results:  # a formula in short had no proxy training
-            rows[text] = ""
+        if text:  # leaders with one lucky seed may be before it; a formula in short had no proxy training
+            rows.setdefault(text, shown(state.results[text].score) if text in state.results else "")
         for name, proxy in rows.items():
             mark, note = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"
             again, number = shown(state.converged(name)), len(state.chosen_by(name))
@@ -1982,9 +2003,8 @@ def paired_difference(runs: dict[str, list], metric: str) -> list[float | None]:
     gaps = [f - b for f, b in pairs]
     if not gaps:
         return []
-    mean = sum(gaps) / len(gaps)
-    deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(1, len(gaps) - 1))
-    return [mean, deviation / math.sqrt(len(gaps)) if len(gaps) > 1 else None]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+    return [statistics.fmean(gaps), error]
 
 
 def verdict_in_words(task: Task, metric: str, ahead: dict, invalid: int = 0) -> str:
@@ -2216,7 +2236,7 @@ def speaks() -> bool:
     return not several or os.environ.get("RANK", "0") == "0"
 
 
-def fail(message: str, everyone: bool = False):
+def fail(message: str, everyone: bool = False) -> NoReturn:
     """End the program because of what the user gave it, in one line; what concerns all workers the first one says."""
     if everyone or speaks():
         line = "".join(character if character.isprintable() else " " for character in message)
@@ -2426,7 +2446,7 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
 
 
 # Flags that may change when a run goes on. Its data may have moved.
-RESUMABLE = ("evals", "minutes", "workers", "device", "resume", "runs", "data_root")
+RESUMABLE = ("evals", "minutes", "workers", "device", "memory", "checkpoint_steps", "resume", "runs", "data_root")
 
 
 def resume_arguments(parser: Parser, argv: list[str], task: type[Task]) -> argparse.Namespace:
@@ -2445,7 +2465,10 @@ def resume_arguments(parser: Parser, argv: list[str], task: type[Task]) -> argpa
     args = parser.parse_args(flags_of(parser, saved["arguments"]))
     for name in sorted(given.keys() - set(RESUMABLE)):
         if given[name] != (before := getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} {given[name]}: the run was made with {before}; leave the flag out")
+            new, old = (
+                ",".join(map(str, value)) if isinstance(value, list) else value for value in (given[name], before)
+            )
+            fail(f"--{name.replace('_', '-')} {new}: the run was made with {old or 'none'}; leave the flag out")
     vars(args).update(given)
     return args
 
@@ -2522,6 +2545,30 @@ def compare(args, task: Task) -> None:
     """
     task.load()
     directory, first = meet(args, task, "nccl" if args.device.startswith("cuda") else "gloo")
+    with (directory / "report.lock").open("a") as lock:
+        if first and not hold(lock):
+            fail(f"--resume {directory}: another process is training there; let it finish, or end it")
+        try:
+            runs = train_wanted(args, task, directory, first)
+        except KeyboardInterrupt:
+            if first:
+                print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}")
+            raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not first:
+        return
+    test = {name: test_scores(scores, task.metrics) for name, scores in runs.items()}
+    if args.compare:
+        show_losses(test, task.metrics, args.seeds)
+    else:
+        columns = {name if len(name) < 17 else "loss": test[name] for name in test}
+        show_table(columns, task.metrics, args.metric, args.seeds)
+        print(f"\nthe trained networks are in {directory}")
+
+
+def train_wanted(args, task: Task, directory: Path, first: bool) -> dict[str, list[dict | None]]:
+    """The scores of all trainings that are asked for, by loss, from the run directory as far as they are there."""
     formulas, path = {name: losses_text(losses) for name, losses in args.wanted.items()}, directory / "losses.json"
     write_once(path, json.dumps(formulas, indent=1))
     if changed := formulas.items() - read_json(path, {str: str}, "remove it").items():
@@ -2529,31 +2576,16 @@ def compare(args, task: Task) -> None:
         fail(f"{flag} {min(changed)[0]}: another loss by now than when this run began; begin a new one")
     done = {(line["loss"], line["seed"]): line for line in finished_lines(directory, task.metrics)}
     seeds = range(args.seed, args.seed + args.seeds)
-    try:
-        for k, (name, losses) in enumerate(args.wanted.items()):
-            for seed in seeds:
-                if (name, seed) not in done:
-                    checkpoint = Checkpoint(directory / f"training_{k}_{seed}.pt", args.checkpoint_steps)
-                    done[name, seed] = train_once(args, task, name, losses, seed, checkpoint)
-                if first:
-                    line = done[name, seed]
-                    scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
-                    print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
-    except KeyboardInterrupt:
-        if first:
-            print(f"\ninterrupted; go on with: python search_{task.name}.py --resume {directory}")
-        raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if not first:
-        return
-    test = {name: test_scores([done[name, seed]["scores"] for seed in seeds], task.metrics) for name in args.wanted}
-    if args.compare:
-        show_losses(test, task.metrics, args.seeds)
-    else:
-        columns = {name if len(name) < 17 else "loss": test[name] for name in test}
-        show_table(columns, task.metrics, args.metric, args.seeds)
-        print(f"\nthe trained networks are in {directory}")
+    for k, (name, losses) in enumerate(args.wanted.items()):
+        for seed in seeds:
+            if (name, seed) not in done:
+                checkpoint = Checkpoint(directory / f"training_{k}_{seed}.pt", args.checkpoint_steps)
+                done[name, seed] = train_once(args, task, name, losses, seed, checkpoint)
+            if first:
+                line = done[name, seed]
+                scores = line["scores"] and f"{args.metric} {line['scores']['test'][args.metric]:.3f}"
+                print(f"{name}, seed {seed}: {scores or line['invalid']}  {line['seconds']:.1f} s", flush=True)
+    return {name: [done[name, seed]["scores"] for seed in seeds] for name in args.wanted}
 
 
 def finished_lines(directory: Path, metrics: tuple[str, ...]) -> list[dict]:
@@ -2610,16 +2642,16 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
     """Mean and sample standard deviation."""
     if not values:
         return "invalid"
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
-    return f"{mean:.{digits}f} +- {spread:.{digits}f}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.{digits}f} +- {spread:.{digits}f}"
 
 
 def show_table(
     test: dict, metrics: tuple[str, ...], chosen: str, seeds: int, ahead: dict | None = None, note: str = ""
 ) -> None:
     """One column per loss, one row per metric, and the paired difference; the metric searched for is marked."""
-    print(f"\ntest split, mean and spread over {seeds} fresh seed{'s' * (seeds != 1)}{note}")
+    fresh = "fresh " * (ahead is not None)  # of a search; a loss that was named may have been found by these
+    print(f"\ntest split, mean and spread over {seeds} {fresh}seed{'s' * (seeds != 1)}{note}")
     print(" " * 16 + "".join(f"{name:>18}" for name in test) + f"{'difference (standard error)':>30}" * bool(ahead))
     for metric in metrics:
         mark = ">>>>" if metric == chosen else "    "
@@ -2675,7 +2707,7 @@ SIMULATION = 0.75  # [D] share of the baseline's score that a loss must reach in
 
 
 def known_loss(state: State, rng: Random, name: str, branch: Branch) -> Expr:
-    """A known loss, mutated up to three times."""
+    """A known loss after up to three calls of `mutate`."""
     expr = parse(rng.choice(branch.known))
     for _ in range(rng.randrange(4)):
         expr = mutate(rng, expr, branch.symbols)
@@ -2732,11 +2764,12 @@ def mutate_program(rng: Random, program: list[Instruction], symbols: tuple[str, 
     kind = rng.choice(("length", "all", "part"))
     if kind == "all":
         return [random_instruction(rng, symbols) for _ in program]
-    k = rng.randrange(len(program))
     if kind == "length":
         longer = len(program) == 1 or (len(program) < PROGRAM and rng.random() < 0.5)
+        k = rng.randrange(len(program) + longer)  # also behind the last one
         program[k : k + (not longer)] = [random_instruction(rng, symbols)] * longer
     else:
+        k = rng.randrange(len(program))
         part, other = rng.randrange(4), random_instruction(rng, symbols)
         program[k] = (*program[k][:part], other[part], *program[k][part + 1 :])
     return program

@@ -243,7 +243,8 @@ def identity(value) -> int | str | None:
     """An id as one and the same thing, whether it is written 7, 7.0 or "7"; None if it is none."""
     if type(value) is int:
         return value
-    value = value.item() if isinstance(value, (Tensor, np.generic)) else value
+    if isinstance(value, (Tensor, np.generic, np.ndarray)):
+        value = value.item() if math.prod(value.shape) == 1 else None
     if isinstance(value, str):
         return int(value) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII) else value or None
     if isinstance(value, float) and value.is_integer():
@@ -257,7 +258,7 @@ def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
         return None
     try:
         values = [*map(float, values)]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
     good = len(values) == number and math.isfinite(sum(values)) and max(map(abs, values), default=0) <= limit
     return values if good else None
@@ -269,7 +270,9 @@ class EmptyObject(Exception):
 
 def check_image(entry: dict, scoring: bool) -> dict:
     """Name, height and width of a picture; the sides are None where the file does not tell them."""
-    name = entry.get("file_name")
+    name, url = entry.get("file_name"), entry.get("coco_url")
+    if "file_name" not in entry and isinstance(url, str):  # as in LVIS
+        name = url.rpartition("/")[2]
     if not scoring and not (
         isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
     ):
@@ -297,12 +300,14 @@ def picture_size(path: Path) -> tuple[int, int]:
 def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
     box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
+    crowd = crowd if isinstance(crowd, bool) else identity(crowd)
     if box is None:
         raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
     if crowd not in (0, 1):
-        raise DataError(f"'iscrowd' is {crowd!r:.40}; it must be 0 or 1")
+        raise DataError(f"'iscrowd' is {entry['iscrowd']!r:.40}; it must be 0 or 1")
     x, y, w, h = box
     area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
+    area = (w * h,) if area == [0] and not scoring else area  # as tools write that do not know it
     if area is None or area[0] < 0 < min(w, h):
         raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
     if not scoring:
@@ -321,14 +326,17 @@ def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
     boxes = np.array([entry["bbox"] for entry in annotations])  # (N, 4)
     limits = np.array([(sizes[entry["image_id"]] or (math.inf, math.inf))[::-1] for entry in annotations])  # (N, 2)
     (start, side), first = np.split(boxes, 2, 1), boxes[0].tolist()
-    if boxes.max() <= 1:
-        raise DataError(f"{path}: all boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
+    if (boxes.max(1) <= 1.01).mean() > 0.5:
+        raise DataError(f"{path}: most boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
     out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
     corners = ((0 <= start) & (start < side) & (side <= limits)).all()
     areas = np.array([entry["area"] for entry in annotations])
     meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
     if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
         raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
+    crowds = sum(entry["iscrowd"] for entry in annotations)
+    if 0.1 * len(annotations) < crowds > 1:  # CVAT calls everything a crowd that was drawn with the brush
+        warn_once(f"{path}: {crowds} of {len(annotations)} objects are crowds ('iscrowd' 1), which teach nothing")
     if out.any():
         entry = annotations[out.argmax()]
         warn_once(f"{path}: {out.sum()} boxes reach out of their pictures (first: annotation {entry['id']!r:.40})")
@@ -364,7 +372,7 @@ def check_coco(
 
     left_out: dict[str, list[str]] = {}  # by reason
     annotations, known = [], {}
-    categories = by_id(coco, "categories", path, left_out)
+    categories = by_id(coco, "categories", path, left_out, scoring)
     images = check_images(coco, path, folder, scoring, left_out)
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
@@ -389,18 +397,18 @@ def check_coco(
         left_out.setdefault(reason, []).append(shown(k, entry) + about)
     if annotations and not scoring:
         check_boxes(path, annotations, sizes)
-    if left_out:
-        reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
-        warn_once(f"{path}: left out {', '.join(reasons)}")
+    reasons = ", ".join(f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
     if not annotations and not scoring:
-        raise DataError(f"{path}: no annotations to learn from")
+        raise DataError(f"{path}: no annotations to learn from{'; left out ' * bool(reasons)}{reasons}")
+    if reasons:
+        warn_once(f"{path}: left out {reasons}")
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
 
 
 def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, left_out: dict[str, list[str]]) -> dict:
     """The pictures of a COCO file by their ids, each file once, without macOS' hidden ones."""
     images, files = {}, {}
-    for number, entry in by_id(coco, "images", path, left_out).items():
+    for number, entry in by_id(coco, "images", path, left_out, scoring).items():
         try:
             images[number] = {"id": number} | check_image(entry, scoring)
         except DataError as problem:
@@ -428,7 +436,7 @@ def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
     return entries
 
 
-def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> dict[int | str, dict]:
+def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]], scoring: bool) -> dict[int | str, dict]:
     """The entries of one kind by their ids, which rise, numbers before names."""
     found = {}
     for k, entry in enumerate(entries_of(coco, kind, path)):
@@ -439,23 +447,25 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
             if found[number] != entry:
                 raise DataError(f"{path}: {kind!r} has the id {number!r} twice; give each entry its own")
             left_out.setdefault(f"{kind} listed twice", []).append(f"id {number!r}")
-    if not found:
-        raise DataError(f"{path}: its list of {kind!r} is empty")
+    if not found and not scoring:
+        raise DataError(f"{path}: its list of {kind!r} is empty; export it with them")
     return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
 
 
 def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False) -> dict:
     """The mask of an annotation: its polygons of three points and more, or run lengths that add up."""
-    code = entry.get("segmentation")
-    if isinstance(code, dict):
+    code = points_in_row(entry.get("segmentation"))
+    code = code[0] if isinstance(code, list) and len(code) == 1 and isinstance(code[0], dict) else code
+    if isinstance(code, dict) and code:
         return {"segmentation": check_runs(code, size, scoring)}
+    code = None if code == {} else code
     if not isinstance(code, (list, tuple, type(None))):
         raise DataError(f"'segmentation' is {code!r:.40}; it must be polygons or run lengths")
     if size is None:
         raise DataError("a polygon; its image must have a height and a width")
-    code = [code] if code and not isinstance(code[0], (list, tuple)) else code or []  # one polygon on its own
+    alone = code and not isinstance(code[0], (list, tuple, np.ndarray, Tensor))  # one polygon on its own
     polygons = []
-    for polygon in code:
+    for polygon in map(points_in_row, [code] if alone else code or ()):
         places = floats(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
         if places is None or len(places) % 2 or not within_reach(places, size):
             raise DataError(
@@ -466,6 +476,17 @@ def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False)
     if not scoring and not any(overlaps(places, size) for places in polygons):
         raise EmptyObject(f"empty mask {entry.get('segmentation')!r:.60}")
     return {"segmentation": polygons}
+
+
+def points_in_row(value):
+    """x y x y ... of a polygon that comes as points, or as an array of them; anything else as it is."""
+    if isinstance(value, (np.ndarray, Tensor)) and (value.ndim == 1 or value.shape[-1] == 2):
+        return value.reshape(-1).tolist()
+    if isinstance(value, (list, tuple)) and all(
+        isinstance(point, (list, tuple)) and len(point) == 2 for point in value
+    ):
+        return [*itertools.chain.from_iterable(value)]
+    return value
 
 
 def check_extents(path: Path | str, coco: dict) -> None:
@@ -498,7 +519,8 @@ def check_runs(code: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     if own is None or min(own) < 1:
         raise DataError(f"mask of size {code.get('size')!r:.40}; it must be the height and width of its image")
     if size and own != list(size):
-        raise DataError(f"mask of {own[1]:.0f}x{own[0]:.0f} pixels, its image has {size[1]}x{size[0]}")
+        raise DataError(f"mask of {own[1]:.0f}x{own[0]:.0f} pixels, its image has {size[1]}x{size[0]}; export it again")
+    counts = counts.tolist() if isinstance(counts, (np.ndarray, Tensor)) else counts
     if isinstance(counts, (str, bytes)):
         runs = read_runs(counts)
     else:
@@ -598,7 +620,11 @@ def read_split(
     truth = read_objects({**coco, "images": listed}, masks)
     all_count = torch.ones_like(truth.objects.counts)  # also an object of id 0, which pycocotools takes for none
     truth = truth._replace(objects=truth.objects._replace(counts=all_count))
-    if truth.objects.crowd.all():
+    if len(truth.objects.crowd) and truth.objects.crowd.all():
+        raise DataError(
+            f"{path}: all objects are crowds ('iscrowd' 1), which teach nothing; set it to 0 where they are not"
+        )
+    if not len(truth.objects.crowd):
         raise DataError(f"{path}: no object in the {len(listed)} of its {len(coco['images'])} pictures for this split")
     original = torch.tensor(truth.sizes)  # (M, 2)
     sizes = (original * (largest / original.amax(1, keepdim=True)).clamp(max=1)).round().long().clamp(min=1)
@@ -642,16 +668,32 @@ def read_split(
 
 
 def found_files(folder: Path, names: list[str]) -> list[Path]:
-    """The pictures of these names, accents written in any way; DataError naming the first that is not there."""
-    found, there = [], {}
-    for path in (folder / name for name in names):
-        if path.parent not in there:
-            listed = os.listdir(path.parent) if path.parent.is_dir() else ()
-            there[path.parent] = {plain_name(name): path.parent / name for name in listed}
-        if plain_name(path.name) not in there[path.parent]:
-            raise DataError(f"{path}: not found; the annotations name it, names count from {folder}")
-        found.append(there[path.parent][plain_name(path.name)])
-    return found
+    """The pictures of these names, accents and capitals written in any way; DataError naming one that is not there.
+
+    What is not where its name says, as it was elsewhere when the file was written, may lie in the folder itself.
+    """
+    there: dict[Path, list[dict[str, str]]] = {}  # names of files as they are compared, exactly and without capitals
+    found: dict[str, Path] = {}
+    owners: dict[Path, str] = {}
+    for name in dict.fromkeys(names):
+        path = folder / name
+        for place in (path.parent, folder):
+            if place not in there:
+                listed = sorted(os.listdir(place)) if os.path.isdir(place) else ()  # unlike Path's, of no name too long
+                there[place] = [{key(file): file for file in listed} for key in (plain_name, capless_name)]
+            exact, capless = there[place]
+            if file := exact.get(plain_name(path.name)) or capless.get(capless_name(path.name)):
+                found[name] = place / file
+                break
+        else:
+            raise DataError(f"{str(path)[:300]}: not found; the annotations name it, names count from {folder}")
+        if (other := owners.setdefault(found[name], name)) != name:
+            raise DataError(f"{found[name]}: the annotations name it {other!r:.80} and {name!r:.80}; give both, or one")
+    return [found[name] for name in names]
+
+
+def capless_name(name: str) -> str:
+    return plain_name(name).casefold()
 
 
 def plain_name(name: str) -> str:
@@ -961,7 +1003,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
-                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
+                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}; mend that, or leave it out")
             turn = turn if listed in (None, upright) else None
             if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None and mode == "RGB":
                 # The same bytes as by PIL, in two thirds of the time.
@@ -1529,7 +1571,7 @@ def take(objects: Objects, index: Tensor) -> Objects:
 
 def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
     """The twelve numbers of COCO for detections of a split; see `coco_eval`."""
-    K = len(truth.categories)
+    K = max(1, len(truth.categories))
     truth, found = (Objects(*(x.to(device) for x in objects[:-1]), objects.masks) for objects in (truth.objects, found))
     truth = take(truth, (truth.image * K + truth.label).argsort(stable=True))
     group = found.image * K + found.label
@@ -1558,6 +1600,9 @@ def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
 
 def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
     """COCO results and what to call them in a message."""
+    detections = (
+        detections.dataset["annotations"] if hasattr(detections, "dataset") else detections
+    )  # pycocotools' COCO
     given = isinstance(detections, (str, Path))
     path, results = (detections, load_coco(detections)) if given else ("detections", detections)
     if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
@@ -1582,6 +1627,19 @@ def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> No
     if (image < 0).any():
         k = int((image < 0).nonzero()[0])
         raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
+
+
+def check_categories(category: Tensor, results: Sequence[dict], path: Path | str) -> None:
+    """ValueError if a result has no category; a warning where none has one that is listed: all are left out then."""
+    for k in (category < 0).nonzero().flatten().tolist():
+        if identity(results[k].get("category_id")) is None:
+            given = results[k].get("category_id")
+            raise ValueError(
+                f"{path}: result {k}: 'category_id' is {given!r:.40}; it must be one of the ground truth's"
+            )
+    if len(category) and (category < 0).all():
+        first = results[0]["category_id"]
+        warn_once(f"{path}: no result is of a category of the ground truth (first: {first!r:.40})")
 
 
 def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
@@ -1624,19 +1682,23 @@ def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, 
     if isinstance(detections, (Tensor, np.ndarray)):  # image x y w h score category
         if len(detections) and (detections.ndim != 2 or detections.shape[1] != 7 or detections.dtype == object):
             raise ValueError(f"detections: an array of shape {tuple(detections.shape)}; it must be (M, 7) numbers")
-        rows = torch.as_tensor(detections).view(-1, 7).tolist()
+        rows = torch.as_tensor(detections).view(-1, 7)
+        if rows.is_floating_point() and len(rows) and rows[:, 0].abs().max() > 1 / torch.finfo(rows.dtype).eps:
+            raise ValueError(f"detections: {rows.dtype} does not hold such image ids exactly; give float64")
+        rows = rows.tolist()
         detections = [{"image_id": a, "bbox": box, "score": b, "category_id": c} for a, *box, b, c in rows]
     path, results = list_results(detections)
     image = places(results, "image_id", coco["images"])
     label = places(results, "category_id", coco["categories"])
     check_places(image, results, path)
+    check_categories(label, results, path)
     if (label < 0).any():
         known = label >= 0
         results = [result for result, good in zip(results, known.tolist()) if good]
         image, label = image[known], label[known]
     score = column(results, "score", 1, path, nan=True).squeeze(1)
     # As in pycocotools the first result decides for all whether boxes and areas are given or those of the masks.
-    boxed = len(results) == 0 or (results[0].get("bbox") is not None and len(results[0]["bbox"]) > 0)
+    boxed = len(results) == 0 or (hasattr(results[0].get("bbox"), "__len__") and len(results[0]["bbox"]) > 0)
     box, codes = column(results, "bbox", 4, path) if boxed else None, None
     if masks or not boxed:
         codes = []
@@ -1658,7 +1720,9 @@ def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, 
 def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | None) -> dict:
     """The compressed run-length code of a result; where it has no mask, of its box."""
     code = result.get("segmentation")
-    if code is None and box:
+    if code is None and not box:
+        raise ValueError("it has neither 'bbox' nor 'segmentation'")
+    if code is None:
         x, y, w, h = box
         code = [[x, y, x, y + h, x + w, y + h, x + w, y]]
     try:
@@ -1686,6 +1750,7 @@ def coco_eval(
     if iou_type not in METRICS:
         raise ValueError(f"iou_type {iou_type!r}: choose one of {' '.join(METRICS)}")
     masks = iou_type == "segm"
+    ground_truth = getattr(ground_truth, "dataset", ground_truth)  # pycocotools' COCO
     given = isinstance(ground_truth, (str, Path))
     path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
     own = functools.partial(check_mask, scoring=True) if masks else no_mask

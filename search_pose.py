@@ -192,7 +192,8 @@ def identity(value) -> int | str | None:
     """An id as one and the same thing, whether it is written 7, 7.0 or "7"; None if it is none."""
     if type(value) is int:
         return value
-    value = value.item() if isinstance(value, (Tensor, np.generic)) else value
+    if isinstance(value, (Tensor, np.generic, np.ndarray)):
+        value = value.item() if math.prod(value.shape) == 1 else None
     if isinstance(value, str):
         return int(value) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII) else value or None
     if isinstance(value, float) and value.is_integer():
@@ -206,7 +207,7 @@ def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
         return None
     try:
         values = [*map(float, values)]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
     good = len(values) == number and math.isfinite(sum(values)) and max(map(abs, values), default=0) <= limit
     return values if good else None
@@ -218,7 +219,9 @@ class EmptyObject(Exception):
 
 def check_image(entry: dict, scoring: bool) -> dict:
     """Name, height and width of a picture; the sides are None where the file does not tell them."""
-    name = entry.get("file_name")
+    name, url = entry.get("file_name"), entry.get("coco_url")
+    if "file_name" not in entry and isinstance(url, str):  # as in LVIS
+        name = url.rpartition("/")[2]
     if not scoring and not (
         isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
     ):
@@ -246,12 +249,14 @@ def picture_size(path: Path) -> tuple[int, int]:
 def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
     """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
     box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
+    crowd = crowd if isinstance(crowd, bool) else identity(crowd)
     if box is None:
         raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
     if crowd not in (0, 1):
-        raise DataError(f"'iscrowd' is {crowd!r:.40}; it must be 0 or 1")
+        raise DataError(f"'iscrowd' is {entry['iscrowd']!r:.40}; it must be 0 or 1")
     x, y, w, h = box
     area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
+    area = (w * h,) if area == [0] and not scoring else area  # as tools write that do not know it
     if area is None or area[0] < 0 < min(w, h):
         raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
     if not scoring:
@@ -270,14 +275,17 @@ def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
     boxes = np.array([entry["bbox"] for entry in annotations])  # (N, 4)
     limits = np.array([(sizes[entry["image_id"]] or (math.inf, math.inf))[::-1] for entry in annotations])  # (N, 2)
     (start, side), first = np.split(boxes, 2, 1), boxes[0].tolist()
-    if boxes.max() <= 1:
-        raise DataError(f"{path}: all boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
+    if (boxes.max(1) <= 1.01).mean() > 0.5:
+        raise DataError(f"{path}: most boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
     out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
     corners = ((0 <= start) & (start < side) & (side <= limits)).all()
     areas = np.array([entry["area"] for entry in annotations])
     meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
     if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
         raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
+    crowds = sum(entry["iscrowd"] for entry in annotations)
+    if 0.1 * len(annotations) < crowds > 1:  # CVAT calls everything a crowd that was drawn with the brush
+        warn_once(f"{path}: {crowds} of {len(annotations)} objects are crowds ('iscrowd' 1), which teach nothing")
     if out.any():
         entry = annotations[out.argmax()]
         warn_once(f"{path}: {out.sum()} boxes reach out of their pictures (first: annotation {entry['id']!r:.40})")
@@ -313,7 +321,7 @@ def check_coco(
 
     left_out: dict[str, list[str]] = {}  # by reason
     annotations, known = [], {}
-    categories = by_id(coco, "categories", path, left_out)
+    categories = by_id(coco, "categories", path, left_out, scoring)
     images = check_images(coco, path, folder, scoring, left_out)
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
@@ -338,18 +346,18 @@ def check_coco(
         left_out.setdefault(reason, []).append(shown(k, entry) + about)
     if annotations and not scoring:
         check_boxes(path, annotations, sizes)
-    if left_out:
-        reasons = (f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
-        warn_once(f"{path}: left out {', '.join(reasons)}")
+    reasons = ", ".join(f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
     if not annotations and not scoring:
-        raise DataError(f"{path}: no annotations to learn from")
+        raise DataError(f"{path}: no annotations to learn from{'; left out ' * bool(reasons)}{reasons}")
+    if reasons:
+        warn_once(f"{path}: left out {reasons}")
     return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
 
 
 def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, left_out: dict[str, list[str]]) -> dict:
     """The pictures of a COCO file by their ids, each file once, without macOS' hidden ones."""
     images, files = {}, {}
-    for number, entry in by_id(coco, "images", path, left_out).items():
+    for number, entry in by_id(coco, "images", path, left_out, scoring).items():
         try:
             images[number] = {"id": number} | check_image(entry, scoring)
         except DataError as problem:
@@ -377,7 +385,7 @@ def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
     return entries
 
 
-def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> dict[int | str, dict]:
+def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]], scoring: bool) -> dict[int | str, dict]:
     """The entries of one kind by their ids, which rise, numbers before names."""
     found = {}
     for k, entry in enumerate(entries_of(coco, kind, path)):
@@ -388,8 +396,8 @@ def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]]) -> 
             if found[number] != entry:
                 raise DataError(f"{path}: {kind!r} has the id {number!r} twice; give each entry its own")
             left_out.setdefault(f"{kind} listed twice", []).append(f"id {number!r}")
-    if not found:
-        raise DataError(f"{path}: its list of {kind!r} is empty")
+    if not found and not scoring:
+        raise DataError(f"{path}: its list of {kind!r} is empty; export it with them")
     return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
 
 
@@ -398,7 +406,7 @@ def check_joints(entry: dict, size: tuple[int, int] | None, joints: int, scoring
 
     Joints without a label may be anywhere, also at NaN.
     """
-    given, number = entry.get("keypoints"), entry.get("num_keypoints") if scoring else None
+    given, number = joints_in_row(entry.get("keypoints")), entry.get("num_keypoints") if scoring else None
     if given is None or isinstance(given, (list, tuple)) and not given:
         given = [0.0] * (3 * joints)
     points = floats(given, 3 * joints) or mend_joints(given, joints)
@@ -410,11 +418,21 @@ def check_joints(entry: dict, size: tuple[int, int] | None, joints: int, scoring
     return {"keypoints": points, "num_keypoints": len(places) // 2 if number is None else number}
 
 
+def joints_in_row(value):
+    """x y visibility x y ... of joints that come as triples, or as an array; anything else as it is."""
+    value = value.tolist() if isinstance(value, (np.ndarray, Tensor)) else value
+    if isinstance(value, (list, tuple)) and all(
+        isinstance(joint, (list, tuple)) and len(joint) == 3 for joint in value
+    ):
+        return [*itertools.chain.from_iterable(value)]
+    return value
+
+
 def mend_joints(given, joints: int) -> list[float]:
     """Joints that are not all finite, with zeros for those without a label."""
     try:
         points = np.array(given, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         points = np.zeros(0)
     if points.shape not in ((3 * joints,), (joints, 3)):
         length = len(given) if isinstance(given, (list, tuple)) else f"{given!r:.40}"
@@ -436,8 +454,15 @@ def check_distances(path: Path, annotations: list[dict]) -> None:
     if not labelled.any():
         return
     first = joints[labelled][0, :2].tolist()
-    if ((0 <= joints[labelled]) & (joints[labelled] <= 1))[:, :2].all():
-        raise DataError(f"{path}: all joints are within 0..1 (first: {first}); give x and y in pixels of the picture")
+    if ((0 <= joints[labelled]) & (joints[labelled] <= 1.01))[:, :2].all(1).mean() > 0.9:
+        raise DataError(f"{path}: most joints are within 0..1 (first: {first}); give x and y in pixels of the picture")
+    areas = np.array([entry["area"] for entry in annotations])
+    if np.median(areas / boxes[:, 0, 2:].prod(-1)) < 0.01:
+        entry = annotations[0]
+        raise DataError(
+            f"{path}: most areas are no hundredth of their boxes (first: annotation {entry['id']!r:.40}: "
+            f"{entry['area']}, box {entry['bbox']}); OKS is measured by them: give square pixels, or leave 'area' out"
+        )
     low, side = boxes[..., :2], boxes[..., 2:]
     room = side.max(-1, keepdims=True) / 2
     far = ((joints[..., :2] < low - room) | (joints[..., :2] > low + side + room)).any(-1) & labelled
@@ -453,8 +478,9 @@ def check_distances(path: Path, annotations: list[dict]) -> None:
 def check_skeleton(category: dict, names: tuple[str, ...]) -> list[list[int]]:
     """The limbs of a category as pairs of joints counted from 1, whether it has them so, from 0 or by name."""
     limbs = category.get("skeleton") or []
+    by_name = {name: k for k, name in enumerate(names, 1)}
     try:
-        limbs = [[names.index(joint) + 1 if isinstance(joint, str) else joint for joint in limb] for limb in limbs]
+        limbs = [[by_name.get(joint, identity(joint)) for joint in limb] for limb in limbs]
         joints = {joint for limb in limbs for joint in limb}
         shift = int(0 in joints)
         good = all(len(limb) == 2 for limb in limbs) and all(joint in range(len(names) + 1 - shift) for joint in joints)
@@ -476,6 +502,8 @@ def read_annotations(path: Path, folder: Path | None = None) -> dict:
         if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
             raise DataError(f"{path}: category {category.get('id')!r:.40}: 'keypoints' must be the names of its joints")
         kinds.append(tuple(names))
+    if not kinds:
+        raise DataError(f"{path}: no category has 'keypoints', the names of its joints; it must be a COCO file of them")
     if len(set(kinds)) != 1 or len(set(kinds[0])) < len(kinds[0]):
         raise DataError(f"{path}: its categories must name the same joints ('keypoints'), each once")
     own = functools.partial(check_joints, joints=len(kinds[0]))
@@ -556,9 +584,17 @@ def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
     return Skeleton(names, category["skeleton"], torch.tensor(mirror(names)), sigmas)
 
 
-# In whatever case, as a word or where a word begins or ends.
-SIDES = {"left": "right", "l": "r", "links": "rechts", "gauche": "droite", "izquierda": "derecha", "左": "右"}
-SIDES |= {right: left for left, right in SIDES.items()}
+# In whatever case, as a word or where a word begins or ends; whatever comes behind them is the same for both.
+SIDES = [("left", "right"), ("l", "r"), ("link", "recht"), ("gauche", "droite"), ("gauche", "droit")]
+SIDES += [
+    ("izquierd", "derech"),
+    ("izq", "der"),
+    ("esquerd", "direit"),
+    ("sinistr", "destr"),
+    ("лев", "прав"),
+    ("左", "右"),
+]
+SIDES += [(right, left) for left, right in SIDES]
 
 
 def mirror(names: tuple[str, ...]) -> list[int]:
@@ -573,10 +609,11 @@ def mirror(names: tuple[str, ...]) -> list[int]:
     known = {re.sub(r"[\W_]", "", name.lower()): k for k, name in enumerate(names)}
 
     def other(name: str) -> int | None:
-        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+", name)]
-        ways = [[SIDES.get(word, word) for word in words]]
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+|[\W\d_]+", name)
+        words = [word.lower() for word in words]
+        ways = [[dict(SIDES).get(word, word) for word in words]]
         for k, word in enumerate(words):
-            for side, opposite in SIDES.items():
+            for side, opposite in SIDES:
                 if word.startswith(side):
                     ways.append([*words[:k], opposite + word[len(side) :], *words[k + 1 :]])
                 if word.endswith(side):
@@ -592,7 +629,7 @@ def mirror(names: tuple[str, ...]) -> list[int]:
 def one_sided(skeleton: Skeleton) -> list[str]:
     """The joints that are left or right by their names and are not exchanged in a mirror."""
     pairs = enumerate(zip(skeleton.names, skeleton.swap.tolist()))
-    words = "|".join(sorted(SIDES.keys() - {"l", "r"}))
+    words = "|".join(side for side, _ in SIDES if len(side) > 3 or side in "左右")
     return [name for k, (name, other) in pairs if k == other and re.search(words, name, re.IGNORECASE)]
 
 
@@ -612,7 +649,7 @@ def read_split(
     pictures = {picture["id"]: picture for picture in content["images"]}
     chosen = [k for k in range(len(entries)) if not persons.ignored[k]]
     if not chosen:
-        raise DataError(f"{folder}: nobody with a labelled joint in its pictures")
+        raise DataError(f"{folder}: nobody with a labelled joint in its pictures who is no crowd ('iscrowd' 1)")
     H, W = (round(side * ROOM / 2) * 2 for side in (height, width))
     boxes = persons.boxes[chosen]
     x, y, w, h = boxes.T
@@ -648,16 +685,32 @@ def cut(picture: Image.Image, left: float, top: float, pixel: float, height: int
 
 
 def found_files(folder: Path, names: list[str]) -> list[Path]:
-    """The pictures of these names, accents written in any way; DataError naming the first that is not there."""
-    found, there = [], {}
-    for path in (folder / name for name in names):
-        if path.parent not in there:
-            listed = os.listdir(path.parent) if path.parent.is_dir() else ()
-            there[path.parent] = {plain_name(name): path.parent / name for name in listed}
-        if plain_name(path.name) not in there[path.parent]:
-            raise DataError(f"{path}: not found; the annotations name it, names count from {folder}")
-        found.append(there[path.parent][plain_name(path.name)])
-    return found
+    """The pictures of these names, accents and capitals written in any way; DataError naming one that is not there.
+
+    What is not where its name says, as it was elsewhere when the file was written, may lie in the folder itself.
+    """
+    there: dict[Path, list[dict[str, str]]] = {}  # names of files as they are compared, exactly and without capitals
+    found: dict[str, Path] = {}
+    owners: dict[Path, str] = {}
+    for name in dict.fromkeys(names):
+        path = folder / name
+        for place in (path.parent, folder):
+            if place not in there:
+                listed = sorted(os.listdir(place)) if os.path.isdir(place) else ()  # unlike Path's, of no name too long
+                there[place] = [{key(file): file for file in listed} for key in (plain_name, capless_name)]
+            exact, capless = there[place]
+            if file := exact.get(plain_name(path.name)) or capless.get(capless_name(path.name)):
+                found[name] = place / file
+                break
+        else:
+            raise DataError(f"{str(path)[:300]}: not found; the annotations name it, names count from {folder}")
+        if (other := owners.setdefault(found[name], name)) != name:
+            raise DataError(f"{found[name]}: the annotations name it {other!r:.80} and {name!r:.80}; give both, or one")
+    return [found[name] for name in names]
+
+
+def capless_name(name: str) -> str:
+    return plain_name(name).casefold()
 
 
 def plain_name(name: str) -> str:
@@ -892,7 +945,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
-                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
+                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}; mend that, or leave it out")
             turn = turn if listed in (None, upright) else None
             if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None and mode == "RGB":
                 # The same bytes as by PIL, in two thirds of the time.
@@ -1225,6 +1278,9 @@ def read_persons(content: dict) -> tuple[Persons, list[dict]]:
 
 def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
     """COCO results and what to call them in a message."""
+    detections = (
+        detections.dataset["annotations"] if hasattr(detections, "dataset") else detections
+    )  # pycocotools' COCO
     given = isinstance(detections, (str, Path))
     path, results = (detections, load_coco(detections)) if given else ("detections", detections)
     if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
@@ -1249,6 +1305,19 @@ def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> No
     if (image < 0).any():
         k = int((image < 0).nonzero()[0])
         raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
+
+
+def check_categories(category: Tensor, results: Sequence[dict], path: Path | str) -> None:
+    """ValueError if a result has no category; a warning where none has one that is listed: all are left out then."""
+    for k in (category < 0).nonzero().flatten().tolist():
+        if identity(results[k].get("category_id")) is None:
+            given = results[k].get("category_id")
+            raise ValueError(
+                f"{path}: result {k}: 'category_id' is {given!r:.40}; it must be one of the ground truth's"
+            )
+    if len(category) and (category < 0).all():
+        first = results[0]["category_id"]
+        warn_once(f"{path}: no result is of a category of the ground truth (first: {first!r:.40})")
 
 
 def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
@@ -1295,15 +1364,25 @@ def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: i
     picture = places(results, "image_id", content["images"])
     check_places(picture, results, path)
     category = places(results, "category_id", content["categories"])
+    check_categories(category, results, path)
     known = category >= 0
     results = [result for result, good in zip(results, known.tolist()) if good]
+    given = results[0].get("keypoints") if results else None
+    if (
+        isinstance(given, (np.ndarray, Tensor))
+        or isinstance(given, (list, tuple))
+        and {*map(type, given)} & {list, tuple}
+    ):
+        results = [result | {"keypoints": joints_in_row(result.get("keypoints"))} for result in results]
     group = (category * len(content["images"]) + picture)[known]
     first = results[0] if results else {"keypoints": [0] * (3 * (joints or 0))}
     length = len(first["keypoints"]) if hasattr(first.get("keypoints"), "__len__") else 0
+    if length % 3:
+        raise ValueError(f"{path}: result 0: {length} numbers in 'keypoints'; give x y score of each joint")
     if joints is not None and length != 3 * joints:
         raise ValueError(f"{path}: results of {length / 3:g} joints, the ground truth has {joints}")
     xy = column(results, "keypoints", length, path).view(len(results), length // 3, 3)[..., :2]
-    boxed = first.get("bbox") is not None and len(first["bbox"]) > 0
+    boxed = hasattr(first.get("bbox"), "__len__") and len(first["bbox"]) > 0
     area = column(results, "bbox", 4, path)[:, 2:].prod(1) if boxed else extent(xy)
     return Poses(group, category[known], xy, column(results, "score", 1, path, nan=True).squeeze(1), area)
 
@@ -1478,9 +1557,10 @@ def oks_eval(
     Raises ValueError for a detection that is damaged or on an image that `ground_truth` does not list, or if the
     numbers of joints differ, DataError for a damaged file.
     """
+    ground_truth = getattr(ground_truth, "dataset", ground_truth)  # pycocotools' COCO
     given = isinstance(ground_truth, (str, Path))
     path, coco = (ground_truth, load_coco(ground_truth)) if given else ("ground truth", ground_truth)
-    lists = [entry.get("keypoints") for entry in entries_of(coco, "annotations", path)]
+    lists = [joints_in_row(entry.get("keypoints")) for entry in entries_of(coco, "annotations", path)]
     joints = next((len(points) // 3 for points in lists if isinstance(points, (list, tuple)) and points), None)
     if joints is None and coco["annotations"]:
         raise DataError(f"{path}: no annotation has 'keypoints'; it must be a file of COCO keypoints")

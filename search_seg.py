@@ -1037,7 +1037,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
-                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}")
+                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}; mend that, or leave it out")
             turn = turn if listed in (None, upright) else None
             if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None and mode == "RGB":
                 # The same bytes as by PIL, in two thirds of the time.

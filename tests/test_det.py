@@ -208,7 +208,60 @@ def test_evaluator_takes_tuples_tensors_and_arrays():
     assert coco_eval({key: tuple(truth[key]) for key in lists}, found, "bbox") == pytest.approx(want, rel=0, abs=1e-12)
 
 
+def test_evaluator_takes_masks_in_all_forms():
+    truth, found = random_case(4, "segm")
+    corners = [[20, 30], [90, 25], [80, 110], [15, 100]]
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    flat = [value for point in corners for value in point]
+    forms = [[flat], flat, corners, [corners], np.array(corners), [np.array(corners)], np.array(corners)[:, None]]
+    for result in found[:3]:
+        (code,) = rle.frPyObjects([flat], *sizes[result["image_id"]])
+        want = oracle(truth, [result | {"segmentation": code}], "segm")
+        counts = search_det.read_runs(code["counts"])
+        for form in (*forms, [code], {**code, "counts": counts}, {**code, "counts": np.array(counts)}):
+            given = coco_eval(
+                truth, [{k: v for k, v in result.items() if k != "bbox"} | {"segmentation": form}], "segm"
+            )
+            assert given == pytest.approx(want, rel=0, abs=1e-12), form
+    bare = np.zeros((300, 300), np.uint8)
+    with pytest.raises(ValueError, match="result 0: its mask"):
+        coco_eval(truth, [found[0] | {"segmentation": bare}], "segm")
+
+
+def test_evaluator_takes_what_pycocotools_has_read(tmp_path):
+    truth, found = random_case(5, "bbox")
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    theirs = COCO(tmp_path / "truth.json")
+    assert coco_eval(theirs, theirs.loadRes(found), "bbox") == coco_eval(truth, found, "bbox")
+
+
+def test_evaluator_of_an_empty_split():
+    nothing = {"images": [], "annotations": [], "categories": []}
+    assert set(coco_eval(nothing, [], "bbox").values()) == {-1.0}
+
+
+def test_results_of_no_known_category_are_told(capsys):
+    search_det.warn_once.cache_clear()
+    truth, found = random_case(4, "bbox")
+    assert coco_eval(truth, [result | {"category_id": 77} for result in found], "bbox")["AP"] == 0
+    assert "no result is of a category of the ground truth (first: 77)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_ids_that_are_not_exact_are_refused(dtype):
+    truth = {"images": [{"id": 2**25 + 2}], "annotations": [], "categories": [{"id": 1}]}
+    number = {torch.float32: 2**25 + 2}.get(dtype, 5001)
+    row = torch.tensor([[number, 0, 0, 5, 5, 0.5, 1]], dtype=dtype)
+    with pytest.raises(ValueError, match="does not hold such image ids exactly; give float64"):
+        coco_eval(truth, row, "bbox")
+    row = torch.tensor([[2**25 + 2, 0, 0, 5, 5, 0.5, 1]], dtype=torch.float64)
+    assert coco_eval(truth, row, "bbox")["AP"] == -1
+
+
 WRONG_RESULTS = {
+    "'category_id' is None": {"category_id": None},
+    "image array": {"image_id": np.array([1, 2])},
+    "it has neither 'bbox' nor 'segmentation'": {"bbox": None, "segmentation": None},
     "image 5000": {"image_id": 5000},
     "image None": {"image_id": None},
     "'bbox' is .1, 2, 3.": {"bbox": [1, 2, 3]},
@@ -222,7 +275,9 @@ WRONG_RESULTS = {
 def test_evaluator_names_the_result_that_is_damaged(message):
     truth, found = random_case(4, "bbox")
     found[2] = found[2] | WRONG_RESULTS[message]
-    with pytest.raises(ValueError, match=f"^detections: result 2: {message}"):
+    if "neither" in message:  # the first one says whether there are boxes
+        found[0] |= WRONG_RESULTS[message]
+    with pytest.raises(ValueError, match=f"^detections: result {0 if 'neither' in message else 2}: {message}"):
         coco_eval(truth, found, "bbox")
     for nothing in ({}, "x", [7], None):
         with pytest.raises((ValueError, DataError)):
@@ -494,7 +549,7 @@ def test_an_object_of_id_0_counts(tmp_path):
 @pytest.mark.parametrize(
     "box, area, words",
     [
-        ((0.1, 0.1, 0.3, 0.3), None, "all boxes are within 0..1"),
+        ((0.1, 0.1, 0.3, 0.3), None, "most boxes are within 0..1"),
         ((18, 12, 28, 19), None, "boxes seem to be x1 y1 x2 y2"),
         ((2, 3, 10, 9), 48, "boxes seem to be x1 y1 x2 y2"),
     ],
@@ -579,6 +634,39 @@ def test_broken_data_is_named(tmp_path, monkeypatch, capsys, broken):
     flags = ["--data", "coco", "--data-root", tmp_path, "--size", "64", "--workers", "1", "--runs", tmp_path / "runs"]
     error = bad(monkeypatch, capsys, *flags, "--metric", "segm")
     assert all(word in error for word in BROKEN[broken]), error
+
+
+def test_crowds_teach_nothing_and_are_told(tmp_path, capsys):
+    search_det.warn_once.cache_clear()
+    source = search_det.Source(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
+    write_coco(tmp_path, {1: (20, 30)}, [entry(k, 1, iscrowd=("1", 1, True, "0")[k]) for k in range(4)])
+    assert search_det.read_split(source, 64, False, True).crowd.sum() == 3
+    assert "3 of 4 objects are crowds ('iscrowd' 1), which teach nothing" in capsys.readouterr().err
+    content = json.loads(source.annotations.read_text())
+    content["annotations"] = [entry(k, 1, iscrowd=1) for k in range(4)]
+    source.annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="all objects are crowds .* set it to 0 where they are not"):
+        search_det.read_split(source, 64, False, True)
+
+
+def test_names_as_they_were_elsewhere(tmp_path):
+    """Folders of the machine on which the file was written, and capitals that another system does not know."""
+    content = write_coco(tmp_path, {k: (20, 30) for k in range(5)}, [entry(k, k) for k in range(1, 5)])
+    names = ["images/0.jpg", "C:\\data\\1.JPG", "/data/upload/4/2.jpg", "../3.jpg", "4.Jpg"]
+    for image, name in zip(content["images"], names):
+        image["file_name"] = name
+    listing, folder = tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017"
+    listing.write_text(json.dumps(content))
+    split = search_det.read_split(search_det.Source(listing, folder), 64, False, True)
+    assert len(split.images) == 5
+    content["images"][1]["file_name"] = "train/0.jpg"  # two pictures that this folder cannot tell apart
+    listing.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="0.jpg: the annotations name it 'images/0.jpg' and 'train/0.jpg'"):
+        search_det.read_split(search_det.Source(listing, folder), 64, False, True)
+    content["images"][1]["file_name"] = "data:image/png;base64," + 5000 * "A"
+    listing.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="AAA: not found; the annotations name it"):
+        search_det.read_split(search_det.Source(listing, folder), 64, False, True)
 
 
 def test_empty_boxes_can_be_left_out(tmp_path):

@@ -1092,6 +1092,16 @@ def test_one_of_several_branches_changes():
     assert 70 < kinds["fresh"] < 130 and 240 < kinds["exchanged"] < 360 and 70 < kinds["given back"] < 130, kinds
 
 
+def test_the_best_trials_are_put_together_by_one_worker():
+    both = {"cls": CE, "reg": parse("Neg(p)")}
+    state = begin(ToyTask(branches=("cls", "reg")), turns={0: set(range(evolve.TRIALS))})
+    for k, (name, expr) in enumerate([("cls", parse("p")), *both.items()]):
+        state.results[str(k)] = Member({name: expr}, k / 10, (str(k),))
+    assert evolve.best_trials_together(state, []).losses == both
+    assert evolve.best_trials_together(state, [{"cls": CE}]).losses == both
+    assert evolve.best_trials_together(state, [both]) is None, "another worker is at it"
+
+
 def test_a_branch_without_a_tree_gets_one():
     rng, task = random.Random(0), ToyTask(branches=("cls", "reg"))
     state = begin(task, turns={0: set(range(evolve.TRIALS + 1))})
@@ -1499,8 +1509,11 @@ def test_of_several_who_take_over_a_claim_one_has_it(two, monkeypatch):
     first, second = two
     dead = evolve.write_once(first.room / f"claim-{hashlib.blake2b(b'a job', digest_size=8).hexdigest()}", "2-gone-1")
     assert first.claim("a job")
-    monkeypatch.setattr(evolve, "write_once", lambda path, text: dead)  # what the second had read just before
-    assert not second.claim("a job") and first.claim("a job")
+    stale, read = [dead], Path.read_text
+    with monkeypatch.context() as patch:  # what the second had read just before
+        patch.setattr(Path, "read_text", lambda path, *how, **more: stale.pop() if stale else read(path, *how, **more))
+        assert not second.claim("a job") and not stale
+    assert first.claim("a job")
 
 
 def test_who_takes_over_a_journal_knows_its_owner_to_be_dead(tmp_path, monkeypatch):
@@ -1809,7 +1822,7 @@ def test_difference_over_paired_seeds_and_its_words(found, baseline, wanted, wor
 def test_trainings_that_became_invalid_are_told(capsys):
     told = evolve.verdict_in_words(ToyTask(), "toy", {"toy": [0.3, None]}, invalid=2)
     assert "2 of its trainings became invalid" in told and "ahead" not in told
-    evolve.show_table({"found": {"toy": [0.8]}, "ce": {"toy": [0.9, 0.5, 0.9]}}, ("toy",), "toy", 3)
+    evolve.show_table({"found": {"toy": [0.8]}, "ce": {"toy": [0.9, 0.5, 0.9]}}, ("toy",), "toy", 3, ahead={})
     printed = capsys.readouterr().out
     assert "over 3 fresh seeds" in printed and printed.endswith(
         "found: 2 of 3 trainings became invalid; the others count\n"
@@ -1934,16 +1947,18 @@ def test_a_program_is_the_tree_of_its_last_register():
 def test_mutations_of_programs():
     rng = random.Random(0)
     program = evolve.random_program(rng, SYMBOLS)
-    lengths, changes = set(), []
+    lengths, changes, behind = set(), [], 0
     for _ in range(3000):
         child = evolve.mutate_program(rng, program, SYMBOLS)
         assert 1 <= len(child) <= evolve.PROGRAM and abs(len(child) - len(program)) <= 1
         assert all(op in OPERATORS and 3 <= out < 8 and 0 <= min(a, b) <= max(a, b) < 8 for op, a, b, out in child)
+        behind += len(child) > len(program) and child[:-1] == program
         if len(child) == len(program):
             changes.append(sum(new != old for new, old in zip(child, program)))
         lengths.add(len(child))
         program = child
     assert lengths >= set(range(1, evolve.PROGRAM)) and changes.count(1) > 600 and max(changes) > 10
+    assert behind > 20, "what is last is the value"
 
 
 def rises(texts):

@@ -157,6 +157,24 @@ def test_evaluator_takes_tuples_and_tensors_and_names_what_is_damaged():
 
 
 @pytest.mark.skipif(not (REAL / "coco_eval").is_dir(), reason="COCO API's examples are not at hand")
+def test_evaluator_takes_joints_as_triples():
+    truth, found, sigmas = random_case(3)
+    want = search_pose.oks_eval(truth, found, sigmas)
+    for kind in (list, np.array, torch.tensor):
+        theirs = {**truth, "annotations": [e | {"keypoints": triples(e, kind)} for e in truth["annotations"]]}
+        assert search_pose.oks_eval(theirs, [r | {"keypoints": triples(r, kind)} for r in found], sigmas) == want
+    short = [found[0] | {"keypoints": found[0]["keypoints"][:34]}]
+    for given in (truth, truth | {"annotations": []}):
+        with pytest.raises(ValueError, match="result 0: 34 numbers in 'keypoints'; give x y score of each joint"):
+            search_pose.oks_eval(given, short)
+    with pytest.raises(ValueError, match="result 0: 'category_id' is None"):
+        search_pose.oks_eval(truth, [found[0] | {"category_id": None}])
+
+
+def triples(entry, kind):
+    return kind(np.reshape(entry["keypoints"], (-1, 3)).tolist())
+
+
 def test_published_example():
     numbers = oks_eval(REAL / "coco_eval/keypoints_toy_gt.json", str(REAL / "coco_eval/keypoints_toy_dt.json"))
     assert {k: round(numbers[k], 3) for k in ("AP", "AP50", "AP75")} == {"AP": 0.505, "AP50": 0.723, "AP75": 0.634}
@@ -510,7 +528,9 @@ SIDES = [
     "LEFT_EYE RIGHT_EYE", "Leye Reye", "eye (L)|eye (R)", "eye-left-1 eye-right-1", "Left eye|right eye", "l1 r1",
     "L_Eye R_Eye", "lEye rEye", "left.eye right.eye", "eyeLOuter eyeROuter", "LT_eye RT_eye",
     "left_eye_left_corner right_eye_right_corner", "left_eye right-eye", "Auge_links Auge_rechts", "左目 右目",
-    "oreille_gauche oreille_droite", "ojo izquierda|ojo derecha",
+    "oreille_gauche oreille_droite", "ojo izquierda|ojo derecha", "oeil_gauche oeil_droit", "ojo_izquierdo ojo_derecho",
+    "linkes_Auge rechtes_Auge", "linker Arm|rechter Arm", "olho_esquerdo olho_direito", "occhio_sinistro occhio_destro",
+    "глаз_левый глаз_правый",
 ]  # fmt: skip
 
 
@@ -615,7 +635,7 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda x, y: (x / 60, y / 40), "all joints are within 0..1 .first: .*; give x and y in pixels"),
+        (lambda x, y: (x / 60, y / 40), "most joints are within 0..1 .first: .*; give x and y in pixels"),
         (lambda x, y: (x - 30, y - 15), "most joints are far from their boxes .first: annotation 1: .*; give both in"),
     ],
 )
@@ -630,6 +650,29 @@ def test_joints_in_other_units(tmp_path, change, words):
         entry["keypoints"] = [value for x, y, v in places for value in (*change(x, y), v)]
     path.write_text(json.dumps(truth))
     with pytest.raises(DataError, match=f"a.json: {words}"):
+        search_pose.read_annotations(path)
+
+
+def test_areas_that_are_none(tmp_path):
+    """As converters write them that do not know the area; similarity is measured by it."""
+    truth, path = one_picture(tmp_path), tmp_path / "a.json"
+    for area, want in ((0, 1200), (700, 700)):
+        for entry in truth["annotations"]:
+            entry["area"] = area
+        path.write_text(json.dumps(truth))
+        assert {entry["area"] for entry in search_pose.read_annotations(path)["annotations"]} == {want}
+    for entry in truth["annotations"]:
+        entry["area"] = 1.0
+    path.write_text(json.dumps(truth))
+    with pytest.raises(DataError, match="a.json: most areas are no hundredth of their boxes .* or leave 'area' out"):
+        search_pose.read_annotations(path)
+
+
+def test_a_file_without_joints_is_named(tmp_path):
+    truth, path = one_picture(tmp_path), tmp_path / "a.json"
+    del truth["categories"][0]["keypoints"]
+    path.write_text(json.dumps(truth))
+    with pytest.raises(DataError, match="a.json: no category has 'keypoints', the names of its joints"):
         search_pose.read_annotations(path)
 
 
@@ -1028,7 +1071,8 @@ def test_joints_of_one_side_alone_are_named():
 
     assert sides("nose", "left_eye ", "right_eye") == []
     assert sides("nose", "Left_Hip", "right-knee", "neck") == ["Left_Hip", "right-knee"]
-    assert sides("oeil_gauche", "oeil_droit") == ["oeil_gauche"]
+    assert sides("oeil_gauche", "nez") == ["oeil_gauche"]
+    assert sides("ojo_izquierdo", "linker Arm", "nariz") == ["ojo_izquierdo", "linker Arm"]
 
 
 bad = functools.partial(refused, search_pose)

@@ -579,6 +579,16 @@ def test_a_comparison_goes_on_with_the_losses_that_it_began_with(root, tmp_path,
     assert "--compare RUN: another loss by now than when this run began" in capsys.readouterr().err
 
 
+def test_two_processes_do_not_train_in_one_directory(root, tmp_path, capsys):
+    args = search_seg.parse_arguments(["--data-root", str(root), *SMALL, "--compare", "ce,dice"])
+    args.resume = tmp_path
+    with (tmp_path / "report.lock").open("a") as lock:
+        assert evolve.hold(lock)
+        with pytest.raises(SystemExit):
+            evolve.compare(args, search_seg.SegTask(args))
+    assert f"--resume {tmp_path}: another process is training there" in capsys.readouterr().err
+
+
 def test_a_worker_says_itself_what_ends_it_alone(monkeypatch, capsys):
     monkeypatch.setenv("AUTOLOSS_RUN_DIR", "runs/x")
     monkeypatch.setenv("RANK", "1")

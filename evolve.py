@@ -1978,7 +1978,7 @@ def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
             slope = slope.view(shape).norm(dim=-3, keepdim=True) if boxes else slope.view(shape)
             x, y = over[right > 0.9], slope.expand_as(over)[right > 0.9]
             y = y / y.square().mean().sqrt().clamp(min=1e-300)
-            rows, columns = (180 - 40 * y.clamp(-4, 4)).long().tolist(), (20 + 440 * x.clamp(0, 1)).long().tolist()
+            rows, columns = (180 - 36 * y.clamp(-4, 4)).long().tolist(), (20 + 440 * x.clamp(0, 1)).long().tolist()
             for row, column in zip(rows, columns):
                 cv2.circle(plot, (column, row), 1, (200, 80, 0) if tree is expr else (170, 170, 170), -1)  # BGR
         cv2.line(plot, (20, 180), (460, 180), (0, 0, 0))

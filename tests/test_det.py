@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN, roi_heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
@@ -840,6 +840,18 @@ def test_scores_of_a_perfect_detector(mask_task, monkeypatch):
     scores = search_det.test_network(net, split, 64, "cpu")
     assert scores["bbox"] == pytest.approx(1) and scores["segm50"] > 0.8
     assert set(scores) == set(search_det.METRICS["segm"])
+
+
+def test_masks_are_pasted_as_by_torchvision():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(200, 1, 14, 14, generator=generator)
+    corners = torch.rand(200, 2, generator=generator) * torch.tensor([64.0, 48.0]) - 3
+    boxes = torch.cat([corners, corners + 4 + 60 * torch.rand(200, 2, generator=generator) ** 3], 1)
+    want = roi_heads.paste_masks_in_image(masks, boxes, (48, 64))[:, 0]
+    got = search_det.paste_masks(masks, boxes, 48, 64)
+    assert got.shape == (200, 64, 48)
+    torch.testing.assert_close(got.mT, want, rtol=0, atol=1e-5)
+    assert search_det.paste_masks(masks[:0], boxes[:0], 48, 64).shape == (0, 64, 48)
 
 
 def test_training_learns(root):

@@ -73,6 +73,7 @@ class Schedule(NamedTuple):
     lr: float  # decays to 0 as (1 - step / steps) ** 0.9 (poly)
     weight_decay: float = 5e-4
     base: int = 0  # steps with the baseline's loss that go before
+    clip: float = math.inf  # norm to which longer gradients are cut
 
 
 # The small network's learning rate is the best for squared error; tests/bench_pose.py says what its base is worth [D].
@@ -1802,12 +1803,14 @@ def train_network(
             dist.all_reduce(shown := shown / world)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
+        norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         if stop_invalid:
-            norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
             finite = shown.isfinite() & norm.isfinite()
             valid = finite if valid is None else valid & finite
             if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
                 raise InvalidLoss(f"step {step}")
+        if plan.clip < math.inf:
+            torch.nn.utils.clip_grads_with_norm_(weights, plan.clip, norm)
         optimizer.step()
         schedule.step()
         if step % max(1, plan.steps // 20) == 0:

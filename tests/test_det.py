@@ -885,6 +885,31 @@ def test_each_loss_goes_to_its_branch(task):
     assert got["rpn_reg"](boxes) == search_det.tree_loss("rpn_reg", search_det.REGRESSION["iou"])(boxes)
 
 
+def test_a_long_gradient_ends_no_training(task):
+    """Once in many steps a box barely touches what it shall find, and the logarithm of that has a gradient to match."""
+
+    def spike(boxes):
+        return boxes.deltas.square().sum() * (1e12 if len(steps) == 3 else 1.0)
+
+    steps, norms = [], []
+    plan = task.proxy._replace(steps=6)
+    net = task.network(plan, 0)
+    before = torch.cat([w.detach().flatten() for w in net.parameters()])
+    net.register_forward_hook(lambda *args: steps.append(0))
+    optimizer_step = torch.optim.AdamW.step
+
+    def step(optimizer, *args):
+        norms.append(torch.nn.utils.get_total_norm([w.grad for w in net.parameters() if w.grad is not None]).item())
+        return optimizer_step(optimizer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        search_det.train_network(net, task.losses("ce+l1") | {"rpn_reg": spike}, task.batches(plan, 0), plan)
+    after = torch.cat([w.detach().flatten() for w in net.parameters()])
+    assert max(norms) == pytest.approx(plan.clip, rel=1e-3) and norms[3] == max(norms)
+    assert 0 < (after - before).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("text", ["rcnn_cls=Mul(y, Exp(Inv(Add(p, Neg(p)))))", "rpn_reg=Exp(Exp(Exp(Exp(u))))"])
 def test_invalid_values_stop_the_training(task, text):
     with pytest.raises(InvalidLoss):

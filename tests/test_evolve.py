@@ -1613,9 +1613,7 @@ def test_no_leader_is_trained_twice_at_a_time(two, short):
     assert evolve.next_leader(state, guide, two[1], 0) is None, "one every so many trainings"
     two[0].works_on("ce")
     one = evolve.next_leader(state, guide, two[1], 0)
-    assert one in [result.losses for result in state.results.values()], (
-        "the baseline is claimed by the first"
-    )
+    assert one in [result.losses for result in state.results.values()], "the baseline is claimed by the first"
     again(state, "ce", 0.5)
     two[1].works_on(one)
     assert evolve.next_leader(state, guide, two[0], 0) not in (one, "ce")

@@ -143,3 +143,14 @@ def test_main_has_one_shape(one, other):
         statements = [ast.unparse(statement) for statement in main.body]
         shapes.append([re.sub(r"\w+Task", "Task", line) for line in statements])
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_tasks_have_their_methods_in_one_order(one, other):
+    def methods(name: str) -> list[str]:
+        (task,) = (node for node in ast.parse(text(name)).body if getattr(node, "name", "").endswith("Task"))
+        return [node.name for node in task.body if isinstance(node, ast.FunctionDef)]
+
+    common = {*methods(one)} & {*methods(other)}
+    assert len(common) > 10
+    assert [name for name in methods(one) if name in common] == [name for name in methods(other) if name in common]

@@ -642,32 +642,41 @@ def read_split(
     if 3 * sizes.prod(1).sum() <= memory:
         images = images.settle(lambda: fingerprint(f"det {largest}", paths))
 
-    objects = truth.objects
-    order = objects.image.argsort(stable=True)
+    order = truth.objects.image.argsort(stable=True)
+    objects = take(truth.objects, order)
     number = torch.bincount(objects.image, minlength=len(listed))  # of objects in a picture
-    where = objects.image[order], ranks_within(objects.image[order])  # picture and number of each object in it
-    most = int(number.max().clamp(min=1))
-    scale = (sizes / original).flip(1).repeat(1, 2)  # of x y x y
+    where = objects.image, ranks_within(objects.image)  # picture and number of each object in it
+
+    def by_picture(values: Tensor) -> Tensor:
+        """(M, most objects of one, ...)"""
+        table = values.new_zeros(len(listed), int(number.max().clamp(min=1)), *values.shape[1:])
+        table[where] = values
+        return table
+
     corners = torch.cat([objects.box[:, :2], objects.box[:, :2] + objects.box[:, 2:]], 1)
-    boxes, labels = torch.zeros(len(listed), most, 4), torch.zeros(len(listed), most, dtype=torch.long)
-    boxes[where] = (corners * scale[objects.image])[order].float()
-    labels[where] = objects.label[order] + 1
-    crowd = labels.new_zeros(labels.shape, dtype=torch.bool)
-    crowd[where] = objects.crowd[order]
-    frames, bits = labels.new_zeros(len(listed), most if masks else 1, 5), torch.zeros(len(listed), 1, 1).byte()
+    corners = corners * (sizes / original).flip(1).repeat(1, 2)[objects.image]  # x y x y as the pictures are kept
+    boxes, labels, crowd = by_picture(corners.float()), by_picture(objects.label + 1), by_picture(objects.crowd)
+    frames, bits = labels.new_zeros(len(listed), 1, 5), torch.zeros(len(listed), 1, 1).byte()
     if masks:
-        codes = [objects.masks[k] for k in order.tolist()]
-        frames[where], sides = frames_of(codes, number)
-        begin = [0, *number.cumsum(0).tolist()]
-
-        def read_bits(numbers: list[int]) -> list[Tensor]:
-            return [pack_masks(codes[begin[k] : begin[k + 1]], sides[k]) for k in numbers]
-
-        bits = Pictures(read_bits, len(listed), device, [(1, side) for side in sides])
-        if sum(sides) <= memory:
-            bits = bits.settle(lambda: fingerprint("det bits", [source.annotations, *paths]))
+        key = functools.partial(fingerprint, "det bits", [source.annotations, *paths])
+        frames, bits = read_bits(objects.masks, number, memory, device, key)
+        frames = by_picture(frames)
     rest = (x.to(device) for x in (sizes.float(), original.float(), boxes, labels, crowd, frames))
     return Split(images, *rest, bits.to(device) if isinstance(bits, Tensor) else bits, truth)
+
+
+def read_bits(
+    codes: list[dict], number: Tensor, memory: float, device: str, key: Callable[[], str]
+) -> "tuple[Tensor, Tensor | Pictures]":
+    """Frames (n, 5) of run-length codes, and the bits of pictures with `number` (M,) of them each; see `Split`."""
+    frames, sides = frames_of(codes, number)
+    begin = [0, *number.cumsum(0).tolist()]
+
+    def read(numbers: list[int]) -> list[Tensor]:
+        return [pack_masks(codes[begin[k] : begin[k + 1]], sides[k]) for k in numbers]
+
+    bits = Pictures(read, len(number), device, [(1, side) for side in sides])
+    return frames, bits.settle(key) if sum(sides) <= memory else bits
 
 
 def found_files(folder: Path, names: list[str]) -> list[Path]:

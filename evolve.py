@@ -927,7 +927,6 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
             old = child.losses.keys() - {tree.branch for tree in child.trees}
             child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch in old)]
             child.parent, child.identity = elder.parent, state.identity(child)
-        tried.counts["equivalent"] += child.identity in pool
         pool[child.identity] = child
     return guide.rank(task, list(pool.values()))
 
@@ -2465,10 +2464,8 @@ def resume_arguments(parser: Parser, argv: list[str], task: type[Task]) -> argpa
     args = parser.parse_args(flags_of(parser, saved["arguments"]))
     for name in sorted(given.keys() - set(RESUMABLE)):
         if given[name] != (before := getattr(args, name)):
-            new, old = (
-                ",".join(map(str, value)) if isinstance(value, list) else value for value in (given[name], before)
-            )
-            fail(f"--{name.replace('_', '-')} {new}: the run was made with {old or 'none'}; leave the flag out")
+            new, old = (",".join(map(str, v)) or "none" if isinstance(v, list) else v for v in (given[name], before))
+            fail(f"--{name.replace('_', '-')} {new}: the run was made with {old}; leave the flag out")
     vars(args).update(given)
     return args
 

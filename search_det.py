@@ -1753,11 +1753,12 @@ def coco_eval(
 ) -> dict[str, float]:
     """COCO's average precision and recall of boxes or masks, equal to pycocotools' COCOeval.
 
-    ground_truth: a COCO json file or its content; detections: COCO results, a file with them, or, for boxes, an array
-    (M, 7) of image x y w h score category; iou_type: "bbox" or "segm".
+    ground_truth: a COCO json file, its content, or pycocotools' COCO; detections: COCO results, a file with them, what
+    COCO.loadRes makes of it, or, for boxes, an array (M, 7) of image x y w h score category; iou_type: bbox or segm.
     Returns AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl in 0..1; -1 where there is no truth.
     Raises ValueError for another iou_type or a detection that is damaged or on an image that `ground_truth` does not
-    list, DataError for a file that is. A score of NaN counts as the least, as in pycocotools.
+    list, DataError for a file that is; those of unlisted categories are left out, and all of them with a warning. A
+    score of NaN counts as the least, as in pycocotools.
     """
     if iou_type not in METRICS:
         raise ValueError(f"iou_type {iou_type!r}: choose one of {' '.join(METRICS)}")

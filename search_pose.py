@@ -1552,7 +1552,8 @@ def oks_eval(
 ) -> dict[str, float]:
     """COCO's ten keypoint numbers, equal to pycocotools' `COCOeval(..., "keypoints")`.
 
-    ground_truth: a COCO file of keypoints or its content; detections: a file of COCO results or the list in it;
+    ground_truth: a COCO file of keypoints, its content, or pycocotools' COCO; detections: a file of COCO results, the
+    list in it, or what COCO.loadRes makes of it; joints may be triples or arrays.
     sigmas: (J,) tolerances, by default COCO's for 17 joints and .067 for other skeletons. Keys: AP AP50 AP75 APm APl AR
     AR50 AR75 ARm ARl; -1 where nobody is in the ground truth. A score of NaN counts as the least, as in pycocotools.
     Raises ValueError for a detection that is damaged or on an image that `ground_truth` does not list, or if the

@@ -156,7 +156,6 @@ def test_evaluator_takes_tuples_and_tensors_and_names_what_is_damaged():
             oks_eval(truth, [*detections[:2], detections[2] | wrong], sigmas)
 
 
-@pytest.mark.skipif(not (REAL / "coco_eval").is_dir(), reason="COCO API's examples are not at hand")
 def test_evaluator_takes_joints_as_triples():
     truth, found, sigmas = random_case(3)
     want = search_pose.oks_eval(truth, found, sigmas)
@@ -175,6 +174,7 @@ def triples(entry, kind):
     return kind(np.reshape(entry["keypoints"], (-1, 3)).tolist())
 
 
+@pytest.mark.skipif(not (REAL / "coco_eval").is_dir(), reason="COCO API's examples are not at hand")
 def test_published_example():
     numbers = oks_eval(REAL / "coco_eval/keypoints_toy_gt.json", str(REAL / "coco_eval/keypoints_toy_dt.json"))
     assert {k: round(numbers[k], 3) for k in ("AP", "AP50", "AP75")} == {"AP": 0.505, "AP50": 0.723, "AP75": 0.634}

@@ -474,8 +474,8 @@ def found_meaning(masks: list[Path], number: int | None) -> Meaning:
     ignored = ignored & set(found) if len(set(found) - ignored) > 1 else set()
     classes = {value: k for k, value in enumerate(value for value in found if value not in ignored)}
     if number not in (None, len(classes)) or not 1 < len(classes) < 256:
-        kinds = f"{len(classes)} colours or values in these masks, not {number or '2 to 255'}"
-        raise DataError(f"{masks[0].parent}: {kinds}; say in labelmap.txt what they mean")
+        many = f"{len(classes)} colours or values in these masks, not {number or '2 to 255'}"
+        raise DataError(f"{masks[0].parent}: {many}; say in labelmap.txt what they mean")
     names = [*map(shown, classes)]
     names = " ".join(names if len(names) <= 30 else [*names[:29], "..."])
     said = f"; {max(ignored)} ignored" if ignored else ""

@@ -2318,9 +2318,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     about = "seed of the search, 0 by default; one worker on the CPU with the same seed gives the same journal"
     flag("--seed", "S", about, at_least(0), 0)
     flag("--runs", "DIR", "folder in which the run directory is made", Path, Path("runs"))
-    about = (
-        "go on with a run, or join one that is running; --evals, --minutes, --workers, --device, --memory may differ"
-    )
+    about = "go on with a run, or join one that runs; --evals, --minutes, --workers, --device and --memory may differ"
     flag("--resume", "RUN_DIR", about, Path)
 
 

@@ -693,6 +693,7 @@ def found_files(folder: Path, names: list[str]) -> list[Path]:
     there: dict[Path, list[dict[str, str]]] = {}  # names of files as they are compared, exactly and without capitals
     found: dict[str, Path] = {}
     owners: dict[Path, str] = {}
+    elsewhere: list[str] = []
     for name in dict.fromkeys(names):
         path = folder / name
         for place in (path.parent, folder):
@@ -702,11 +703,17 @@ def found_files(folder: Path, names: list[str]) -> list[Path]:
             exact, capless = there[place]
             if file := exact.get(plain_name(path.name)) or capless.get(capless_name(path.name)):
                 found[name] = place / file
+                elsewhere += [name] * (place != path.parent)
                 break
         else:
             raise DataError(f"{str(path)[:300]}: not found; the annotations name it, names count from {folder}")
         if (other := owners.setdefault(found[name], name)) != name:
-            raise DataError(f"{found[name]}: the annotations name it {other!r:.80} and {name!r:.80}; give both, or one")
+            raise DataError(
+                f"{found[name]}: the annotations mean it by {other!r:.80} and by {name!r:.80}; list it once"
+            )
+    if elsewhere:
+        many = f"{len(elsewhere)} pictures (first: {elsewhere[0]:.80})"
+        warn_once(f"{folder}: {many} are not where the annotations say; those of the same name in it are taken")
     return [found[name] for name in names]
 
 
@@ -946,7 +953,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
             turn, upright = turning(picture)
             if listed not in (None, upright, picture.size[::-1]):
                 (h, w), (height, width) = upright, listed
-                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}; mend that, or leave it out")
+                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}; mend the list")
             turn = turn if listed in (None, upright) else None
             if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None and mode == "RGB":
                 # The same bytes as by PIL, in two thirds of the time.
@@ -1279,9 +1286,8 @@ def read_persons(content: dict) -> tuple[Persons, list[dict]]:
 
 def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
     """COCO results and what to call them in a message."""
-    detections = (
-        detections.dataset["annotations"] if hasattr(detections, "dataset") else detections
-    )  # pycocotools' COCO
+    if hasattr(detections, "dataset"):  # pycocotools' COCO
+        detections = detections.dataset["annotations"]
     given = isinstance(detections, (str, Path))
     path, results = (detections, load_coco(detections)) if given else ("detections", detections)
     if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
@@ -1369,11 +1375,7 @@ def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: i
     known = category >= 0
     results = [result for result, good in zip(results, known.tolist()) if good]
     given = results[0].get("keypoints") if results else None
-    if (
-        isinstance(given, (np.ndarray, Tensor))
-        or isinstance(given, (list, tuple))
-        and {*map(type, given)} & {list, tuple}
-    ):
+    if joints_in_row(given) is not given:
         results = [result | {"keypoints": joints_in_row(result.get("keypoints"))} for result in results]
     group = (category * len(content["images"]) + picture)[known]
     first = results[0] if results else {"keypoints": [0] * (3 * (joints or 0))}
@@ -1952,7 +1954,8 @@ class PoseTask(evolve.Task):
 
         def batches() -> Iterator[tuple[Tensor, ...]]:
             for step, batch in enumerate(self.batches(plan, 500 + self.args.seed)):
-                states.extend([copy.deepcopy(net.state_dict())] * steps.count(step))  # several in a short base
+                for _ in range(steps.count(step)):  # mostly none; several at once in a short base
+                    states.append(copy.deepcopy(net.state_dict()))
                 if step == steps[-1]:
                     return
                 yield batch

@@ -367,6 +367,16 @@ def test_broken_tags_say_nothing_of_the_pixels(tmp_path, tags, suffix):
         assert pixels.shape == (8, 9, 3) and (pixels.float() - 200).abs().max() < 9
 
 
+def test_pictures_in_other_modes(tmp_path):
+    pixels = noise(8, 9)
+    for suffix in ("jpg", "png"):
+        Image.fromarray(pixels).save(path := tmp_path / f"a.{suffix}")
+        for script in SCRIPTS.values():
+            assert torch.equal(script.decode(path, "RGB"), script.decode(path))
+            with Image.open(path) as picture:
+                assert torch.equal(script.decode(path, "L"), torch.from_numpy(np.array(picture.convert("L"))))
+
+
 def test_names_in_no_encoding(tmp_path):
     """As from an archive that was packed on another system."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path / "bilder-") + b"\xfc"))

@@ -645,11 +645,11 @@ def test_crowds_teach_nothing_and_are_told(tmp_path, capsys):
     content = json.loads(source.annotations.read_text())
     content["annotations"] = [entry(k, 1, iscrowd=1) for k in range(4)]
     source.annotations.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="all objects are crowds .* set it to 0 where they are not"):
+    with pytest.raises(DataError, match="all objects in .* are crowds .*; set it to 0"):
         search_det.read_split(source, 64, False, True)
 
 
-def test_names_as_they_were_elsewhere(tmp_path):
+def test_names_as_they_were_elsewhere(tmp_path, capsys):
     """Folders of the machine on which the file was written, and capitals that another system does not know."""
     content = write_coco(tmp_path, {k: (20, 30) for k in range(5)}, [entry(k, k) for k in range(1, 5)])
     names = ["images/0.jpg", "C:\\data\\1.JPG", "/data/upload/4/2.jpg", "../3.jpg", "4.Jpg"]
@@ -659,9 +659,10 @@ def test_names_as_they_were_elsewhere(tmp_path):
     listing.write_text(json.dumps(content))
     split = search_det.read_split(search_det.Source(listing, folder), 64, False, True)
     assert len(split.images) == 5
+    assert "4 pictures (first: images/0.jpg) are not where the annotations say" in capsys.readouterr().err
     content["images"][1]["file_name"] = "train/0.jpg"  # two pictures that this folder cannot tell apart
     listing.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="0.jpg: the annotations name it 'images/0.jpg' and 'train/0.jpg'"):
+    with pytest.raises(DataError, match="0.jpg: the annotations mean it by 'images/0.jpg' and by 'train/0.jpg'"):
         search_det.read_split(search_det.Source(listing, folder), 64, False, True)
     content["images"][1]["file_name"] = "data:image/png;base64," + 5000 * "A"
     listing.write_text(json.dumps(content))

@@ -1591,6 +1591,21 @@ def test_who_searches_is_waited_for_and_who_hangs_is_not(two, monkeypatch):
     assert len(naps) == 50
 
 
+def test_a_setting_that_rounding_spoils_is_not_chosen(monkeypatch):
+    task, known, _ = spread(60)
+    state = begin(task)
+    scored(state, known)
+    surrogate, solve = state.surrogate, evolve.Surrogate.solve
+
+    def fragile(self, length, noise, trend, drift):
+        if noise < 0.01:
+            raise torch.linalg.LinAlgError("not positive-definite")
+        solve(self, length, noise, trend, drift)
+
+    monkeypatch.setattr(evolve.Surrogate, "solve", fragile)
+    assert surrogate.fit(state, []).noise >= 0.01
+
+
 def test_others_at_work_are_seen(two):
     first, second = two
     state = begin(ToyTask())
@@ -1819,6 +1834,29 @@ def test_difference_over_paired_seeds_and_its_words(found, baseline, wanted, wor
     assert ("0.000)" in told) is False, "one seed has no error"
 
 
+def test_the_found_loss_is_listed_behind_any_number_of_others(tmp_path, capsys, monkeypatch):
+    fame = evolve.State.hall_of_fame
+    monkeypatch.setattr(evolve.State, "hall_of_fame", lambda state: fame(state)[1:] + fame(state)[:1])
+    run(tmp_path, "--evals", "14", "--seeds", "1", "--without", "rejected,surrogate", planted=PLANTED)
+    rows = capsys.readouterr().out.split("loss (toy on the")[1].split("test split")[0]
+    assert rows.count(">>>>") == 1
+
+
+def test_out_of_memory_is_no_damage(tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        evolve.read_weights(tmp_path / "base.pt", "cuda", list, "remove it")
+
+
+def test_machines_write_unfinished_files_of_their_own(tmp_path, monkeypatch):
+    here = evolve.unfinished(tmp_path / "a")
+    monkeypatch.setattr(evolve.socket, "gethostname", lambda: "elsewhere")
+    assert evolve.unfinished(tmp_path / "a") != here
+
+
 def test_trainings_that_became_invalid_are_told(capsys):
     told = evolve.verdict_in_words(ToyTask(), "toy", {"toy": [0.3, None]}, invalid=2)
     assert "2 of its trainings became invalid" in told and "ahead" not in told
@@ -1827,6 +1865,8 @@ def test_trainings_that_became_invalid_are_told(capsys):
     assert "over 3 fresh seeds" in printed and printed.endswith(
         "found: 2 of 3 trainings became invalid; the others count\n"
     )
+    evolve.show_table({"ce": {"toy": [0.9]}}, ("toy",), "toy", 1)
+    assert "over 1 seed\n" in capsys.readouterr().out, "which need not be fresh to a loss that was named"
     evolve.show_losses({"ce": {"toy": [0.9, 0.5]}}, ("toy",), 2)
     assert "invalid" not in capsys.readouterr().out
 

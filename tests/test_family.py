@@ -25,7 +25,8 @@ COPIES = set(  # the same to the letter wherever they occur
     "check_annotation within_reach check_boxes check_coco entries_of by_id plain_name list_results places "
     "check_places column ranks_within best_first match accumulate batch_colour_jitter resnet Pictures threads "
     "map_pictures read_ahead shared_bytes decode opened turning deep all_bits eight_bits read_pictures is_plain_jpeg "
-    "group_size scaled fingerprint found_files rows_of train_network".split()
+    "group_size scaled fingerprint found_files rows_of train_network "
+    "check_categories capless_name encoded".split()
 )
 # Flags whose help goes on with what the task has to offer; up to there it is the same.
 OWN_ENDING = {"metric", "loss", "compare", "data", "model", "proxy_steps", "retrain_steps", "batch", "lr", "search"}

@@ -512,6 +512,10 @@ def test_bad_resume(monkeypatch, capsys, finished, tmp_path):
     assert "--pretrained True: the run was made with False" in bad(
         monkeypatch, capsys, "--resume", finished[0], "--pretrained"
     )
+    error = bad(monkeypatch, capsys, "--resume", finished[0], "--without", "dead,seen")
+    assert "--without dead,seen: the run was made with" in error
+    other = search_seg.parse_arguments(["--resume", str(finished[0]), "--memory", "0.5", "--checkpoint-steps", "7"])
+    assert (other.memory, other.checkpoint_steps) == (0.5, 7), "of this machine, not of the run"
 
 
 READERS = {  # of the files of a run directory, and which damages they cannot see

@@ -1769,7 +1769,7 @@ class Reporter:
         self.board = SummaryWriter(str(directory))
         self.start, self.explored_earlier = time.time(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
-        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
+        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()) if value is not None)
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
     def lineage(self, text: str) -> str:
@@ -1828,8 +1828,8 @@ class Reporter:
         scores = [member.score for member in state.population if member.score is not None]
         mean, deviation = record["predicted"] or (None, None)
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
+            "found/best": max(scores, default=None),
             "search/score": score,
-            "search/best": max(scores, default=None),
             "search/population_mean": sum(scores) / len(scores) if scores else None,
             "search/baseline": state.baseline,
             "search/explored_per_second": rate,
@@ -1844,7 +1844,7 @@ class Reporter:
             if value is not None:
                 self.board.add_scalar(tag, value, state.explored)
         if scores:
-            self.board.add_scalar("search/best_by_minute", max(scores), int(state.elapsed))
+            self.board.add_scalar("search/best_by_second", max(scores), int(state.elapsed))
         if state.sampler:
             state.sampler.show(self.board)
 
@@ -1852,16 +1852,16 @@ class Reporter:
         text, scores, metric = losses_text(record["retrained"]), record["scores"], self.args.metric
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
         print(f"converged, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
-        if scores and record.get("leader"):
-            tag = "search/converged" + "_baseline" * (text == self.task.baseline)
-            self.board.add_scalar(tag, scores["val"][metric], self.state.explored)
+        baseline = self.state.converged(self.task.baseline)
+        if scores and record["leader"] and text != self.task.baseline and baseline is not None:
+            self.board.add_scalar("found/ahead", scores["val"][metric] - baseline, self.state.explored)
 
     def show_best(self, best: Member) -> None:
         formulas = [
-            f"{name}: `{loss}`" + (f"\n\n$${latex(loss)}$$" if isinstance(loss, Expr) else "")
+            f"{name}: `{loss}`" + (f"\n\n```latex\n{latex(loss)}\n```" if isinstance(loss, Expr) else "")
             for name, loss in best.losses.items()
         ]
-        self.board.add_text("search/formula", "\n\n".join(formulas), self.state.explored)
+        self.board.add_text("found/formula", "\n\n".join(formulas), self.state.explored)
         self.export(best.losses, f"proxy score {best.score:.4f}")
 
     def export(self, losses: dict[str, object], score: str) -> None:
@@ -1931,27 +1931,34 @@ class Reporter:
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
         show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.converged else ", not converged")
         invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
-        print("\n" + verdict_in_words(task, args.metric, ahead, invalid))
+        verdict = verdict_in_words(task, args.metric, ahead, invalid)
+        print("\n" + verdict)
         if losses and (left := [name for name in getattr(args, "branches", ()) if name not in losses]):
             print(f"{', '.join(left)}: as in {task.baseline}; nothing better was found for them")
         print(f"explored {state.explored:,} losses, trained {state.evaluated}; everything is in {self.directory}")
         if losses:
             print(f"take the found loss with you: {self.directory / 'best_loss.py'}")
-        for name, column in test.items():
-            for metric, values in column.items():
-                if values:
-                    self.board.add_scalar(f"test/{metric}/{name}", sum(values) / len(values), state.explored)
-        for tag in ("predictions/found", "predictions/baseline", "search/gradients"):
-            picture = self.directory / f"{Path(tag).name}.png"
+        self.board.add_text("found/table", f"{verdict}\n\n{markdown_table(named, task.metrics)}", state.explored)
+        tags = {"gradients": "gradients", "found": "predictions", "baseline": "predictions_baseline"}
+        for name, tag in tags.items():
+            picture = self.directory / f"{name}.png"
             pixels = cv2.imread(str(picture)) if picture.is_file() else None
-            if pixels is not None:
-                self.board.add_image(tag, pixels[..., ::-1], state.explored, dataformats="HWC")  # BGR to RGB
+            if pixels is not None:  # BGR to RGB
+                self.board.add_image(f"found/{tag}", pixels[..., ::-1], state.explored, dataformats="HWC")
         origin = state.results.get(text) or (state.best() if text else None)  # the found loss may be one in short
         if origin:
-            self.board.add_text("search/lineage", self.lineage(origin.text), state.explored)
+            self.board.add_text("found/lineage", self.lineage(origin.text), state.explored)
         flags = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
-        final = test["found"][args.metric] if losses else []
-        self.board.add_hparams(flags, {"hparam/test": sum(final) / len(final) if final else 0.0}, run_name=".")
+        final = {name: statistics.fmean(column[args.metric]) for name, column in test.items() if column[args.metric]}
+        final = {"found/test" + "_baseline" * (name == "baseline"): score for name, score in final.items()}
+        self.board.add_hparams(flags, final, run_name=".", global_step=state.explored)
+
+
+FOUND, BASELINE = (200, 80, 0), (170, 170, 170)  # blue and grey, as BGR
+
+
+def write(plot: np.ndarray, text: str, corner: tuple[int, int], colour=(0, 0, 0)) -> None:
+    cv2.putText(plot, text, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
 
 
 def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
@@ -1968,7 +1975,7 @@ def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
         leaves, boxes = branch.leaves(branch.prediction, branch.target), "i" in branch.symbols
         over = leaves["i"] / leaves["u"] if boxes else leaves["p"]
         right = torch.ones_like(over) if boxes else leaves["y"] / leaves["y"].amax((-3, -2, -1), keepdim=True)
-        plot = np.full((360, 480, 3), 255, np.uint8)
+        plot = np.full((360, 480, 3), 255, np.uint8)  # rows 50 to 330: gradients of +4 to -4
         baseline = [parse(branch.baseline)] if branch.baseline else []
         for tree in (*baseline, expr):
             (slope,) = gradients(branch, [tree])
@@ -1977,14 +1984,16 @@ def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
             slope = slope.view(shape).norm(dim=-3, keepdim=True) if boxes else slope.view(shape)
             x, y = over[right > 0.9], slope.expand_as(over)[right > 0.9]
             y = y / y.square().mean().sqrt().clamp(min=1e-300)
-            rows, columns = (180 - 36 * y.clamp(-4, 4)).long().tolist(), (20 + 440 * x.clamp(0, 1)).long().tolist()
+            rows, columns = (190 - 35 * y.clamp(-4, 4)).long().tolist(), (20 + 440 * x.clamp(0, 1)).long().tolist()
             for row, column in zip(rows, columns):
-                cv2.circle(plot, (column, row), 1, (200, 80, 0) if tree is expr else (170, 170, 170), -1)  # BGR
-        cv2.line(plot, (20, 180), (460, 180), (0, 0, 0))
-        words = "gradient over IoU" if boxes else "gradient over probability of what is right"
-        cv2.putText(plot, f"{name}: {words}", (20, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
-        legend = "blue: found" + f"   grey: {branch.baseline}" * bool(branch.baseline)
-        cv2.putText(plot, legend, (20, 345), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+                cv2.circle(plot, (column, row), 1, FOUND if tree is expr else BASELINE, -1)
+        cv2.line(plot, (20, 190), (460, 190), (0, 0, 0))
+        over = "IoU" if boxes else "probability of what is right"
+        write(plot, f"{name}: gradient over {over}", (20, 18))
+        write(plot, "found", (20, 38), FOUND)
+        write(plot, branch.baseline or "", (80, 38), BASELINE)
+        write(plot, "0", (16, 348))
+        write(plot, "1", (456, 348))
         plots.append(plot)
     return cv2.imencode(".png", np.concatenate(plots, 1))[1].tobytes() if plots else None
 
@@ -2300,7 +2309,7 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     return flag
 
 
-def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 8.0) -> None:
+def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 10.0) -> None:
     """The flags of the search itself, the same in every script but for the task's `own` kinds and its budget."""
     kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
     flag = flags(parser, "search")
@@ -2669,11 +2678,16 @@ def show_invalid(test: dict, seeds: int) -> None:
 def show_losses(test: dict, metrics: tuple[str, ...], seeds: int) -> None:
     """One row per loss, one column per metric: the shape of the published tables, in percent."""
     print(f"\ntest split, percent, mean and spread over {seeds} seed{'s' * (seeds != 1)}\n")
-    print("| loss | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics))
+    print(markdown_table(test, metrics))
+    show_invalid(test, seeds)
+
+
+def markdown_table(test: dict, metrics: tuple[str, ...]) -> str:
+    rows = ["| loss | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
     for name, scores in test.items():
         cells = [mean_and_spread([100 * v for v in scores[metric]], 1) for metric in metrics]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    show_invalid(test, seeds)
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

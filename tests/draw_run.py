@@ -9,17 +9,17 @@ search-validation split (orange), all minus those of the baseline. On the right 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-GREY, BLUE, ORANGE, BLACK = (170, 170, 170), (200, 80, 0), (0, 120, 240), (0, 0, 0)  # in BGR
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from evolve import BASELINE, FOUND, write  # noqa: E402
+
+ORANGE, BLACK = (0, 120, 240), (0, 0, 0)  # in BGR
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 360, 60, 20, 50, 45
-
-
-def write(canvas: np.ndarray, text: str, corner: tuple[int, int], colour=BLACK, size: float = 0.42) -> None:
-    cv2.putText(canvas, text, corner, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
 def draw_scores(records: list[dict], metric: str) -> np.ndarray:
@@ -47,18 +47,18 @@ def draw_scores(records: list[dict], metric: str) -> np.ndarray:
         write(canvas, str(minute), (place(minute, low)[0] - 4, HEIGHT - 25))
     best = -np.inf
     for minute, value in dots:
-        cv2.circle(canvas, place(minute, value), 2, GREY, -1, cv2.LINE_AA)
+        cv2.circle(canvas, place(minute, value), 2, BASELINE, -1, cv2.LINE_AA)
         if value > best:
             if np.isfinite(best):
-                cv2.line(canvas, place(minute, best), place(minute, value), BLUE, 1)
+                cv2.line(canvas, place(minute, best), place(minute, value), FOUND, 1)
             best, since = value, minute
         later = [m for m, _ in dots if m > minute]
-        cv2.line(canvas, place(since, best), place(min(later, default=end), best), BLUE, 1)
+        cv2.line(canvas, place(since, best), place(min(later, default=end), best), FOUND, 1)
     for minute, value in late:
         cv2.circle(canvas, place(minute, value), 4, ORANGE, -1, cv2.LINE_AA)
     write(canvas, f"{metric} minus that of {baseline}, over minutes of searching", (LEFT, 18))
-    write(canvas, "proxy", (LEFT, 36), GREY)
-    write(canvas, "best proxy so far", (LEFT + 60, 36), BLUE)
+    write(canvas, "proxy", (LEFT, 36), BASELINE)
+    write(canvas, "best proxy so far", (LEFT + 60, 36), FOUND)
     write(canvas, "converged", (LEFT + 200, 36), ORANGE)
     return canvas
 

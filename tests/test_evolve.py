@@ -1906,7 +1906,7 @@ def test_gradients_are_drawn():
 
     def points(loss):
         plot = cv2.imdecode(np.frombuffer(evolve.draw_gradients(task, {"loss": loss}), np.uint8), cv2.IMREAD_COLOR)
-        return [set(zip(*np.nonzero((plot[30:330] == colour).all(-1)))) for colour in ((200, 80, 0), (170, 170, 170))]
+        return [set(zip(*np.nonzero((plot[45:335] == colour).all(-1)))) for colour in ((200, 80, 0), (170, 170, 170))]
 
     blue, grey = points(str(CE))
     assert blue and not grey, "on top of each other"

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -145,18 +146,25 @@ def test_tensorboard_shows_what_the_glossary_explains(root, tmp_path, monkeypatc
     events = EventAccumulator(str(directory), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
     kinds = events.Tags()
     tags = {tag.removesuffix("/text_summary") for kind in ("scalars", "images", "tensors") for tag in kinds[kind]}
-    tags = {re.sub(r"proxy_curve/\d+", "proxy_curve/<n>", re.sub(r"test/\w+/", "test/<metric>/", tag)) for tag in tags}
+    tags = {re.sub(r"proxy_curve/\d+", "proxy_curve/<n>", tag) for tag in tags}
     explained = {tag for tag in re.findall(r"^\| `([^`]+)` \|", GLOSSARY, re.M)}
     assert {tag for tag in tags if not tag.startswith("_hparams_")} == {
         tag for tag in explained if not tag.startswith(("asl/", "retrain/"))
     }
-    best = [event.value for event in events.Scalars("search/best")]
+    best = [event.value for event in events.Scalars("found/best")]
     assert best == sorted(best)
     assert best[-1] == pytest.approx(max(line["score"] or 0 for line in journal(directory)), abs=1e-6)
     assert len(events.Scalars("search/score")) == sum(line["score"] is not None for line in journal(directory))
-    trained = [record for record in retrained(directory) if record.get("leader")]
-    leaders = [record["scores"]["val"]["macc"] for record in trained if record["retrained"] != "ce"]
-    assert [event.value for event in events.Scalars("search/converged")] == pytest.approx(leaders, abs=1e-6)
+    baseline, *leaders = [record for record in retrained(directory) if record["leader"]]
+    assert baseline["retrained"] == "ce" and leaders
+    ahead = [leader["scores"]["val"]["macc"] - baseline["scores"]["val"]["macc"] for leader in leaders]
+    assert [event.value for event in events.Scalars("found/ahead")] == pytest.approx(ahead, abs=1e-6)
+    test = json.loads((directory / "result.json").read_text())["test"]
+    for tag, column in (("found/test", "found"), ("found/test_baseline", "baseline")):
+        assert events.Scalars(tag)[0].value == pytest.approx(statistics.fmean(test[column]["macc"]), abs=1e-6)
+    (table,) = events.Tensors("found/table/text_summary")
+    (text,) = table.tensor_proto.string_val
+    assert f"| ce | {100 * test['baseline']['miou'][0]:.1f}".encode() in text and b"| found |" in text
 
 
 def test_same_seed_same_journal_across_a_kill(root, finished, tmp_path):

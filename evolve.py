@@ -1774,12 +1774,12 @@ class Reporter:
 
     def lineage(self, text: str) -> str:
         """A candidate and its ancestors, the newest first, with their scores."""
-        lines = ["| proxy | converged | loss |", "|---|---|---|"]
+        lines = ["```", " proxy  converged  loss"]
         while text in self.state.results and len(lines) < 100:  # two workers may have made each other's children
             score, again = shown(self.state.results[text].score), shown(self.state.converged(text))
-            lines.append(f"| {score} | {again} | `{text}` |")
+            lines.append(f"{score:>6} {again:>10}  {text}")
             text = self.state.results[text].parent
-        return "\n".join(lines)
+        return "\n".join([*lines, "```"])
 
     def hear(self) -> None:
         for record in self.journal.hear(self.state):
@@ -1793,7 +1793,7 @@ class Reporter:
             else:
                 self.tell_evaluated(record, improved)
             if improved:
-                self.show_best(self.best)
+                self.export(self.best.losses, f"proxy score {self.best.score:.4f}")
             self.write_hall_of_fame()
 
     def tell_baseline(self) -> None:
@@ -1856,15 +1856,13 @@ class Reporter:
         if scores and record["leader"] and text != self.task.baseline and baseline is not None:
             self.board.add_scalar("found/ahead", scores["val"][metric] - baseline, self.state.explored)
 
-    def show_best(self, best: Member) -> None:
+    def export(self, losses: dict[str, object], score: str) -> None:
+        """The best so far as formulas in TensorBoard and as best_loss.py."""
         formulas = [
             f"{name}: `{loss}`" + (f"\n\n```latex\n{latex(loss)}\n```" if isinstance(loss, Expr) else "")
-            for name, loss in best.losses.items()
+            for name, loss in losses.items()
         ]
         self.board.add_text("found/formula", "\n\n".join(formulas), self.state.explored)
-        self.export(best.losses, f"proxy score {best.score:.4f}")
-
-    def export(self, losses: dict[str, object], score: str) -> None:
         aim, run = f"search_{self.task.name}.py for {self.args.metric}", self.directory.name
         title = f"A loss found by {aim}: {score}. Run {run}."
         write_atomically(self.directory / "best_loss.py", self.task.export(losses, title))
@@ -1938,7 +1936,11 @@ class Reporter:
         print(f"explored {state.explored:,} losses, trained {state.evaluated}; everything is in {self.directory}")
         if losses:
             print(f"take the found loss with you: {self.directory / 'best_loss.py'}")
-        self.board.add_text("found/table", f"{verdict}\n\n{markdown_table(named, task.metrics)}", state.explored)
+        self.draw_end(text, f"{verdict}\n\n{markdown_table(named, task.metrics)}", test)
+
+    def draw_end(self, text: str | None, table: str, test: dict) -> None:
+        args, state = self.args, self.state
+        self.board.add_text("found/closing_table", table, state.explored)
         tags = {"gradients": "gradients", "found": "predictions", "baseline": "predictions_baseline"}
         for name, tag in tags.items():
             picture = self.directory / f"{name}.png"
@@ -1948,7 +1950,8 @@ class Reporter:
         origin = state.results.get(text) or (state.best() if text else None)  # the found loss may be one in short
         if origin:
             self.board.add_text("found/lineage", self.lineage(origin.text), state.explored)
-        flags = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
+        first = ("data", "metric", "minutes", "search", "seed")  # as many as the tab shows unasked
+        flags = {name: getattr(args, name) for name in first} | {"without": " ".join(args.without)}
         final = {name: statistics.fmean(column[args.metric]) for name, column in test.items() if column[args.metric]}
         final = {"found/test" + "_baseline" * (name == "baseline"): score for name, score in final.items()}
         self.board.add_hparams(flags, final, run_name=".", global_step=state.explored)

@@ -159,10 +159,13 @@ def test_tensorboard_shows_what_the_glossary_explains(root, tmp_path, monkeypatc
     assert baseline["retrained"] == "ce" and leaders
     ahead = [leader["scores"]["val"]["macc"] - baseline["scores"]["val"]["macc"] for leader in leaders]
     assert [event.value for event in events.Scalars("found/ahead")] == pytest.approx(ahead, abs=1e-6)
-    test = json.loads((directory / "result.json").read_text())["test"]
+    result = json.loads((directory / "result.json").read_text())
+    test = result["test"]
     for tag, column in (("found/test", "found"), ("found/test_baseline", "baseline")):
         assert events.Scalars(tag)[0].value == pytest.approx(statistics.fmean(test[column]["macc"]), abs=1e-6)
-    (table,) = events.Tensors("found/table/text_summary")
+    *_, formula = events.Tensors("found/formula/text_summary")
+    assert f"`{result['losses']['loss']}`".encode() in formula.tensor_proto.string_val[0]
+    (table,) = events.Tensors("found/closing_table/text_summary")
     (text,) = table.tensor_proto.string_val
     assert f"| ce | {100 * test['baseline']['miou'][0]:.1f}".encode() in text and b"| found |" in text
 

@@ -77,16 +77,16 @@ LOSSES = (
     "Square(Square(Add(p, Neg(y))))",
     "Neg(Mul(Tanh(y), Exp(Sqrt(p))))",
 )
-# Steps of cross entropy before (on the converged schedule), steps of the loss itself, its learning rate.
+# Steps of cross entropy before (on the converged schedule), steps of the loss itself, share of these that warm up.
 PROXIES = {
-    "80 from scratch": (0, 80, 0.01),
-    "160 from scratch": (0, 160, 0.01),
-    "100 + 80": (100, 80, 0.01),
-    "100 + 120": (100, 120, 0.01),
-    "250 + 80, lr .007": (250, 80, 0.007),
-    "250 + 80": (250, 80, 0.01),
+    "80 from scratch": (0, 80, 0.3),
+    "160 from scratch": (0, 160, 0.3),
+    "100 + 80": (100, 80, 0.3),
+    "100 + 120": (100, 120, 0.3),
+    "100 + 120, no warm-up": (100, 120, 0.0),
+    "250 + 80": (250, 80, 0.3),
 }
-MIXTURES = (("80 from scratch", "250 + 80, lr .007"), ("160 from scratch", "250 + 80, lr .007"))  # mean of two scores
+MIXTURES = (("80 from scratch", "250 + 80"), ("160 from scratch", "250 + 80"))  # mean of two scores
 CONVERGED = ("converged, seed 0", "converged, seed 1")
 
 
@@ -163,8 +163,8 @@ class Bench:
             plan, seed = self.task.retraining, 1000 + CONVERGED.index(proxy)
             net = self.task.network(plan, seed)
         else:
-            before, steps, rate = PROXIES[proxy]
-            plan, seed = search_seg.PROXY["shapes"]._replace(steps=steps, lr=rate), 0
+            before, steps, warmup = PROXIES[proxy]
+            plan, seed = search_seg.PROXY["shapes"]._replace(steps=steps, warmup=warmup), 0
             net = self.base(before)
         try:
             search_seg.train_network(net, self.task.loss(losses), self.task.batches(losses, plan, seed), plan)

@@ -804,5 +804,19 @@ def test_flags_change_a_schedule(root, data):
     changed = plan("--retrain-steps", "7", "--crop", "32", "--batch", "3", "--lr", "0.5")
     assert changed == plan()._replace(steps=7, crop=32, batch=3, lr=0.5)
     small = plan("--model", "small")
-    assert (small.model, small.optimizer, small.lr, small.head_lr) == ("small", "adamw", 0.01, 1.0)
+    assert (small.model, small.optimizer, small.lr, small.head_lr, small.warmup) == ("small", "adamw", 0.01, 1.0, 0.3)
     assert small.steps == plan().steps and plan("--model", "r50-psp").optimizer == plan().optimizer
+
+
+@pytest.mark.parametrize("data, first, highest", [("shapes", 1 / 181, 180), ("voc", 1, 0)])
+def test_learning_rates_rise_and_fall(data, first, highest):
+    plan = search_seg.RETRAIN[data]
+    optimizer, schedule = search_seg.make_optimizer(search_seg.build_model("small", 7), plan)
+    rates = []
+    for _ in range(plan.steps):
+        rates.append(optimizer.param_groups[0]["lr"] / plan.lr)
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(first) and rates.index(max(rates)) == highest
+    assert rates[-1] == pytest.approx(1 / plan.steps**0.9), "poly"
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"] * plan.head_lr)

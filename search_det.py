@@ -82,8 +82,8 @@ class Schedule(NamedTuple):
     optimizer: str
     lr: float  # decays to 0 as (1 - step / steps) ** 0.9 (poly)
     weight_decay: float
-    warmup: int = 0  # steps until the learning rate is reached
     model: str = "small"
+    warmup: float = 0.0  # share of the steps until the learning rate is reached
     base: int = 0  # steps with the baseline's losses that go before
     clip: float = math.inf  # norm to which longer gradients are cut
 
@@ -93,12 +93,12 @@ class Schedule(NamedTuple):
 # inverse of an intersection that is nearly nothing is as long as 1e11, once in a thousand steps, and would end a
 # training, valid though it is; that of the baseline stays below 9 on shapes. On COCO 35 is what others take [D].
 PROXY = {
-    "shapes": Schedule(150, 8, 64, (0.8, 1.25), "adamw", 0.003, 1e-4, 10, clip=10.0),
-    "coco": Schedule(2000, 16, 512, (0.8, 1.25), "sgd", 0.02, 1e-4, 500, "r50-fpn", clip=35.0),
+    "shapes": Schedule(150, 8, 64, (0.8, 1.25), "adamw", 0.003, 1e-4, warmup=10 / 150, clip=10.0),
+    "coco": Schedule(2000, 16, 512, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 2000, clip=35.0),
 }
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=1200, base=0),
-    "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, 500, "r50-fpn", clip=35.0),
+    "shapes": PROXY["shapes"]._replace(steps=1200, base=0, warmup=10 / 1200),
+    "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 90_000, clip=35.0),
 }
 
 
@@ -1972,7 +1972,7 @@ class Batches:
 
 
 def make_optimizer(net: nn.Module, plan: Schedule) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The optimizer, and what lowers its learning rate to zero, after a warm-up."""
+    """The optimizer, and its learning rate over the steps."""
     weights = [weight for weight in net.parameters() if weight.requires_grad]
     if plan.optimizer == "adamw":
         optimizer = torch.optim.AdamW(weights, plan.lr, weight_decay=plan.weight_decay, fused=True)
@@ -1980,7 +1980,7 @@ def make_optimizer(net: nn.Module, plan: Schedule) -> tuple[torch.optim.Optimize
         optimizer = torch.optim.SGD(weights, plan.lr, momentum=0.9, weight_decay=plan.weight_decay, fused=True)
 
     def rate(step: int) -> float:
-        return min(1, (step + 1) / (plan.warmup + 1)) * (1 - step / plan.steps) ** 0.9
+        return min(1, (step + 1) / (plan.warmup * plan.steps + 1)) * (1 - step / plan.steps) ** 0.9
 
     return optimizer, LambdaLR(optimizer, rate)
 

@@ -1759,7 +1759,7 @@ class Batches:
 
 
 def make_optimizer(net: nn.Module, plan: Schedule) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The optimizer, and what lowers its learning rate to zero."""
+    """The optimizer, and its learning rate over the steps."""
     optimizer = torch.optim.AdamW(net.parameters(), plan.lr, weight_decay=plan.weight_decay, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: (1 - step / plan.steps) ** 0.9)
 

@@ -74,6 +74,7 @@ UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: fe
 LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
+TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
 
@@ -902,6 +903,14 @@ class Surrogate:
         promise = (expected_improvement(mean, UPWARDS * deviation, self.best) / cost).tolist()
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
+    def without_twins(self, task: Task, children: Sequence[Child]) -> list[Child]:
+        """The children that are no twin of a candidate that was or is being trained, nor of the baseline."""
+        if not children:
+            return []
+        points = torch.stack([self.point(task, child.losses, child.trees) for child in children])
+        apart = squared_distances(points, self.points).amax(0).amin(1) >= 2 - 2 * TWINS
+        return [child for child, alone in zip(children, apart.tolist()) if alone]
+
 
 def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tried) -> list[Child]:
     """Children that pass the cheap gates, the greatest expected improvement first.
@@ -928,7 +937,10 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
             child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch in old)]
             child.parent, child.identity = elder.parent, state.identity(child)
         pool[child.identity] = child
-    return guide.rank(task, list(pool.values()))
+    ranked = guide.rank(task, list(pool.values()))
+    alone = guide.without_twins(task, ranked) or ranked
+    tried.counts["surrogate"] += len(ranked) - len(alone)
+    return alone
 
 
 def in_short(task: Task, name: str, expr: Expr) -> Expr:
@@ -1003,19 +1015,21 @@ def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -
     """What to train to convergence in the middle of a search: the most promising one so far, every LEADER_EVERY turns.
 
     A proxy is one thing, what it stands for another: the surrogate learns from both. The baseline comes first, to
-    measure the others by.
+    measure the others by; no twin of what was trained so is.
     """
     others = worker.others().values()
     busy = [losses_text(other["losses"] or {}) for other in others]
     due = 1 + (state.evaluated - INITIAL) // LEADER_EVERY
     if due <= state.leaders + sum(other["leader"] for other in others):
         return None
+    proven = [k for k, row in enumerate(guide.rows) if state.converged(row.text) is not None]
+    twins = (guide.pairs[0].amax(0)[:, proven] < 2 - 2 * TWINS).any(1).tolist()
     able = [
-        (promise, row.losses)
-        for promise, row in zip(guide.promise, guide.rows)
+        (not twin, promise, row.losses)
+        for twin, promise, row in zip(twins, guide.promise, guide.rows)
         if row.score is not None and state.converged(row.text) is None and row.text not in busy
     ]
-    ranked = [losses for _, losses in sorted(able, key=lambda pair: -pair[0])]
+    ranked = [losses for *_, losses in sorted(able, key=lambda each: each[:2], reverse=True)]
     if state.converged(state.task.baseline) is None:
         ranked.insert(0, state.task.baseline)
     return next((losses for losses in ranked if worker.claim(f"{losses_text(losses)} {seed}")), None)

@@ -837,6 +837,49 @@ def test_the_most_promising_child_is_trained(monkeypatch):
     assert child.tried["counts"]["surrogate"] > 0
 
 
+def test_twins_of_what_was_trained_are_passed_over(monkeypatch):
+    task, known, others = spread(60)
+    one, *twins = RELATIVES
+    state, guide = guided(task, {**known, one: 0.95})
+    names = [*twins, *list(others)[:12]]
+    trained = torch.stack(
+        [guide.point(task, losses)[0] for losses in (*(r.losses for r in state.results.values()), {})]
+    )
+    points = {text: guide.point(task, {"loss": parse(text)})[0] for text in names}
+    cosine = {text: (1 - (point - trained).square().sum(1) / 2).max() for text, point in points.items()}
+    monkeypatch.setattr(evolve, "TWINS", sorted(cosine.values())[len(names) // 2].item() + 1e-4)
+    children = [make_child(state, text) for text in names]
+    for child in children:
+        evolve.describe(task, child.trees)
+    alone = {str(child.losses["loss"]) for child in guide.without_twins(task, children)}
+    assert alone == {text for text in names if cosine[text] < evolve.TWINS} and not alone >= {*names}
+    pool = itertools.cycle(names)
+    monkeypatch.setattr(evolve, "POOL", len(names))
+    monkeypatch.setattr(evolve, "propose", lambda state, *rest: make_child(state, next(pool)))
+    tried = Tried()
+    bred = evolve.breed(state, random.Random(0), guide, True, tried)
+    assert {str(child.losses["loss"]) for child in bred} <= alone and tried.counts["surrogate"] > 0
+    monkeypatch.setattr(evolve, "TWINS", -1.0)
+    state.waiting.clear()
+    assert evolve.breed(state, random.Random(0), guide, True, tried), "where there are twins alone, the best of them"
+
+
+def test_no_twin_of_a_leader_is_a_leader(two, monkeypatch):
+    task, known, _ = spread(60)
+    one, other = RELATIVES[:2]
+    state, _ = guided(task, {**known, one: 0.95, other: 0.96})
+    again(state, "ce", 0.5)
+    again(state, one, 0.9)
+    guide = state.surrogate.fit(state, [])
+    guide.promise = [float(row.text == other) for row in guide.rows]
+    state.leaders = 0
+    assert evolve.next_leader(state, guide, two[0], 0) == {"loss": parse(other)}, "related, but no twin"
+    near, far = (guide.point(task, {"loss": parse(text)}) for text in (one, other))
+    monkeypatch.setattr(evolve, "TWINS", 1 - 0.51 * (near - far).square().sum().item())
+    leader = evolve.next_leader(state, guide, two[1], 0)
+    assert leader not in ({"loss": parse(one)}, {"loss": parse(other)})
+
+
 def test_relatives_of_the_best_do_not_win_every_tournament():
     task, known, _ = spread(60)
     state, guide = guided(task, {**known, **dict(zip(RELATIVES, (0.95, 0.94, 0.96, 0.93)))})

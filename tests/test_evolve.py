@@ -821,6 +821,7 @@ def test_what_others_are_training_promises_less():
 
 
 def test_the_most_promising_child_is_trained(monkeypatch):
+    monkeypatch.setattr(evolve, "TWINS", 1.0)
     task, known, others = spread(60)
     state, guide = guided(task, known)
     monkeypatch.setattr(evolve, "POOL", len(others))
@@ -1166,7 +1167,7 @@ def test_a_favourite_gives_a_branch_back_with_its_tree(monkeypatch):
 
     for name, value in {"propose": propose, "POOL": 100, "ATTEMPTS": 1000}.items():
         monkeypatch.setattr(evolve, name, value)
-    guide = SimpleNamespace(rank=lambda task, children: children)
+    guide = SimpleNamespace(rank=lambda task, children: children, without_twins=lambda task, children: children)
     pool = evolve.breed(state, rng, guide, True, Tried())
     some = [child for child in pool if child.losses.keys() == {"cls"}]
     assert 5 < len(some) < len(pool) - 5

@@ -904,7 +904,7 @@ class Surrogate:
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
     def without_twins(self, task: Task, children: Sequence[Child]) -> list[Child]:
-        """The children that are no twin of a candidate that was or is being trained, nor of the baseline."""
+        """The children that are no twin of a candidate that was or is being trained, nor of the baseline [D]."""
         if not children:
             return []
         points = torch.stack([self.point(task, child.losses, child.trees) for child in children])
@@ -1867,7 +1867,7 @@ class Reporter:
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
         print(f"converged, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
         baseline = self.state.converged(self.task.baseline)
-        if scores and record["leader"] and text != self.task.baseline and baseline is not None:
+        if scores and record.get("leader") and text != self.task.baseline and baseline is not None:
             self.board.add_scalar("found/ahead", scores["val"][metric] - baseline, self.state.explored)
 
     def export(self, losses: dict[str, object], score: str) -> None:
@@ -2005,8 +2005,8 @@ def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
             for row, column in zip(rows, columns):
                 cv2.circle(plot, (column, row), 1, FOUND if tree is expr else BASELINE, -1)
         cv2.line(plot, (20, 190), (460, 190), (0, 0, 0))
-        over = "IoU" if boxes else "probability of what is right"
-        write(plot, f"{name}: gradient over {over}", (20, 18))
+        axis = "IoU" if boxes else "probability of what is right"
+        write(plot, f"{name}: gradient over {axis}", (20, 18))
         write(plot, "found", (20, 38), FOUND)
         write(plot, branch.baseline or "", (80, 38), BASELINE)
         write(plot, "0", (16, 348))
@@ -2700,6 +2700,7 @@ def show_losses(test: dict, metrics: tuple[str, ...], seeds: int) -> None:
 
 
 def markdown_table(test: dict, metrics: tuple[str, ...]) -> str:
+    """Mean and spread in percent."""
     rows = ["| loss | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
     for name, scores in test.items():
         cells = [mean_and_spread([100 * v for v in scores[metric]], 1) for metric in metrics]

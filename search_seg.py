@@ -1939,7 +1939,9 @@ def draw_predictions(net: nn.Module, split: Split, path: Path, device: str, numb
 
 GATE_SIZE = 16  # side of the rejection samples in pixels [D]
 GATE_SAMPLES = 5  # [P]
-STATES = (0, 0.5, 1)  # shares of the base training after which the gates look at its predictions [D]
+# Shares of the base training after which the gates look at its predictions; before half of it the warm-up has hardly
+# moved the network [D].
+STATES = (0, 0.5, 1)
 # Least gain in the rejection protocol. The published 0.6 [P] turns away the best losses known here: a pool leaves free
 # logits unconstrained, a network not. About half of what the least of the good ones gains (tests/bench_gates.py) [D].
 ETA = {"miou": 0.1, "fwiou": 0.1, "macc": 0.2, "gacc": 0.1, "biou": 0.1, "bf1": 0.3}

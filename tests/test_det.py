@@ -1245,3 +1245,13 @@ bad = functools.partial(refused, search_det)
 def test_bad_flags(monkeypatch, capsys, argv, words):
     error = bad(monkeypatch, capsys, *argv)
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("data, steps", [("shapes", 10), ("coco", 500)])
+def test_learning_rates_rise_and_fall(data, steps):
+    for plan in (search_det.PROXY[data], search_det.RETRAIN[data]):
+        optimizer, schedule = search_det.make_optimizer(torch.nn.Linear(2, 1), plan)
+        rates = [schedule.lr_lambdas[0](step) for step in range(plan.steps)]
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(plan.lr * rates[0])
+        assert rates[0] == pytest.approx(1 / (steps + 1)) and rates.index(max(rates)) == steps
+        assert rates[-1] == pytest.approx(1 / plan.steps**0.9), "poly"

@@ -74,6 +74,8 @@ UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: fe
 LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
+ISLAND = 60  # [D] trainings after which a search begins anew ...
+ISLANDS = 3  # [D] ... so often; for as many trainings it then goes on from all that was found
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
@@ -120,7 +122,7 @@ def next_child(
     tried, parent = Tried(deadline), None
     if together := best_trials_together(state, at_work):
         return tried.close(state, together)
-    early = state.evaluated < (INITIAL if len(state.task.branches) == 1 else TRIALS)
+    early = len(state.island()) < (INITIAL if len(state.task.branches) == 1 else TRIALS)
     fresh = rng.random() < FRESH or not state.method.mutate or early
     while time.time() < deadline:
         if guide:
@@ -722,14 +724,15 @@ class Surrogate:
         self.merits: dict[tuple[str, ...], float] = {}  # predicted converged scores of what was trained, by identity
         self.niches: dict[tuple[str, ...], set] = {}  # see `niche_bests`, by branches
 
-    def fit(self, state: "State", at_work: list[dict[str, Expr]]) -> "Surrogate | None":
-        """Learn all that is known; None while that is too little.
+    def fit(self, state: "State", at_work: list[dict[str, Expr]], whole: bool = False) -> "Surrogate | None":
+        """Learn all that is known of the present island, or of the whole search; None while that is too little.
 
         What other workers are training at this moment counts as if its expected score had come out.
         """
-        if state.evaluated < INITIAL:
+        members = state.members() if whole else state.island()
+        if len(members) < INITIAL:
             return None
-        self.learn(state)
+        self.learn(state, members)
         choices_of = self.LENGTHS, self.NOISES, self.TRENDS, self.DRIFTS
         setting = [choices[len(choices) // 2] for choices in choices_of]
         for k, choices in [*enumerate(choices_of)] * 2:
@@ -746,15 +749,14 @@ class Surrogate:
         self.names, self.niches = list(state.task.branches), {}
         return self
 
-    def learn(self, state: "State") -> None:
+    def learn(self, state: "State", members: list["Member"]) -> None:
         """What there is to learn from: `rows` of candidates, the `points` of these and of the baseline, and its scores.
 
         Of each score `values` has what it is worth, `index` the row of its point, and `late` 1 if it is converged.
         """
         task = state.task
-        half, texts = self.ROWS // 2, list(state.results)
-        ranking = sorted(texts, key=lambda text: state.results[text].score or 0.0)
-        self.rows = [state.results[text] for text in dict.fromkeys(ranking[-half:] + texts[-half:])]
+        half, ranking = self.ROWS // 2, sorted(members, key=lambda member: member.score or 0.0)
+        self.rows = list({member.text: member for member in ranking[-half:] + members[-half:]}.values())
         losses, proxy = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows]
         again = {}  # converged scores by row, as far ahead of the baseline's proxy score as of its converged one
         if state.baseline is not None:
@@ -903,13 +905,20 @@ class Surrogate:
         promise = (expected_improvement(mean, UPWARDS * deviation, self.best) / cost).tolist()
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
-    def without_twins(self, task: Task, children: Sequence[Child]) -> list[Child]:
-        """The children that are no twin of a candidate that was or is being trained, nor of the baseline [D]."""
+    def without_twins(self, state: "State", children: Sequence[Child]) -> list[Child]:
+        """The children that are no twin of a candidate that was or is being trained, nor of the baseline [D].
+
+        Nor may they be related to what other islands have trained.
+        """
         if not children:
             return []
-        points = torch.stack([self.point(task, child.losses, child.trees) for child in children])
-        apart = squared_distances(points, self.points).amax(0).amin(1) >= 2 - 2 * TWINS
-        return [child for child, alone in zip(children, apart.tolist()) if alone]
+        points = torch.stack([self.point(state.task, child.losses, child.trees) for child in children])
+        alone = squared_distances(points, self.points).amax(0).amin(1) >= 2 - 2 * TWINS
+        here = {member.text for member in state.island()}
+        if others := [member for member in state.members() if member.text not in here]:
+            others = torch.stack([self.point(state.task, member.losses) for member in others])
+            alone &= squared_distances(points, others).mean(0).amin(1) >= 2 - 2 * RELATED
+        return [child for child, keep in zip(children, alone.tolist()) if keep]
 
 
 def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tried) -> list[Child]:
@@ -938,7 +947,7 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
             child.parent, child.identity = elder.parent, state.identity(child)
         pool[child.identity] = child
     ranked = guide.rank(task, list(pool.values()))
-    alone = guide.without_twins(task, ranked) or ranked
+    alone = guide.without_twins(state, ranked) or ranked
     tried.counts["surrogate"] += len(ranked) - len(alone)
     return alone
 
@@ -1019,7 +1028,7 @@ def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -
     """
     others = worker.others().values()
     busy = [losses_text(other["losses"] or {}) for other in others]
-    due = 1 + (state.evaluated - INITIAL) // LEADER_EVERY
+    due = 1 + state.guided // LEADER_EVERY
     if due <= state.leaders + sum(other["leader"] for other in others):
         return None
     proven = [k for k, row in enumerate(guide.rows) if state.converged(row.text) is not None]
@@ -1085,6 +1094,7 @@ class State:
     baseline_metrics: dict[str, float] = field(default_factory=dict)  # all that its proxy training has measured
     simulated: float | None = None  # its score in the short training of CSE
     table: float = math.inf  # the first seed of the closing table
+    guided: int = 0  # proxy trainings that the surrogate has chosen
     leaders: int = 0  # converged trainings in the middle of the search
     broken: int = 0  # lines of the journal that could not be read
     elapsed: float = 0.0  # seconds
@@ -1097,6 +1107,21 @@ class State:
     def next_turn(self, worker: int) -> int:
         """One more than the last: a line that was lost on the way shifts no later turn."""
         return max(self.turns.get(worker, ()), default=-1) + 1
+
+    def members(self) -> list["Member"]:
+        """The distinct candidates, the oldest first."""
+        return list(self.results.values())
+
+    def island(self) -> list["Member"]:
+        """Those that the search breeds from and learns from at present [D].
+
+        A search that has settled in one family of losses hardly leaves it. So it begins anew, from random trees, every
+        ISLAND trainings, ISLANDS times, then goes on for as long from all that was found, and so forth.
+        """
+        age = len(self.results) // ISLAND
+        together = age % (2 * ISLANDS) >= ISLANDS or len(self.task.branches) > 1 or not self.surrogate
+        start = 0 if together else age * ISLAND
+        return self.members()[start:]
 
     @property
     def explored(self) -> int:
@@ -1160,6 +1185,7 @@ class State:
         self.turns[worker].add(turn)
         self.counts.update(tried["counts"])
         self.counts["invalid"] += score is None
+        self.guided += record["predicted"] is not None
         for branch, tree, *verdict in tried["verdicts"]:
             self.learn(branch, tree, *verdict)
         self.failed |= {tuple(known) for known in tried["failed"]}
@@ -1378,7 +1404,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     for those of equivalent losses.
     """
     number, chosen, others, points, last = RUNGS[0][0], [], [], [], None
-    guide = state.surrogate and state.surrogate.fit(state, []) or Surrogate()
+    guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.converged(result.text) not in (None, -math.inf)]
     candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():

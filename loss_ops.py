@@ -80,14 +80,14 @@ def sqrt(x):
 
 
 def mean_nhw(x, mask):
-    if mask is None:
-        return x.mean((-4, -2, -1), keepdim=True)
+    if mask is None:  # a sum, divided: the gradient of a mean would be written out at full size
+        return x.sum((-4, -2, -1), keepdim=True) / (x.shape[-4] * x.shape[-2] * x.shape[-1])
     count = mask.sum((-4, -2, -1), keepdim=True).clamp(min=1)
     return torch.where(mask, x, 0.0).sum((-4, -2, -1), keepdim=True) / count
 
 
 def mean_c(x):
-    return x.mean(-3, keepdim=True)
+    return x.sum(-3, keepdim=True) / x.shape[-3]
 
 
 def max_pool3(x, mask):
@@ -95,10 +95,13 @@ def max_pool3(x, mask):
         return x
     # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum.
     seen = x if mask is None else torch.where(mask, x, float("-inf"))
-    planes = seen.reshape(1, -1, *seen.shape[-2:])
-    if not x.is_cuda:  # a CPU pools all planes at once where they are the fast dimension: several times as fast
-        planes = planes.contiguous(memory_format=torch.channels_last)
-    pooled = F.max_pool2d(planes, 3, stride=1, padding=1).contiguous().view(seen.shape)
+    if x.is_cuda:
+        pooled = F.max_pool2d(seen.reshape(1, -1, *x.shape[-2:]), 3, stride=1, padding=1).view(x.shape)
+    else:  # a CPU pools all planes at once where they are the fast dimension: several times as fast
+        planes = seen.movedim((-2, -1), (0, 1))
+        pixels = planes.reshape(1, *x.shape[-2:], -1).movedim(-1, 1)
+        pooled = F.max_pool2d(pixels, 3, stride=1, padding=1).movedim(1, -1)
+        pooled = pooled.reshape(planes.shape).movedim((0, 1), (-2, -1))
     return pooled if mask is None else torch.where(mask, pooled, x)
 
 
@@ -285,6 +288,15 @@ def reduce(x, channels, mask):
     return x.expand(*x.shape[:-3], channels, 1, 1).sum((-4, -3, -2, -1))
 
 
+def pools(nodes: Sequence[Expr]) -> bool:
+    return any(node.op in OTHER_POOL for node in nodes)
+
+
+def planes_last(x):
+    """The same tensor, or None, in the layout in which a CPU pools it; what is made of it by elements keeps that."""
+    return x if x is None or x.is_cuda else x.movedim((-2, -1), (0, 1)).contiguous().movedim((0, 1), (-2, -1))
+
+
 def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
     """The value of the loss `expr`, differentiable in the leaves; common subtrees are computed once.
 
@@ -298,8 +310,11 @@ def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = Non
     Raises: KeyError if a symbol of `expr` is not in `leaves`.
     """
     some = next(iter(leaves.values()))
+    nodes = subtrees(expr)
+    if pools(nodes):
+        leaves, mask = {name: planes_last(leaf) for name, leaf in leaves.items()}, planes_last(mask)
     values = {ONE: some.new_ones((1, 1, 1, 1))}
-    for node in subtrees(expr):
+    for node in nodes:
         if node.args:
             values[node] = apply(node.op, [values[arg] for arg in node.args], mask)
         elif node != ONE:
@@ -401,7 +416,7 @@ def sources(*functions: Callable) -> dict[str, str]:
     return {function.__name__: inspect.getsource(function).strip() for function in functions}
 
 
-SOURCES = sources(*(operator.function for operator in OPERATORS.values()), reduce, wide, softmax_leaves)
+SOURCES = sources(*(operator.function for operator in OPERATORS.values()), reduce, wide, planes_last, softmax_leaves)
 
 # How `python_source` begins a function of logits and labels.
 CLASSIFICATION = '''def loss(logits, label, ignore_index=255):
@@ -450,8 +465,9 @@ def python_module(losses: Sequence[tuple[Expr, str]], title: str, helpers: Mappi
         if "1" in leaves_of(expr):
             steps.insert(0, f"    one = {some}.new_ones((1, 1, 1, 1))")
         steps.append(f"    return reduce({names[expr]}, {some}.shape[1], mask)")
-        pools = any(node.op in OTHER_POOL for node in order)
-        bodies.append(head.replace("{expr}", str(expr)).replace("{pools}", str(pools)) + "\n".join(steps))
+        if pools(order):
+            steps[:0] = [f"    {name} = planes_last({name})" for name in (*sorted(leaves_of(expr) - {"1"}), "mask")]
+        bodies.append(head.replace("{expr}", str(expr)).replace("{pools}", str(pools(order))) + "\n".join(steps))
     formulas, shown = ("\n    ".join(show(expr) for expr, _ in losses) for show in (str, latex))
     about = f"    {formulas}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {shown}"
     return standalone(title, about, f"EPS = {EPS}", bodies, helpers or {})

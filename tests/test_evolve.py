@@ -102,9 +102,10 @@ class ToyTask(evolve.Task):
 
 
 @pytest.fixture(autouse=True)
-def small_pool(monkeypatch):
+def small_search(monkeypatch):
     monkeypatch.setattr(evolve, "POOL", 8)
     monkeypatch.setattr(evolve, "ATTEMPTS", 80)
+    monkeypatch.setattr(evolve, "ISLAND", 10**6)
 
 
 def arguments(tmp_path, *argv):
@@ -654,7 +655,7 @@ def test_proxy_scores_are_corrected_by_what_was_measured_besides():
     guide, taught, rest = state.surrogate, list(known)[:15], list(known)[16:]
 
     def learned():
-        guide.learn(state)
+        guide.learn(state, state.members())
         values = {row.text: value for row, value in zip(guide.rows, guide.values.tolist())}
         return [values[text] for text in rest]
 
@@ -677,7 +678,7 @@ def test_bad_is_what_is_worse_than_the_baseline_and_among_the_worse_half():
         """How far apart the surrogate sees neighbours, the lower half of them and the upper one."""
         state = begin(task, baseline=baseline)
         scored(state, scores)
-        state.surrogate.learn(state)
+        state.surrogate.learn(state, state.members())
         assert state.surrogate.values[-1] == 0, "the baseline is where it counts from"
         apart = state.surrogate.values[:-1].sort().values.diff()
         return apart[: len(apart) // 2 - 1], apart[len(apart) // 2 + 1 :]
@@ -852,7 +853,7 @@ def test_twins_of_what_was_trained_are_passed_over(monkeypatch):
     children = [make_child(state, text) for text in names]
     for child in children:
         evolve.describe(task, child.trees)
-    alone = {str(child.losses["loss"]) for child in guide.without_twins(task, children)}
+    alone = {str(child.losses["loss"]) for child in guide.without_twins(state, children)}
     assert alone == {text for text in names if cosine[text] < evolve.TWINS} and not alone >= {*names}
     pool = itertools.cycle(names)
     monkeypatch.setattr(evolve, "POOL", len(names))
@@ -863,6 +864,58 @@ def test_twins_of_what_was_trained_are_passed_over(monkeypatch):
     monkeypatch.setattr(evolve, "TWINS", -1.0)
     state.waiting.clear()
     assert evolve.breed(state, random.Random(0), guide, True, tried), "where there are twins alone, the best of them"
+
+
+def test_a_search_begins_anew_on_each_island(monkeypatch):
+    monkeypatch.setattr(evolve, "ISLAND", 10)
+    monkeypatch.setattr(evolve, "INITIAL", 4)
+    task, known, others = spread(150)
+    state, names = begin(task), list(known)
+    for number, name in enumerate(names[:85]):
+        phase, age = divmod(number, 10)
+        start = 0 if phase in (3, 4, 5) else 10 * phase
+        assert [member.text for member in state.island()] == names[start:number]
+        guide = state.surrogate.fit(state, [])
+        assert (guide is None) == (number - start < 4)
+        if guide:
+            assert {row.text for row in guide.rows} == {*names[start:number]}
+            parents = {evolve.select_parent(state, random.Random(k)).text for k in range(20)}
+            assert parents <= {*names[start:number]}
+        scored(state, {name: known[name]})
+    assert len(state.surrogate.fit(state, [], whole=True).rows) == 85
+    assert len(begin(ToyTask(branches=("cls", "reg"))).island()) == 0
+    for plain in (begin(task, "--without", "surrogate"), begin(ToyTask(branches=("cls", "reg")))):
+        plain.results = state.results
+        assert len(plain.island()) == 85, "one search, as published; several branches have too few trainings"
+
+
+def test_each_island_begins_with_random_trees(tmp_path, short):
+    directory = run(tmp_path, "--evals", "14", "--seed", "3", "--without", "rejected", planted=PLANTED)
+    lines = journal(directory)
+    assert [k for k, line in enumerate(lines) if line["predicted"] is None] == [0, 1, 2, 5, 6, 7, 10, 11, 12]
+    assert not any(line["parent"] for k, line in enumerate(lines) if line["predicted"] is None)
+    led = [record["retrained"] for record in retrained(directory) if record["leader"]]
+    assert len(led) == 1 + 5 // 2, "every other training that the surrogate has chosen, and the baseline"
+
+
+def test_relatives_of_another_island_are_passed_over(monkeypatch):
+    task, known, others = spread(60)
+    names = list(others)
+    monkeypatch.setattr(evolve, "ISLAND", len(known))
+    state, _ = guided(task, known)
+    for name in names[: evolve.INITIAL]:
+        scored(state, {name: others[name]})
+    guide = state.surrogate.fit(state, [])
+    assert len(guide.rows) == len(state.island()) < len(known)
+    children = [make_child(state, text) for text in spread(120, 1)[1]]
+    for child in children:
+        evolve.describe(task, child.trees)
+    there = torch.stack([guide.point(task, member.losses)[0] for member in state.members()[: len(known)]])
+    cosine = [(1 - (guide.point(task, c.losses)[0] - there).square().sum(1) / 2).max().item() for c in children]
+    monkeypatch.setattr(evolve, "TWINS", 1.1)
+    alone = guide.without_twins(state, children)
+    assert alone == [child for child, near in zip(children, cosine) if near < evolve.RELATED]
+    assert 3 < len(alone) < len(children) - 3
 
 
 def test_no_twin_of_a_leader_is_a_leader(two, monkeypatch):
@@ -998,8 +1051,8 @@ def test_fresh_share_counts_trainings_and_a_turn_has_one_parent(monkeypatch):
     method = evolve.METHODS["evolve"]._replace(mutate=lambda state, rng, name, branch, expr: evolve.parse("Neg(p)"))
     state = begin(task, "--without", "surrogate", method=method)
     trees = [evolve.random_tree(luck, SYMBOLS) for _ in range(60)]
-    state.population.extend(Member({"loss": tree}, k / 60, (str(k),)) for k, tree in enumerate(trees))
-    state.turns = {0: set(range(60))}
+    state.population.extend(Member({"loss": tree}, k / 60, (str(k),), str(k)) for k, tree in enumerate(trees))
+    state.results = {member.text: member for member in state.population}
     monkeypatch.setattr(
         evolve, "judge", lambda state, children, names, tried: [c for c in children if fertile(c, luck)]
     )
@@ -1167,7 +1220,7 @@ def test_a_favourite_gives_a_branch_back_with_its_tree(monkeypatch):
 
     for name, value in {"propose": propose, "POOL": 100, "ATTEMPTS": 1000}.items():
         monkeypatch.setattr(evolve, name, value)
-    guide = SimpleNamespace(rank=lambda task, children: children, without_twins=lambda task, children: children)
+    guide = SimpleNamespace(rank=lambda task, children: children, without_twins=lambda state, children: children)
     pool = evolve.breed(state, rng, guide, True, Tried())
     some = [child for child in pool if child.losses.keys() == {"cls"}]
     assert 5 < len(some) < len(pool) - 5
@@ -1236,7 +1289,7 @@ def test_nothing_is_trained_twice():
 
 def shortened(patch):
     """All phases of a search and of its closing round within a few trainings."""
-    phases = {"INITIAL": 3, "LEADER_EVERY": 2, "TRIALS": 3, "RUNGS": ((3, 1), (2, 2))}
+    phases = {"INITIAL": 3, "LEADER_EVERY": 2, "TRIALS": 3, "ISLAND": 5, "RUNGS": ((3, 1), (2, 2))}
     for name, value in {**phases, "POOL": 8, "ATTEMPTS": 80}.items():
         patch.setattr(evolve, name, value)
 

@@ -764,7 +764,10 @@ class Surrogate:
             if anchor not in (None, -math.inf):
                 late = [*(state.converged(row.text) for row in self.rows), anchor]
                 again = {k: score - anchor + state.baseline for k, score in enumerate(late) if score is not None}
-        proxy = self.corrected(state, proxy, again)
+                known = [member for text in state.again if (member := state.results.get(text)) and member.score]
+                missed = [state.converged(row.text) - anchor - row.score + state.baseline for row in known]
+                metrics = [*(row.metrics for row in self.rows), state.baseline_metrics]
+                proxy = self.corrected(proxy, metrics, [row.metrics for row in known], missed)
         values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
         knee = min(values.median().item(), math.inf if state.baseline is None else state.baseline)
         values = compressed(values, knee, max(self.KNEE * (values.max().item() - knee), 1e-3))
@@ -777,24 +780,30 @@ class Surrogate:
         self.origin = self.point(task, {})[None]
         self.pairs = self.compare(self.points, self.points)
 
-    def corrected(self, state: "State", proxy: list[float], again: dict[int, float]) -> list[float]:
-        """Proxy scores, corrected by what the proxy trainings have measured besides [D].
+    def corrected(
+        self, proxy: list[float], metrics: list[dict], taught: list[dict], missed: list[float]
+    ) -> list[float]:
+        """Proxy scores, corrected by all `metrics` that the proxy trainings have measured, the baseline's last [D].
 
-        What a proxy score misses of the converged one (`again`, by row) is learned by ridge regression, as a linear
-        function of all metrics: their differences from the baseline's, in units of the median one. It tells a loss
-        that has bought its score too dearly from one that has not.
+        What a proxy score has `missed` of the converged one is learned, from the losses of all islands that show it, as
+        a linear function of the metrics measured there (`taught`): ridge regression on their differences from the
+        baseline's, in units of the median one. It tells a loss that has bought its score too dearly from one that has
+        not.
         """
-        own, seen = state.baseline_metrics, [k for k, score in again.items() if score > -math.inf]
+        own, seen = metrics[-1], [(row, miss) for row, miss in zip(taught, missed) if miss > -math.inf]
         if not own or not seen:
             return proxy
-        kept = [*(row.metrics for row in self.rows), own]
-        table = [[metrics.get(name, base) - base for name, base in own.items()] for metrics in kept]
-        table, scores = torch.tensor(table, dtype=torch.float64), torch.tensor(proxy, dtype=torch.float64)
-        table = (table / table.abs().quantile(0.5, 0).clamp(min=1e-6)).clamp(-self.OUTLYING, self.OUTLYING)
-        missed = torch.tensor([again[k] for k in seen], dtype=torch.float64) - scores[seen]
-        most = self.OUTLYING * missed.abs().quantile(0.5)  # a few that were lost altogether shall not decide
-        square = table[seen].mT @ table[seen] + self.RIDGE * torch.eye(len(own), dtype=torch.float64)
-        return (scores + table @ torch.linalg.solve(square, table[seen].mT @ missed.clamp(-most, most))).tolist()
+        table, known = (
+            torch.tensor([[row.get(name, base) - base for name, base in own.items()] for row in rows]).double()
+            for rows in (metrics, [row for row, _ in seen])
+        )
+        unit = table.abs().quantile(0.5, 0).clamp(min=1e-6)
+        table, known = ((each / unit).clamp(-self.OUTLYING, self.OUTLYING) for each in (table, known))
+        short = torch.tensor([miss for _, miss in seen], dtype=torch.float64)
+        most = self.OUTLYING * short.abs().quantile(0.5)  # a few that were lost altogether shall not decide
+        square = known.mT @ known + self.RIDGE * torch.eye(len(own), dtype=torch.float64)
+        slope = torch.linalg.solve(square, known.mT @ short.clamp(-most, most))
+        return (torch.tensor(proxy, dtype=torch.float64) + table @ slope).tolist()
 
     def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
         """The best candidates with a tree in each of these branches, by identity, of which no two are near relatives.

@@ -28,7 +28,6 @@ import random
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -62,20 +61,19 @@ def main() -> None:
                 proxies[text] = None
             args.scores.write_text(json.dumps(proxies))
     own, known = proxies["ce"], [text for text in again if proxies[text]]
-    state = SimpleNamespace(baseline_metrics=own)
     print(f"{len(known)} losses\n{'':<8}{'proxy':>8}" + "".join(f"{f'after {number}':>10}" for number in TAUGHT))
     for metric in search_seg.METRICS:
         ranked = sorted(known, key=lambda text: -proxies[text][metric])[: int(SHARE * len(known))]
-        guide = evolve.Surrogate()
-        guide.rows = [evolve.Member({}, proxies[text][metric], (), metrics=proxies[text]) for text in ranked]
-        scores = [row.score for row in guide.rows] + [own[metric]]
+        measured = [*(proxies[text] for text in ranked), own]
+        scores = [each[metric] for each in measured]
         truth, rng = [own[metric] + again[text][metric] for text in ranked], random.Random(0)
         cells = []
         for number in (0, *TAUGHT):
             ranks = []
             for _ in range(DRAWS if number else 1):
-                taught = set(rng.sample(range(len(ranked)), number))
-                guess = guide.corrected(state, scores, {k: truth[k] for k in taught} | {len(ranked): own[metric]})
+                taught = sorted(rng.sample(range(len(ranked)), number))
+                missed = [truth[k] - scores[k] for k in taught]
+                guess = evolve.Surrogate().corrected(scores, measured, [measured[k] for k in taught], missed)
                 others = [k for k in range(len(ranked)) if k not in taught]
                 ranks.append(spearman([guess[k] for k in others], [truth[k] for k in others]))
             cells.append(statistics.fmean(ranks))

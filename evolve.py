@@ -9,6 +9,7 @@
     closing round: the best are trained to convergence, by successive halving; the last one is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
+With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
 The journal is all that workers share. Each appends its records to a file of its own in the run directory and tails the
@@ -74,8 +75,8 @@ UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: fe
 LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
-ISLAND = 60  # [D] trainings after which a search begins anew ...
-ISLANDS = 3  # [D] ... so often; for as many trainings it then goes on from all that was found
+ISLAND = 60  # [D] trainings after which a search begins anew, ...
+ISLANDS = 3  # [D] ... so many times in all; then it goes on from everything found, for as many trainings
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
@@ -1122,10 +1123,11 @@ class State:
         return list(self.results.values())
 
     def island(self) -> list["Member"]:
-        """Those that the search breeds from and learns from at present [D].
+        """Those that the surrogate learns from and children are bred from at present, the oldest first [D].
 
-        A search that has settled in one family of losses hardly leaves it. So it begins anew, from random trees, every
-        ISLAND trainings, ISLANDS times, then goes on for as long from all that was found, and so forth.
+        A search that has settled in one family of losses hardly leaves it, and what its surrogate knows of others is
+        that their first members were bad. So there are ISLANDS searches of ISLAND trainings, each from random trees,
+        before one that goes on from all of them and is as long as all of them; and so forth.
         """
         age = len(self.results) // ISLAND
         together = age % (2 * ISLANDS) >= ISLANDS or len(self.task.branches) > 1 or not self.surrogate

@@ -1,11 +1,11 @@
-"""What a GPU brings: trainings of the embedded data, gates, evaluators, and the published networks.
+"""What a GPU brings: trainings of the embedded data, evaluators, and the published networks.
 
-    python tests/bench_gpu.py [--processes 1 8] [--tasks seg det pose] [--only trainings gates evaluators networks]
+    python tests/bench_gpu.py [--processes 1 8] [--tasks seg det pose] [--only trainings evaluators networks]
 
 Trainings: proxy trainings with the baseline's loss, validation included, a minute, by one process on one CPU core and
-by several that share the GPU (`--workers N`). Gates: the trees of bench_gates, one by one on one core and 64 at a time
-on the GPU. Evaluators: 1,000 x 100 detections of 80 classes, and all six metrics of 500 label maps of 21 classes.
-Networks: one step with a batch that is already on the GPU, in the published settings. Both sides run in turn.
+by several that share the GPU (`--workers N`). Evaluators: 1,000 x 100 detections of 80 classes, and all six metrics of
+500 label maps of 21 classes. Networks: one step with a batch that is already on the GPU, in the published settings.
+Both sides run in turn.
 """
 
 import argparse
@@ -39,30 +39,30 @@ def seconds(work, device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def ready(name: str, device: str):
-    """A task with its data and base network."""
+def ready(name: str, device: str, folder: Path):
+    """A task with its data and base network, which the first one leaves in the folder for the others."""
     script, task, _ = TASKS[name]
     task = task(script.parse_arguments(["--metric", name.split()[1], "--device", device, "--workers", "1"]))
     task.load()
-    with tempfile.TemporaryDirectory() as folder:
-        task.prepare(Path(folder) / "base.pt")
+    task.prepare(folder / "base.pt")
     return task
 
 
-def train(name: str, device: str, number: int, barrier, spent) -> None:
+def train(name: str, device: str, folder: Path, number: int, barrier, spent) -> None:
     """Of several processes: once to warm up, then `number` trainings at the same time as the others."""
     torch.set_num_threads(1)
-    task = ready(name, device)
+    task = ready(name, device, folder)
     task.train(TASKS[name][2])
     barrier.wait()
     spent.put(seconds(lambda: [task.train(TASKS[name][2]) for _ in range(number)], device))
 
 
-def rate(name: str, device: str, processes: int, number: int) -> float:
+def rate(name: str, device: str, folder: Path, processes: int, number: int) -> float:
     """Trainings a minute of several processes together."""
     context = multiprocessing.get_context("spawn")
     barrier, spent = context.Barrier(processes), context.Queue()
-    jobs = [context.Process(target=train, args=(name, device, number, barrier, spent)) for _ in range(processes)]
+    work = name, device, folder, number, barrier, spent
+    jobs = [context.Process(target=train, args=work) for _ in range(processes)]
     for job in jobs:
         job.start()
     longest = max(spent.get() for _ in jobs)
@@ -76,24 +76,10 @@ def show_trainings(processes: list[int], tasks: list[str]) -> None:
     print(f"{'proxy trainings a minute':<26}{'one core':>10}", end="")
     print("".join(f"{f'GPU, {n}':>10}" for n in processes), "  ratio of the last")
     for name in (name for name in TASKS if name.split()[0] in tasks):
-        rates = [rate(name, "cpu", 1, 3), *(rate(name, "cuda", n, 8) for n in processes)]
+        with tempfile.TemporaryDirectory() as folder:
+            rates = [rate(name, "cuda", Path(folder), n, 8) for n in processes]
+            rates.insert(0, rate(name, "cpu", Path(folder), 1, 3))
         print(f"{name:<26}" + "".join(f"{r:>10.1f}" for r in rates) + f"{rates[-1] / rates[0]:>8.1f}", flush=True)
-
-
-def show_gates(number: int = 400) -> None:
-    from bench_gates import some_trees, verdicts_of
-
-    trees, found = list(some_trees(number, 0)), []
-    print(f"\n{'gates':<26}{'trees/s':>10}{'ratio':>8}  verdicts as on one core")
-    for device, size in (("cpu", 1), ("cuda", 1), ("cuda", 64), ("cuda", 200)):
-        task = ready("seg miou", "cpu")
-        branch = task.branches["loss"]
-        branch.prediction, branch.target = branch.prediction.to(device), branch.target.to(device)
-        verdicts_of(task, trees[:size], size)  # to warm up
-        taken, verdicts = verdicts_of(task, trees, size)
-        found.append((taken, verdicts))
-        same = sum(a[0] == b[0] for a, b in zip(verdicts, found[0][1])) / number
-        print(f"{device + f', {size} at a time':<26}{number / taken:>10.1f}{found[0][0] / taken:>8.1f}{same:>8.1%}")
 
 
 def show_evaluators() -> None:
@@ -155,7 +141,7 @@ def show_networks(steps: int = 20) -> None:
         print(f"{name:<36}{shape:>16}{1000 * taken:>10.0f}{plan.batch / taken:>10.0f}{memory:>7.1f}", flush=True)
 
 
-PARTS = {"gates": show_gates, "evaluators": show_evaluators, "networks": show_networks}
+PARTS = {"evaluators": show_evaluators, "networks": show_networks}
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
 
 Loader: batches of 16 augmented 48 x 48 windows, against a torch DataLoader with two worker processes that does the same
 augmentation picture by picture. Metrics: all six on 500 label maps of 64 x 64, against the plain NumPy and OpenCV
-version of the tests. Proxy: three losses, part by part. Ratios within one run; one torch thread per process.
+version of the tests. Pools: three trees and their gradients, against torch's own pool of what comes as it comes. Proxy:
+three losses, part by part. Ratios within one run; one torch thread per process.
 """
 
 import itertools
@@ -12,13 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from test_seg import slow_metrics  # noqa: E402
 
+import evolve  # noqa: E402
 import search_seg  # noqa: E402
-from loss_ops import parse  # noqa: E402
+from loss_ops import OPERATORS, evaluate, parse  # noqa: E402
 from search_seg import Split  # noqa: E402
 
 
@@ -41,7 +44,39 @@ class PictureByPicture(torch.utils.data.IterableDataset):
             yield search_seg.normalise(images)[0], labels[0]
 
 
+TREES = (
+    "Mul(Neg(Log(p)), MaxPool3(y))",
+    "Sqrt(Inv(Mul(Add(p, MinPool3(Add(y, MaxPool3(Square(p))))), y)))",
+    "Log(Inv(Mul(Add(p, MinPool3(Add(p, Abs(Log(MinPool3(Mul(p, y))))))), Add(y, MinPool3(MaxPool3(p))))))",
+)
 TREE = "Mul(Mul(y, Log(Inv(Tanh(p)))), MaxPool3(Square(MeanC(MaxPool3(y)))))"
+
+
+def show_pools(number: int = 20) -> None:
+    """Milliseconds of a tree's value and gradient."""
+    logits = torch.randn(16, 7, 48, 48, requires_grad=True)
+    target = torch.nn.functional.one_hot(torch.randint(0, 7, (16, 48, 48)), 7).movedim(-1, 1).float()
+
+    def pool(x, mask):
+        return torch.nn.functional.max_pool2d(x, 3, 1, 1)
+
+    plain = {"MaxPool3": pool, "MinPool3": lambda x, mask: -pool(-x, mask)}
+    own = {name: OPERATORS[name] for name in plain}
+
+    def work(expr):
+        for _ in range(number):
+            torch.autograd.grad(evaluate(expr, {"y": target, "p": logits.softmax(1)}), logits)
+
+    print(f"\n{'trees with pools':<34}{'torch ms':>10}{'ms':>8}{'ratio':>8}")
+    for expr in map(parse, TREES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("loss_ops.planes_last", lambda x: x)
+            for name, function in plain.items():
+                patch.setitem(OPERATORS, name, own[name]._replace(function=function))
+            slow = min(seconds(lambda: work(expr)) for _ in range(3)) * 1000 / number  # noqa: B023
+        fast = min(seconds(lambda: work(expr)) for _ in range(3)) * 1000 / number  # noqa: B023
+        pools = sum(node.op in plain for node in evolve.nodes(expr))
+        print(f"{f'{pools} pools, {len(evolve.nodes(expr))} nodes':<34}{slow:>10.2f}{fast:>8.2f}{slow / fast:>8.1f}")
 
 
 def show_proxy(task: search_seg.SegTask) -> None:
@@ -136,6 +171,7 @@ def main() -> None:
     print(f"{'plain, from the definitions':<34}{slow:>10.2f}{1.0:>8.1f}")
     print(f"{'this project':<34}{fast:>10.3f}{slow / fast:>8.1f}")
     show_torchmetrics(pred, split.labels, fast)
+    show_pools()
     show_proxy(task)
     print(f"\ntorch {torch.__version__}, CPU")
 

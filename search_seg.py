@@ -323,13 +323,15 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
                 if picture.size == size:  # a smaller one is an overview, as in a GeoTIFF
                     raise DataError(f"{path}: {picture.n_frames} pictures in one file; save a mask as one")
                 picture.seek(0)
-            step = grey_step(picture)
+            step = grey_step(picture)  # of the file: a picture that is turned has no tiles any more
             turn, upright = turning(picture)
             if turn is not None and upright == listed:
                 picture = picture.transpose(turn)
             if picture.mode == "P" and palette:
                 picture = picture.convert("RGB")
-            pixels = np.array(picture) // step if step > 1 else np.array(picture)
+            pixels = np.array(picture)
+            if step != 1:
+                pixels = (pixels / step).round().astype(pixels.dtype)
             if picture.mode in ("LA", "PA", "RGBA"):
                 pixels, clear = pixels[..., :-1], pixels[..., -1] == 0
                 if clear.any() and not clear.all():  # transparent all over: some renderers leave alpha at 0
@@ -358,9 +360,12 @@ def grey_values(pixels: np.ndarray, mode: str, path: Path) -> np.ndarray:
     return pixels.astype(np.uint16)
 
 
-def grey_step(picture: Image.Image) -> int:
-    """The distance of two neighbouring grey values: PIL stretches those of 2 and 4 bits to 0..255."""
+def grey_step(picture: Image.Image) -> float:
+    """The distance of two neighbouring grey values: PIL stretches those of 2 and 4 bits, and of a PGM with a maximum
+    of its own, to all of 8 or 16 bits."""
     kind = str(picture.tile[:1])
+    if maximum := re.search(r"args=\('L', (\d+)\)", kind) if picture.format == "PPM" else None:
+        return (65535 if picture.mode == "I" else 255) / int(maximum[1])
     return 85 if "'L;2" in kind else 17 if "'L;4" in kind else 1
 
 

@@ -630,6 +630,17 @@ def test_masks_of_few_bits(tmp_path, bits):
     )
 
 
+@pytest.mark.parametrize("maximum", [2, 15, 200, 255, 1000, 65535])
+@pytest.mark.parametrize("kind", ["P2", "P5"])
+def test_masks_of_a_maximum_of_their_own(tmp_path, kind, maximum):
+    index = np.minimum(index_map(), 2)
+    binary = index.astype(">u2" if maximum > 255 else np.uint8).tobytes()
+    values = binary if kind == "P5" else " ".join(map(str, index.flat)).encode()
+    h, w = index.shape
+    (tmp_path / "a.pgm").write_bytes(f"{kind}\n{w} {h}\n{maximum}\n".encode() + values)
+    assert torch.equal(search_seg.read_label(tmp_path / "a.pgm", search_seg.plain_meaning(21)), torch.from_numpy(index))
+
+
 def test_a_value_that_is_no_class_is_named(tmp_path):
     for value in (-9999, 70000):
         Image.fromarray(np.where(index_map() == 1, value, 0).astype(np.int32)).save(tmp_path / "a.tif")

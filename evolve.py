@@ -1122,6 +1122,13 @@ class State:
         """The distinct candidates, the oldest first."""
         return list(self.results.values())
 
+    @property
+    def island_start(self) -> int:
+        """The number of candidates on earlier islands; 0 where the search goes on from all of them."""
+        age = len(self.results) // ISLAND
+        together = age % (2 * ISLANDS) >= ISLANDS or len(self.task.branches) > 1 or not self.surrogate
+        return 0 if together else age * ISLAND
+
     def island(self) -> list["Member"]:
         """Those that the surrogate learns from and children are bred from at present, the oldest first [D].
 
@@ -1129,10 +1136,7 @@ class State:
         that their first members were bad. So there are ISLANDS searches of ISLAND trainings, each from random trees,
         before one that goes on from all of them and is as long as all of them; and so forth.
         """
-        age = len(self.results) // ISLAND
-        together = age % (2 * ISLANDS) >= ISLANDS or len(self.task.branches) > 1 or not self.surrogate
-        start = 0 if together else age * ISLAND
-        return self.members()[start:]
+        return self.members()[self.island_start :]
 
     @property
     def explored(self) -> int:
@@ -1820,6 +1824,7 @@ class Reporter:
         self.board = SummaryWriter(str(directory))
         self.start, self.explored_earlier = time.time(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
+        self.island_start = state.island_start
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()) if value is not None)
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
@@ -1846,6 +1851,11 @@ class Reporter:
             if improved:
                 self.export(self.best.losses, f"proxy score {self.best.score:.4f}")
             self.write_hall_of_fame()
+        if self.island_start != self.state.island_start:
+            self.island_start = self.state.island_start
+            print(
+                "begins anew, from random trees" if self.island_start else "goes on from all that was found", flush=True
+            )
 
     def tell_baseline(self) -> None:
         name, metric, score = self.task.baseline, self.args.metric, self.state.baseline

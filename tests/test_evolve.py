@@ -890,13 +890,16 @@ def test_a_search_begins_anew_on_each_island(monkeypatch):
         assert len(plain.island()) == 85, "one search, as published; several branches have too few trainings"
 
 
-def test_each_island_begins_with_random_trees(tmp_path, short):
-    directory = run(tmp_path, "--evals", "14", "--seed", "3", "--without", "rejected", planted=PLANTED)
+def test_each_island_begins_with_random_trees(tmp_path, short, capsys):
+    directory = run(tmp_path, "--evals", "18", "--seed", "3", "--without", "rejected", planted=PLANTED)
     lines = journal(directory)
     assert [k for k, line in enumerate(lines) if line["predicted"] is None] == [0, 1, 2, 5, 6, 7, 10, 11, 12]
     assert not any(line["parent"] for k, line in enumerate(lines) if line["predicted"] is None)
     led = [record["retrained"] for record in retrained(directory) if record["leader"]]
-    assert len(led) == 1 + 5 // 2, "every other training that the surrogate has chosen, and the baseline"
+    assert len(led) == 1 + 9 // 2, "every other training that the surrogate has chosen, and the baseline"
+    printed = capsys.readouterr().out
+    assert printed.count("begins anew, from random trees\n") == 2
+    assert "\neval  15/18" in printed.split("goes on from all that was found\n")[0]
 
 
 def test_relatives_of_another_island_are_passed_over(monkeypatch):

@@ -27,8 +27,10 @@ from loss_ops import (
     latex,
     leaves_of,
     parse,
+    planes_last,
     python_module,
     python_source,
+    reduce,
     simplify,
     softmax_leaves,
     subtrees,
@@ -437,6 +439,18 @@ def test_exported_file_stands_alone(tmp_path, text):
     value = evaluate(parse(text), *softmax_leaves(logits, label))
     assert torch.equal(out["value"], value)
     assert torch.equal(out["gradient"], torch.autograd.grad(value, logits)[0])
+
+
+def test_a_cpu_copies_nothing_between_pools():
+    """What goes through pools and other operators keeps the layout in which they are fast; so do the gradients."""
+    logits, label = sample(20, ignored=False)
+    leaves, _ = softmax_leaves(logits, label)
+    p = planes_last(leaves["p"]).requires_grad_()
+    inner = OPERATORS["MaxPool3"].function(p, None)
+    outer = OPERATORS["MinPool3"].function(inner * p, None)
+    (slope,) = torch.autograd.grad(reduce(outer * outer, p.shape[1], None), inner)
+    for tensor in (inner, outer, slope):
+        assert tensor.movedim((-2, -1), (0, 1)).is_contiguous() and not tensor.is_contiguous()
 
 
 def test_exported_random_trees():

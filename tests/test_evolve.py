@@ -890,6 +890,19 @@ def test_a_search_begins_anew_on_each_island(monkeypatch):
         assert len(plain.island()) == 85, "one search, as published; several branches have too few trainings"
 
 
+def test_finalists_come_from_all_islands(monkeypatch):
+    task, known, _ = spread(60)
+    monkeypatch.setattr(evolve, "ISLAND", len(known) // 2)
+    state = begin(task)
+    scored(state, known)
+    best = sorted(known, key=known.get)[-evolve.INITIAL :]
+    for text in best:  # which their proxy scores do not foretell
+        again(state, text, 1 - known[text])
+    again(state, "ce", 0.0)
+    evolve.select_finalists(state)
+    assert {*state.surrogate.merits} == {member.identity for member in state.members()}
+
+
 def test_each_island_begins_with_random_trees(tmp_path, short, capsys):
     directory = run(tmp_path, "--evals", "18", "--seed", "3", "--without", "rejected", planted=PLANTED)
     lines = journal(directory)

@@ -1126,7 +1126,7 @@ class State:
     def island_start(self) -> int:
         """The number of candidates on earlier islands; 0 where the search goes on from all of them."""
         age = len(self.results) // ISLAND
-        together = age % (2 * ISLANDS) >= ISLANDS or len(self.task.branches) > 1 or not self.surrogate
+        together = age % (2 * ISLANDS) >= ISLANDS or len(self.task.symbols) > 1 or not self.surrogate
         return 0 if together else age * ISLAND
 
     def island(self) -> list["Member"]:

@@ -56,6 +56,7 @@ class ToyTask(evolve.Task):
 
     def __init__(self, planted="Neg(Mul(y, p))", invalid=False, branches=("loss",), **branch):
         self.branches = {name: toy_branch(**branch) for name in branches}
+        self.symbols = dict.fromkeys(branches, SYMBOLS)
         self.curve = [(0, 1.0)]
         self.invalid = invalid
         self.calls = []  # of `train` and `retrain`

@@ -72,11 +72,11 @@ POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
 UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: few trainings surpass what is expected
-LEADER_EVERY = 10  # [D] proxy trainings between two converged trainings of the most promising candidate so far
+ISLAND = 60  # [D] trainings of a search from random trees, with the surrogate; there are ...
+ISLANDS = 3  # [D] ... so many of them, before one as long as all of them goes on from everything found
+LEADER_EVERY = 10  # [D] of the surrogate's choices between two converged trainings of the most promising candidate
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
-ISLAND = 60  # [D] trainings after which a search begins anew, ...
-ISLANDS = 3  # [D] ... so many times in all; then it goes on from everything found, for as many trainings
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
@@ -765,10 +765,12 @@ class Surrogate:
             if anchor not in (None, -math.inf):
                 late = [*(state.converged(row.text) for row in self.rows), anchor]
                 again = {k: score - anchor + state.baseline for k, score in enumerate(late) if score is not None}
-                known = [member for text in state.again if (member := state.results.get(text)) and member.score]
-                missed = [state.converged(row.text) - anchor - row.score + state.baseline for row in known]
+                shown = {text: late for text in state.again if (late := state.converged(text)) not in (None, -math.inf)}
+                taught = [state.results[text] for text in shown if text in state.results]
+                taught = [member for member in taught if member.score is not None]
+                missed = [shown[member.text] - anchor - (member.score - state.baseline) for member in taught]
                 metrics = [*(row.metrics for row in self.rows), state.baseline_metrics]
-                proxy = self.corrected(proxy, metrics, [row.metrics for row in known], missed)
+                proxy = self.corrected(proxy, metrics, missed, [member.metrics for member in taught])
         values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
         knee = min(values.median().item(), math.inf if state.baseline is None else state.baseline)
         values = compressed(values, knee, max(self.KNEE * (values.max().item() - knee), 1e-3))
@@ -782,29 +784,29 @@ class Surrogate:
         self.pairs = self.compare(self.points, self.points)
 
     def corrected(
-        self, proxy: list[float], metrics: list[dict], taught: list[dict], missed: list[float]
+        self, proxy: list[float], metrics: list[dict], missed: list[float], taught: list[dict]
     ) -> list[float]:
         """Proxy scores, corrected by all `metrics` that the proxy trainings have measured, the baseline's last [D].
 
-        What a proxy score has `missed` of the converged one is learned, from the losses of all islands that show it, as
-        a linear function of the metrics measured there (`taught`): ridge regression on their differences from the
-        baseline's, in units of the median one. It tells a loss that has bought its score too dearly from one that has
-        not.
+        What a proxy score has `missed` of the converged one, on whatever island, is learned by ridge regression as a
+        linear function of the metrics measured there (`taught`): of their differences from the baseline's, in units of
+        the median one. It tells a loss that has bought its score too dearly from one that has not.
         """
-        own, seen = metrics[-1], [(row, miss) for row, miss in zip(taught, missed) if miss > -math.inf]
-        if not own or not seen:
+        own = metrics[-1]
+        if not own or not taught:
             return proxy
         table, known = (
-            torch.tensor([[row.get(name, base) - base for name, base in own.items()] for row in rows]).double()
-            for rows in (metrics, [row for row, _ in seen])
+            torch.tensor(
+                [[row.get(name, base) - base for name, base in own.items()] for row in rows], dtype=torch.float64
+            )
+            for rows in (metrics, taught)
         )
         unit = table.abs().quantile(0.5, 0).clamp(min=1e-6)
         table, known = ((each / unit).clamp(-self.OUTLYING, self.OUTLYING) for each in (table, known))
-        short = torch.tensor([miss for _, miss in seen], dtype=torch.float64)
-        most = self.OUTLYING * short.abs().quantile(0.5)  # a few that were lost altogether shall not decide
+        scores, wanted = (torch.tensor(each, dtype=torch.float64) for each in (proxy, missed))
+        most = self.OUTLYING * wanted.abs().quantile(0.5)  # a few that were lost altogether shall not decide
         square = known.mT @ known + self.RIDGE * torch.eye(len(own), dtype=torch.float64)
-        slope = torch.linalg.solve(square, known.mT @ short.clamp(-most, most))
-        return (torch.tensor(proxy, dtype=torch.float64) + table @ slope).tolist()
+        return (scores + table @ torch.linalg.solve(square, known.mT @ wanted.clamp(-most, most))).tolist()
 
     def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
         """The best candidates with a tree in each of these branches, by identity, of which no two are near relatives.
@@ -1031,9 +1033,9 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
 
 
 def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict | str | None:
-    """What to train to convergence in the middle of a search: the most promising one so far, every LEADER_EVERY turns.
+    """What to train to convergence in the middle of a search, where that is due: the most promising one so far.
 
-    A proxy is one thing, what it stands for another: the surrogate learns from both. The baseline comes first, to
+    It is due once the surrogate has chosen LEADER_EVERY more proxy trainings. A proxy is one thing, what it stands for another: the surrogate learns from both. The baseline comes first, to
     measure the others by; no twin of what was trained so is.
     """
     others = worker.others().values()

@@ -288,12 +288,12 @@ def reduce(x, channels, mask):
     return x.expand(*x.shape[:-3], channels, 1, 1).sum((-4, -3, -2, -1))
 
 
-def pools(nodes: Sequence[Expr]) -> bool:
+def has_pool(nodes: Sequence[Expr]) -> bool:
     return any(node.op in OTHER_POOL for node in nodes)
 
 
 def planes_last(x):
-    """The same tensor, or None, in the layout in which a CPU pools it; what is made of it by elements keeps that."""
+    """The same tensor, or None, as a CPU pools it fastest; what is computed from it element by element stays so."""
     return x if x is None or x.is_cuda else x.movedim((-2, -1), (0, 1)).contiguous().movedim((0, 1), (-2, -1))
 
 
@@ -311,7 +311,7 @@ def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = Non
     """
     some = next(iter(leaves.values()))
     nodes = subtrees(expr)
-    if pools(nodes):
+    if has_pool(nodes):
         leaves, mask = {name: planes_last(leaf) for name, leaf in leaves.items()}, planes_last(mask)
     values = {ONE: some.new_ones((1, 1, 1, 1))}
     for node in nodes:
@@ -465,9 +465,9 @@ def python_module(losses: Sequence[tuple[Expr, str]], title: str, helpers: Mappi
         if "1" in leaves_of(expr):
             steps.insert(0, f"    one = {some}.new_ones((1, 1, 1, 1))")
         steps.append(f"    return reduce({names[expr]}, {some}.shape[1], mask)")
-        if pools(order):
+        if has_pool(order):
             steps[:0] = [f"    {name} = planes_last({name})" for name in (*sorted(leaves_of(expr) - {"1"}), "mask")]
-        bodies.append(head.replace("{expr}", str(expr)).replace("{pools}", str(pools(order))) + "\n".join(steps))
+        bodies.append(head.replace("{expr}", str(expr)).replace("{pools}", str(has_pool(order))) + "\n".join(steps))
     formulas, shown = ("\n    ".join(show(expr) for expr, _ in losses) for show in (str, latex))
     about = f"    {formulas}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {shown}"
     return standalone(title, about, f"EPS = {EPS}", bodies, helpers or {})

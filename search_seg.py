@@ -361,8 +361,10 @@ def grey_values(pixels: np.ndarray, mode: str, path: Path) -> np.ndarray:
 
 
 def grey_step(picture: Image.Image) -> float:
-    """The distance of two neighbouring grey values: PIL stretches those of 2 and 4 bits, and of a PGM with a maximum
-    of its own, to all of 8 or 16 bits."""
+    """The distance of two neighbouring grey values.
+
+    PIL stretches those of 2 and 4 bits, and those of a PGM with a maximum of its own, to all of 8 or 16 bits.
+    """
     kind = str(picture.tile[:1])
     if maximum := re.search(r"args=\('L', (\d+)\)", kind) if picture.format == "PPM" else None:
         return (65535 if picture.mode == "I" else 255) / int(maximum[1])

@@ -73,7 +73,7 @@ def main() -> None:
             for _ in range(DRAWS if number else 1):
                 taught = sorted(rng.sample(range(len(ranked)), number))
                 missed = [truth[k] - scores[k] for k in taught]
-                guess = evolve.Surrogate().corrected(scores, measured, [measured[k] for k in taught], missed)
+                guess = evolve.Surrogate().corrected(scores, measured, missed, [measured[k] for k in taught])
                 others = [k for k in range(len(ranked)) if k not in taught]
                 ranks.append(spearman([guess[k] for k in others], [truth[k] for k in others]))
             cells.append(statistics.fmean(ranks))

@@ -169,7 +169,7 @@ class World:
         for record in self.records:
             if state.evaluated < number and record.get("seed", 0) < state.table:
                 state.absorb(record)
-        guide.fit(state, [])
+        guide.fit(state, [], whole=True)
         mean, deviation = guide.predict(torch.stack([self.point(guide, text) for text in (*good, *bad)]), late=0.0)
         promise = evolve.expected_improvement(mean, evolve.UPWARDS * deviation, guide.best)
         order, worth = promise.argsort(descending=True).tolist(), list(good.values())

@@ -1035,8 +1035,9 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
 def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict | str | None:
     """What to train to convergence in the middle of a search, where that is due: the most promising one so far.
 
-    It is due once the surrogate has chosen LEADER_EVERY more proxy trainings. A proxy is one thing, what it stands for another: the surrogate learns from both. The baseline comes first, to
-    measure the others by; no twin of what was trained so is.
+    It is due once the surrogate has chosen LEADER_EVERY more proxy trainings. A proxy is one thing, what it stands for
+    another: the surrogate learns from both. The baseline comes first, to measure the others by; no twin of what was
+    trained so is.
     """
     others = worker.others().values()
     busy = [losses_text(other["losses"] or {}) for other in others]

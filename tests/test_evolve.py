@@ -653,6 +653,8 @@ def test_proxy_scores_are_corrected_by_what_was_measured_besides():
     odd = "Mul(y, Neg(p))"  # in a metric that has no bounds
     scored(state, {odd: 0.5}, metrics={"toy": 0.5, "other": 1e3})
     again(state, odd, 0.4)
+    scored(state, {"Mul(y, p)": None}, metrics={})  # invalid, though a shorter formula of another has the same text
+    again(state, "Mul(y, p)", 0.4)
     guide, taught, rest = state.surrogate, list(known)[:15], list(known)[16:]
 
     def learned(first=0):

@@ -86,8 +86,9 @@ def test_gates_look_at_the_same_predictions(root, name, metric):
         for a, b in ((one.prediction, other.prediction), (one.target, other.target), (one.ideal, other.ideal)):
             assert a.device == b.device and a.shape == b.shape and b.isfinite().all()
         if name != "det":  # where other proposals may be drawn
-            assert torch.equal(one.target, other.target)
-            assert (one.prediction[0] - other.prediction[0]).abs().mean() < 0.05 * one.prediction[0].std()
+            assert torch.allclose(one.target, other.target, atol=1e-5), "heatmaps are drawn on the device"
+            off = (one.prediction[0] - other.prediction[0]).abs().mean()
+            assert off < 0.1 * one.prediction[0].std(), "nvJPEG is a little coarser"
 
 
 @pytest.mark.parametrize("seed", range(4))

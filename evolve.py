@@ -54,7 +54,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate_batch, fits, is_dead, latex, leaves_of, parse
+from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate, fits, is_dead, latex, leaves_of, parse
 
 POPULATION = 2500  # [P] the newest P candidates stay
 INITIAL = 20  # [P] random candidates to begin with
@@ -66,6 +66,9 @@ REMEMBERED = 100_000  # verdicts that are kept for reuse [D]
 NODES = 30  # [D] of a mutated tree, at most: longer ones cost more and say no more
 ETA = 0.6  # [P] least gain in the rejection protocol; the scripts say where another limit was measured
 REJECTION_STEPS = 500  # [P]
+# [D] Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
+# shares of eta. Measured, not guessed: tests/bench_gates.py counts the verdicts that differ from the full protocol.
+EARLY = ((10, 0.02, 1.30), (25, 0.10, 1.25), (50, 0.25, 1.20), (100, 0.45, 1.15), (200, 0.70, 1.10))
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_WORKERS = 8  # [D] that share a GPU by default, on the embedded data (tests/bench_gpu.py)
 POOL = 200  # [D] children from which the surrogate chooses ...
@@ -131,9 +134,9 @@ def next_child(
         else:
             parent = parent if parent or fresh else select_parent(state, rng)
             child = propose(state, rng, parent, tried)
-            pool = judge(state, [child] if child else [], CHEAP, tried)
+            pool = [child] if child and judge(state, child, CHEAP, tried) else []
         for k, child in enumerate(pool):
-            if judge(state, [child], DEAR, tried):
+            if judge(state, child, DEAR, tried):
                 tried.counts["surrogate"] += len(pool) - k - 1 if guide else 0
                 return tried.close(state, briefly(state, child) if guide else child)
     return None
@@ -219,6 +222,7 @@ class Branch:
     leaves: Callable[[Tensor, Tensor], dict[str, Tensor]]
     score: Callable[[Tensor, Tensor], Tensor]
     eta: float = ETA
+    early: tuple[tuple[int, float, float], ...] = EARLY
     baseline: str = ""  # the baseline's loss as a formula, where it is one
     scale_free: bool = False  # the task trains with an optimiser that a factor before the loss does not change
     ideal: Tensor | None = None
@@ -410,7 +414,7 @@ def mutate(rng: Random, expr: Expr, symbols: tuple[str, ...], other: Expr | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gates: functions of one shape, trees in, verdicts out; None lets a tree pass
+# Gates: functions of one shape, a tree in, a verdict out; None lets the tree pass
 
 
 class Verdict(NamedTuple):
@@ -483,91 +487,83 @@ class Tried:
         return child
 
 
-def judge(state: "State", children: list[Child], names: tuple[str, ...], tried: Tried) -> list[Child]:
-    """The children that pass the named gates.
+def judge(state: "State", child: Child, names: tuple[str, ...], tried: Tried) -> bool:
+    """Whether a child passes the named gates; its new trees go through one gate after the other.
 
     A child whose equivalent was trained takes over its score [P], but for a search with the surrogate.
     """
-    trees = [tree for child in children for tree in child.trees]
     for name in names:
-        if name not in state.gates or name not in GATES:  # the gate "simulation" judges whole children, below
+        if name not in state.gates or name not in GATES:  # the gate "simulation" judges the whole child, below
             continue
-        undecided = [tree for tree in trees if tree.verdict is None]
-        for tree, verdict in zip(undecided, GATES[name](state, undecided)):
-            tree.verdict, tree.gate = verdict, name if verdict else ""
-            if verdict and name not in ("dead", "seen"):
-                tried.learn(state, tree)
-    passing = []
-    for child in children:
-        against = [tree.gate for tree in child.trees if tree.verdict and tree.verdict.gate != PASSED]
-        decided = [tree.gate for tree in child.trees if tree.verdict]
-        child.identity = state.identity(child)
-        if against:
-            tried.counts[min(against, key=list(GATES).index)] += 1
-        elif child.identity in state.failed:
-            tried.counts["seen"] += 1
-        elif (decided or not child.trees) and child.identity in state.scores:
-            tried.counts[decided[-1] if decided else "seen"] += 1
-            if not state.surrogate:  # hundreds a turn would soon make a population of copies
-                tried.reused.append((texts(child.losses), child.identity))
-        elif "simulation" in state.gates.intersection(names) and not simulated(state, child):
-            tried.counts["simulation"] += 1
-            tried.failed.append(child.identity)
-            state.failed.add(child.identity)
-        else:
-            passing.append(child)
-    return passing
+        for tree in child.trees:
+            if tree.verdict is None and (verdict := GATES[name](state, tree)):
+                tree.verdict, tree.gate = verdict, name
+                if name not in ("dead", "seen"):
+                    tried.learn(state, tree)
+    against = [tree.gate for tree in child.trees if tree.verdict and tree.verdict.gate != PASSED]
+    decided = [tree.gate for tree in child.trees if tree.verdict]
+    child.identity = state.identity(child)
+    if against:
+        tried.counts[min(against, key=list(GATES).index)] += 1
+    elif child.identity in state.failed:
+        tried.counts["seen"] += 1
+    elif (decided or not child.trees) and child.identity in state.scores:
+        tried.counts[decided[-1] if decided else "seen"] += 1
+        if not state.surrogate:  # hundreds a turn would soon make a population of copies
+            tried.reused.append((texts(child.losses), child.identity))
+    elif "simulation" in state.gates.intersection(names) and not simulated(state, child):
+        tried.counts["simulation"] += 1
+        tried.failed.append(child.identity)
+        state.failed.add(child.identity)
+    else:
+        return True
+    return False
 
 
-def dead(state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def dead(state: "State", tree: Tree) -> Verdict | None:
     """Symbolic, no tensor touched: the gradient provably knows no prediction or no target [D]."""
-    return [Verdict("dead") if is_dead(canonical(tree.expr)) else None for tree in trees]
+    return Verdict("dead") if is_dead(canonical(tree.expr)) else None
 
 
-def seen(state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def seen(state: "State", tree: Tree) -> Verdict | None:
     """The canonical text was judged before, and the verdict stands; or it has come up earlier in this turn [D]."""
-    verdicts = []
-    for tree in trees:
-        here = tree.branch, tree.text
-        verdicts.append(state.verdicts.get(here) or (Verdict("seen") if here in state.waiting else None))
-        state.waiting.add(here)
-    return verdicts
+    here = tree.branch, tree.text
+    verdict = state.verdicts.get(here) or (Verdict("seen") if here in state.waiting else None)
+    state.waiting.add(here)
+    return verdict
 
 
-def gradient(state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def gradient(state: "State", tree: Tree) -> Verdict | None:
     """Nothing can be learned from the gradient [D]; see `gradients`."""
-    return [None if key else Verdict("gradient") for key in describe(state.task, trees)]
+    return None if describe(state.task, tree) else Verdict("gradient")
 
 
-def equivalent(state: "State", trees: list[Tree]) -> list[Verdict | None]:
+def equivalent(state: "State", tree: Tree) -> Verdict | None:
     """Norms and directions of the gradients are known to two digits [P]; verdict and score are reused."""
-    keys = describe(state.task, trees)
-    return [state.keys.get((tree.branch, key)) if key else None for tree, key in zip(trees, keys)]
+    key = describe(state.task, tree)
+    return state.keys.get((tree.branch, key)) if key else None
 
 
-def rejected(state: "State", trees: list[Tree]) -> list[Verdict | None]:
-    """The loss-rejection protocol [P], see `rejection_gains`."""
-    verdicts = {}
-    for name, branch in state.task.branches.items():
-        here = [tree for tree in trees if tree.branch == name]
-        for tree, gain in zip(here, rejection_gains(branch, [tree.expr for tree in here]) if here else ()):
-            tree.gain = round(gain, 4) if math.isfinite(gain) else None
-            verdicts[id(tree)] = None if gain >= branch.eta else Verdict("rejected", tree.key or "", tree.gain)
-    return [verdicts[id(tree)] for tree in trees]
+def rejected(state: "State", tree: Tree) -> Verdict | None:
+    """The loss-rejection protocol [P], see `rejection_gain`."""
+    branch = state.task.branches[tree.branch]
+    gain = rejection_gain(branch, tree.expr)
+    tree.gain = round(gain, 4) if math.isfinite(gain) else None
+    return None if gain >= branch.eta else Verdict("rejected", tree.key or "", tree.gain)
 
 
-def describe(task: Task, trees: list[Tree]) -> list[str]:
-    """Key and sketch of each tree, computed once; the keys, "" where the gradient is of no use."""
-    for name, branch in task.branches.items():
-        here = [tree for tree in trees if tree.branch == name and tree.key is None]
-        for tree, slope in zip(here, gradients(branch, [tree.expr for tree in here]) if here else ()):
-            tree.key = "" if slope is None else equivalence_key(slope, branch.scale_free)
-            tree.sketch = None if slope is None else sketch(branch, slope)
-    return [tree.key for tree in trees]
+def describe(task: Task, tree: Tree) -> str:
+    """The key of a tree, "" where its gradient is of no use; this and the sketch are computed once."""
+    if tree.key is None:
+        branch = task.branches[tree.branch]
+        slope = gradients(branch, tree.expr)
+        tree.key = "" if slope is None else equivalence_key(slope, branch.scale_free)
+        tree.sketch = None if slope is None else sketch(branch, slope)
+    return tree.key
 
 
-def gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
-    """dL/d(prediction) at all states, (S, B, D) float64 for each tree; None where the first state teaches nothing.
+def gradients(branch: Branch, expr: Expr) -> Tensor | None:
+    """dL/d(prediction) at all states, (S, B, D) float64; None where the first state teaches nothing.
 
     That is where it is not finite, where it is zero on every sample, or where it stays the same on every sample (to a
     thousandth of its norm) with wrong targets: those of another sample, and its own ones shifted, along N where it has
@@ -577,20 +573,17 @@ def gradients(branch: Branch, exprs: Sequence[Expr]) -> list[Tensor | None]:
     rows = y if y.shape[1] > 1 else y.flatten(1)
     shifted = rows.roll(rows.shape[1] // 3 + 1, 1).view_as(y)
     targets = torch.stack([y, y.roll(1, 0), shifted, *[y] * (len(x) - 1)])  # (2 + S, B, ...)
-    x = torch.cat([x[:1].expand(3, *x.shape[1:]), x[1:]])
-    x = x.expand(len(exprs), *x.shape).clone().requires_grad_()  # (K, 2 + S, B, N, C, H, W)
-    values = evaluate_batch(exprs, branch.leaves(x, targets))  # (K, 2 + S, B)
+    x = torch.cat([x[:1].expand(3, *x.shape[1:]), x[1:]]).requires_grad_()  # (2 + S, B, N, C, H, W)
+    values = evaluate(expr, branch.leaves(x, targets))  # (2 + S, B)
     if not values.requires_grad:
-        return [None] * len(exprs)
-    slopes = torch.autograd.grad(values.sum(), x)[0].flatten(3).double()  # (K, 2 + S, B, D)
-    first, finite = slopes[:, :3], slopes.isfinite().all(-1) & values.isfinite()  # (K, 2 + S, B)
-    norms = first[:, 0].norm(dim=-1)
-    changes = (first[:, 1:] - first[:, :1]).norm(dim=-1)  # (K, 2, B)
-    aware = (changes > 1e-3 * norms[:, None]).flatten(1).any(1)
-    useful = finite[:, :3].flatten(1).all(1) & norms.any(1) & aware
-    slopes = torch.where(finite[..., None], slopes, 0.0)
-    states = [0, *range(3, slopes.shape[1])]
-    return [slopes[k, states] if good else None for k, good in enumerate(useful.tolist())]
+        return None
+    slopes = torch.autograd.grad(values.sum(), x)[0].flatten(2).double()  # (2 + S, B, D)
+    first, finite = slopes[:3], slopes.isfinite().all(-1) & values.isfinite()  # (2 + S, B)
+    norm = first[0].norm(dim=-1)
+    changes = (first[1:] - first[:1]).norm(dim=-1)  # (2, B)
+    if not (finite[:3].all() and norm.any() and (changes > 1e-3 * norm).any()):
+        return None
+    return torch.where(finite[..., None], slopes, 0.0)[[0, *range(3, len(slopes))]]
 
 
 def equivalence_key(slope: Tensor, scale_free: bool) -> str:
@@ -642,50 +635,51 @@ def bounded(branch: Branch, slope: Tensor) -> Tensor:
     return field / field.norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
 
-# Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
-# shares of eta. Measured, not guessed: tests/bench_gates.py counts the verdicts that differ from the full protocol.
-EARLY = ((10, 0.02, 1.30), (25, 0.10, 1.25), (50, 0.25, 1.20), (100, 0.45, 1.15), (200, 0.70, 1.10))
-
-
-def rejection_gains(branch: Branch, exprs: Sequence[Expr], steps: int = REJECTION_STEPS, early=EARLY) -> list[float]:
+def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, early: tuple | None = None) -> float:
     """The loss-rejection protocol [P]: how much the predictions improve when the loss itself is minimised on them.
 
     Each of the B raw predictions is optimised on its own. The step rule is Adam's, which does not feel the scale of the
-    loss: with plain gradient steps a factor before the loss would decide the verdict [D]. All trees are optimised at
-    once; those that are decided leave the batch.
+    loss: with plain gradient steps a factor before the loss would decide the verdict [D]. `early` decisions are those
+    of the branch unless others are given.
 
-    Returns: for each tree the mean over samples of score(after) - score(before); -inf if it became invalid on the way.
+    Returns: the mean over samples of score(after) - score(before); -inf if it became invalid on the way.
     """
-    gains = [-math.inf] * len(exprs)
-    undecided = list(range(len(exprs)))
+    early = branch.early if early is None else early
     start = branch.prediction[0]
-    before = branch.score(start, branch.target).mean()
-    x = start.expand(len(exprs), *start.shape).clone()  # (K, B, N, C, H, W)
+    before = branch.score(start, branch.target).nanmean()  # NaN of a sample with nothing to measure
+    x, gain = start.clone(), -math.inf  # (B, N, C, H, W)
     mean, square = torch.zeros_like(x), torch.zeros_like(x)  # moments of the gradient
     limits = {step: (low * branch.eta, high * branch.eta) for step, low, high in early}
     for step in range(1, steps + 1):
         x.requires_grad_()
-        value = evaluate_batch([exprs[k] for k in undecided], branch.leaves(x, branch.target)).sum()
+        value = evaluate(expr, branch.leaves(x, branch.target)).sum()
         if not value.requires_grad:  # no prediction in it; only a search without the first two gates comes here
-            return gains
+            break
         (slope,) = torch.autograd.grad(value, x)
         x = x.detach()
         mean.lerp_(slope, 0.1)
         square.lerp_(slope.square_(), 0.001)
         x -= REJECTION_LR / (1 - 0.9**step) * mean / ((square / (1 - 0.999**step)).sqrt_() + 1e-16)
         if step in limits or step == steps:
-            gain = branch.score(x, branch.target).mean(-1) - before
-            gain = torch.where(x.flatten(1).isfinite().all(1), gain, -math.inf).tolist()
+            gain = (branch.score(x, branch.target).nanmean() - before).item() if x.isfinite().all() else -math.inf
             low, high = limits.get(step, (-math.inf, math.inf))
-            for k, value in zip(undecided, gain):
-                gains[k] = value
-            stay = [k for k, value in enumerate(gain) if low <= value < high]
-            if not stay:
+            if not low <= gain < high:
                 break
-            if len(stay) < len(undecided):
-                undecided = [undecided[k] for k in stay]
-                x, mean, square = x[stay], mean[stay], square[stay]
-    return gains
+    return gain
+
+
+def settle_rejection(branch: Branch) -> Branch:
+    """The branch, so that its baseline passes the loss-rejection protocol with a margin [D].
+
+    Where nearly all of a picture is one class an untrained network may be nearly right, and nothing gains much.
+    """
+    expr = parse(branch.baseline)
+    gain = rejection_gain(branch, expr, early=())
+    if math.isfinite(gain):
+        branch.eta = min(branch.eta, gain / 2)
+    if rejection_gain(branch, expr) < branch.eta:
+        branch.early = ()
+    return branch
 
 
 CHEAP = ("dead", "seen", "gradient", "equivalent", "rising")
@@ -837,7 +831,7 @@ class Surrogate:
                 own[-1] = 1.0
             elif (found := sketches.get(name)) is not None:
                 own[:-1] = found
-            elif (slope := gradients(branch, [expr])[0]) is not None:
+            elif (slope := gradients(branch, expr)) is not None:
                 own[:-1] = sketch(branch, slope)
             rows.append(own)
         if not trees:
@@ -951,7 +945,7 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
         elder = rng.choice(elite) if elite and rng.random() < ELITE else None
         parent = elder or (None if fresh else select_parent(state, rng))
         child = propose(state, rng, parent, tried)
-        if not judge(state, [child], CHEAP, tried):
+        if not judge(state, child, CHEAP, tried):
             continue
         if elder:  # in the journal its parent is the last one that was trained
             old = child.losses.keys() - {tree.branch for tree in child.trees}
@@ -970,11 +964,11 @@ def in_short(task: Task, name: str, expr: Expr) -> Expr:
     Where the scale of a loss counts, the norms must stay the same, too.
     """
     branch = task.branches[name]
-    (wanted,) = gradients(branch, [expr])
+    wanted = gradients(branch, expr)
     free = branch.scale_free and len(task.branches) == 1
 
     def same(candidate: Expr) -> bool:
-        (slope,) = gradients(branch, [candidate])
+        slope = gradients(branch, candidate)
         if slope is None or wanted is None:
             return False
         norms = slope.norm(dim=-1), wanted.norm(dim=-1)
@@ -997,7 +991,7 @@ def briefly(state: "State", child: Child) -> Child:
     It stays as it is where the short one is known already.
     """
     trees = [state.tree(tree.branch, in_short(state.task, tree.branch, tree.expr)) for tree in child.trees]
-    useful = all(describe(state.task, trees))
+    useful = all(describe(state.task, tree) for tree in trees)
     for tree, long in zip(trees, child.trees):
         tree.gain = long.gain
     losses = child.losses | {tree.branch: tree.expr for tree in trees}
@@ -1352,12 +1346,12 @@ def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
     """A random tree for each branch, drawn until it passes the gates by itself; None if the deadline comes first."""
     losses = {}
     for name, branch in state.task.branches.items():
-        passing = []
-        while not passing:
+        passes = False
+        while not passes:
             if time.time() >= tried.deadline:
                 return None
             tree = state.tree(name, state.method.fresh(state, rng, name, branch))
-            passing = judge(state, [Child({name: tree.expr}, None, [tree])], (*CHEAP, *DEAR), tried)
+            passes = judge(state, Child({name: tree.expr}, None, [tree]), (*CHEAP, *DEAR), tried)
         tried.passed(state, tree)
         losses[name] = tree.expr
     return Child(losses)
@@ -2045,7 +2039,7 @@ def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
         plot = np.full((360, 480, 3), 255, np.uint8)  # rows 50 to 330: gradients of +4 to -4
         baseline = [parse(branch.baseline)] if branch.baseline else []
         for tree in (*baseline, expr):
-            (slope,) = gradients(branch, [tree])
+            slope = gradients(branch, tree)
             if slope is None:
                 continue
             slope = slope.view(shape).norm(dim=-3, keepdim=True) if boxes else slope.view(shape)
@@ -2793,17 +2787,14 @@ def known_loss(state: State, rng: Random, name: str, branch: Branch) -> Expr:
     return expr
 
 
-def rising(state: State, trees: list[Tree]) -> list[Verdict | None]:
+def rising(state: State, tree: Tree) -> Verdict | None:
     """CSE's convergence property (Sec. 3.3): the loss, averaged over the samples, must fall with every step of the way
     from the prediction to the right one.
     """
-    verdicts = []
-    for tree in trees:
-        branch = state.task.branches[tree.branch]
-        way = torch.stack([branch.prediction[0].lerp(branch.ideal, t) for t in (0.0, 0.25, 0.5, 0.75, 1.0)])
-        values = evaluate_batch([tree.expr], branch.leaves(way[None], branch.target))  # (1, 5, B)
-        verdicts.append(None if (values.mean(-1).diff(dim=-1) < 0).all() else Verdict("rising"))
-    return verdicts
+    branch = state.task.branches[tree.branch]
+    way = torch.stack([branch.prediction[0].lerp(branch.ideal, t) for t in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    values = evaluate(tree.expr, branch.leaves(way, branch.target))  # (5, B)
+    return None if (values.mean(-1).diff() < 0).all() else Verdict("rising")
 
 
 def simulated(state: State, child: Child) -> bool:

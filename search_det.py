@@ -58,6 +58,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 import evolve
 from data import shapes
@@ -70,6 +71,7 @@ METRICS = {
 }
 DATA = ("shapes", "coco")
 MODELS = ("small", "r50-fpn")
+COARSEST = {"small": 16, "r50-fpn": 64}  # the stride of the deepest features, which windows are multiples of
 
 
 class Schedule(NamedTuple):
@@ -143,8 +145,10 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     for text, losses in args.wanted.items():
         if "mask" in losses and args.metric != "segm" and isinstance(losses, dict):
             fail(f"--loss {text:.80}: there are no masks to train; give --metric segm with it")
-    if args.pretrained:  # what is missing shows before the search, not after it
-        for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
+    for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
+        if args.size and args.size % COARSEST[model]:
+            fail(f"--size {args.size}: give a multiple of {COARSEST[model]}, the coarsest stride of --model {model}")
+        if args.pretrained:  # what is missing shows before the search, not after it
             build_model(model, 2, False, args.pretrained)
     return args
 
@@ -380,7 +384,8 @@ def check_coco(
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
         number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
-        if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
+        again = number is not None and known.setdefault(number, entry) is not entry and known[number] == entry
+        if again and not scoring:
             reason, about = "annotations listed twice", ""
         elif image not in images:
             reason, about = "annotations of unlisted images", f" of image {entry.get('image_id')!r:.40}"
@@ -807,7 +812,7 @@ def rows_of(part: "Tensor | Pictures", index: Tensor) -> Tensor:
     return part[index] if isinstance(part, Pictures) else part[index.to(part.device, non_blocking=True)]
 
 
-SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
+SMALL = 2**26  # pixels of a split: so much is decoded before the first batch [D]
 AHEAD = 1  # batches that are being read while one is in use
 
 
@@ -849,11 +854,11 @@ class Pictures:
         return 0 if self.kept is None else self.kept[0].nbytes
 
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
-        """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
+        """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
         self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
-        if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+        if len({*self.shapes}) == 1 and H * W <= 2**16 and pixels <= SMALL:
             self.strict = True
             return self[:]
         size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
@@ -1405,6 +1410,14 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def aligned_pool(levels: list[str], bins: int, points: int) -> MultiScaleRoIAlign:
+    """torchvision's, told the strides 4, 8, ... of its levels: it would guess them from the first pictures it sees."""
+    pool = MultiScaleRoIAlign(levels, bins, points)
+    pool.scales = [2.0 ** -(k + 2) for k in range(len(levels))]
+    pool.map_levels = initLevelMapper(2, len(levels) + 1)
+    return pool
+
+
 def build_model(name: str, num_classes: int, masks: bool, pretrained: bool | str = False) -> Detector:
     """One of MODELS, a Mask R-CNN if it has `masks`; `num_classes` counts the background."""
     own = SETTINGS[name]
@@ -1421,13 +1434,13 @@ def build_model(name: str, num_classes: int, masks: bool, pretrained: bool | str
         anchors, rpn.RPNHead(channels, 3), own.object, 0.3, own.sampled[0], 0.5, own.proposals, own.proposals, 0.7
     )
     heads = Heads(
-        MultiScaleRoIAlign(own.levels, own.bins, own.points),
+        aligned_pool(own.levels, own.bins, own.points),
         TwoMLPHead(channels * own.bins**2, own.width),
         FastRCNNPredictor(own.width, num_classes),
         0.5, 0.5, own.sampled[1], 0.25, None, own.least, 0.5, 100,
     )  # fmt: skip
     if masks:
-        heads.mask_roi_pool = MultiScaleRoIAlign(own.levels, own.mask_bins, own.points)
+        heads.mask_roi_pool = aligned_pool(own.levels, own.mask_bins, own.points)
         heads.mask_head = MaskRCNNHeads(channels, own.mask_layers, 1)
         heads.mask_predictor = MaskRCNNPredictor(own.mask_layers[-1], own.mask_layers[-1], num_classes)
     return Detector(backbone, proposals, heads)
@@ -2044,14 +2057,22 @@ def train_network(
 
 @torch.no_grad()
 def detect(net: Detector, split: Split, part: slice, size: int, device: str) -> list[dict[str, Tensor]]:
-    """What `net` finds on some pictures of a split, boxes in pixels of the canvas."""
+    """What `net` finds on some pictures of a split, boxes in pixels of the canvas.
+
+    Each picture, its longer side `size` pixels, fills a square window from its upper left corner, as in training: what
+    is found in it depends neither on what lies beside it nor on how it is kept.
+    """
     net.eval()
     images, sizes = split.images[part].to(device), split.sizes[part]
-    factor = size / split.sizes.max().item()
-    images = F.interpolate(images.float(), [round(side * factor) for side in images.shape[-2:]], mode="bilinear")
-    sizes = [tuple(pair) for pair in (sizes * factor).round().int().tolist()]
-    found = net(normalise(images), sizes)
-    return [{**result, "boxes": result["boxes"] / factor} for result in found]
+    side = sizes.amax(1)
+    corner = torch.zeros_like(side)
+    images = cut(images, corner, corner, side, torch.ones_like(side), size)
+    factor = size / side
+    found = net(normalise(images), [tuple(pair) for pair in (sizes * factor.view(-1, 1)).round().int().tolist()])
+    return [{**result, "boxes": result["boxes"] / own} for result, own in zip(found, factor)]
+
+
+PASTED = 2**26  # pixels of masks that are pasted at once: a large photograph takes one mask after the other
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
@@ -2094,11 +2115,13 @@ def test_network(net: Detector, split: Split, size: int, device: str) -> dict[st
     objects = Objects(image, label - 1, box, box[:, 2:].prod(1), score.double(), no, no)
     kinds = {"bbox": objects}
     if net.roi_heads.has_mask():
-        areas, masks = [], []
-        for result, own, shape in zip(found, zoom, split.truth.sizes):
-            pixels = paste_masks(result["masks"], result["boxes"] * own, *shape) > 0.5
-            areas.append(pixels.sum((1, 2)).double())
-            masks += rle.encode(pixels.byte().cpu().numpy().T)  # (h, w, n) in Fortran's order
+        areas, masks = [no[:0].double()], []
+        for result, own, (height, width) in zip(found, zoom, split.truth.sizes):
+            some = max(1, PASTED // (height * width))
+            for part, boxes in zip(result["masks"].split(some), (result["boxes"] * own).split(some)):
+                pixels = paste_masks(part, boxes, height, width) > 0.5
+                areas.append(pixels.sum((1, 2)).double())
+                masks += rle.encode(pixels.byte().cpu().numpy().T)  # (h, w, n) in Fortran's order
         kinds["segm"] = objects._replace(area=torch.cat(areas), masks=masks)
     scores = {}
     for kind, objects in kinds.items():
@@ -2277,7 +2300,11 @@ class DetTask(evolve.Task):
         losses = {branch: functools.partial(keep, branch) for branch in BRANCHES}
         net.train()
         size = self.proxy.size
-        number = ((train.labels > 0) & ~train.crowd).sum(1)
+        zoom = size / train.sizes.amax(1).view(-1, 1, 1)
+        large = ((train.boxes[..., 2:] - train.boxes[..., :2]) * zoom >= SMALLEST).all(-1)  # enough to be a target
+        number = (large & (train.labels > 0) & ~train.crowd).sum(1)
+        if not number.any():
+            raise DataError(f"all objects are less than {SMALLEST} pixels wide at --size {size}; give a larger one")
         rich = number.sort(descending=True, stable=True).indices[: int((number > 0).sum())].cpu()
         self.few = rich[torch.arange(GATE_SAMPLES) % len(rich)]
         for index in self.few:
@@ -2314,7 +2341,9 @@ class DetTask(evolve.Task):
         baseline = "" if kind == "reg" else KNOWN[kind][0]  # smooth L1 is no tree
         simulation = {"ideal": ideal, "known": KNOWN[kind]}
         eta = ETA[branch] * (1 - score(prediction, target).mean().item())
-        return Branch(BRANCHES[branch][0], prediction[None], target, leaves, score, eta, baseline, **simulation)
+        return Branch(
+            BRANCHES[branch][0], prediction[None], target, leaves, score, eta, baseline=baseline, **simulation
+        )
 
     def train(self, losses: dict[str, Expr | str] | str) -> float:
         self.measured = self.proxy_scores(losses)

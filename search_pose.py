@@ -327,7 +327,8 @@ def check_coco(
     sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
     for k, entry in enumerate(entries_of(coco, "annotations", path)):
         number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
-        if number is not None and known.setdefault(number, entry) is not entry and known[number] == entry:
+        again = number is not None and known.setdefault(number, entry) is not entry and known[number] == entry
+        if again and not scoring:
             reason, about = "annotations listed twice", ""
         elif image not in images:
             reason, about = "annotations of unlisted images", f" of image {entry.get('image_id')!r:.40}"
@@ -581,8 +582,14 @@ def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
     names = tuple(category["keypoints"])
     if sigmas and len(sigmas) not in (1, len(names)):
         fail(f"--sigmas {','.join(map(str, sigmas))}: {len(sigmas)} numbers; give one, or {len(names)}, one per joint")
-    sigmas = default_sigmas(len(names)) if not sigmas else doubles(sigmas).expand(len(names))
-    return Skeleton(names, category["skeleton"], torch.tensor(mirror(names)), sigmas)
+    other = torch.tensor(mirror(names))
+    if sigmas:
+        return Skeleton(names, category["skeleton"], other, doubles(sigmas).expand(len(names)))
+    sigmas = default_sigmas(len(names))
+    if (sigmas != sigmas[other]).any():  # as many joints as COCO's, but its left and right ones are not these
+        warn_once(f"{len(names)} joints in another order than COCO's: each has a tolerance of {OTHER_SIGMA} in OKS")
+        sigmas = torch.full_like(sigmas, OTHER_SIGMA)
+    return Skeleton(names, category["skeleton"], other, sigmas)
 
 
 # In whatever case, as a word or where a word begins or ends; whatever comes behind them is the same for both.
@@ -739,7 +746,7 @@ def rows_of(part: "Tensor | Pictures", index: Tensor) -> Tensor:
     return part[index] if isinstance(part, Pictures) else part[index.to(part.device, non_blocking=True)]
 
 
-SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
+SMALL = 2**26  # pixels of a split: so much is decoded before the first batch [D]
 AHEAD = 1  # batches that are being read while one is in use
 
 
@@ -781,11 +788,11 @@ class Pictures:
         return 0 if self.kept is None else self.kept[0].nbytes
 
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
-        """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
+        """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
         self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
-        if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+        if len({*self.shapes}) == 1 and H * W <= 2**16 and pixels <= SMALL:
             self.strict = True
             return self[:]
         size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")

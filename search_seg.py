@@ -168,7 +168,7 @@ def read_loss(text: str, flag: str) -> "str | dict[str, Expr | Asl]":
 
 
 class Split(NamedTuple):
-    """The pictures and label maps of a split: as tensors where they are few, small and much of one size."""
+    """The pictures and label maps of a split: as tensors where they are few, small and of one size."""
 
     images: "Tensor | Pictures"  # (M, 3, H, W) uint8, RGB
     labels: "Tensor | Pictures"  # (M, H, W) uint8, IGNORE outside the picture
@@ -404,6 +404,8 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
     values = {value for kind in kinds if not kind.coloured for value in kind.shares} | {value & 255 for value in shown}
     if number == 2 and values in ({0, 255}, {0, 65535}):  # a binary mask as many tools save it
         return Meaning(2, {0: 0, max(values): 1}, {})
+    if args.data == "folder" and shown:  # all grey, saved as RGB: some greys are colours of VOC's palette, too
+        return plain_meaning(number)._replace(colours={})
     return plain_meaning(number)
 
 
@@ -416,10 +418,13 @@ def read_classes(source: int | Path) -> tuple[int, list[int]]:
     if isinstance(source, int):
         return source, []
     lines = [line for line in read_lines(Path(source)) if not line.startswith("#") and line != "__ignore__"]
-    lines = lines[1:] if lines and re.fullmatch(r"(?i)\W*(name|class|label)\w*\W+r(ed)?\W+g.*", lines[0]) else lines
+    head = r"(?i)\W*(name|class|label)\w*\W+(r(ed)?\W+g.*|(id|index)\W*)|\W*(id|index)\W+(name|class|label)\w*\W*"
+    lines = lines[1:] if lines and re.fullmatch(head, lines[0]) else lines
     lines = [re.sub(r"^(\d+)[,\s]+(\d+)[,\s]+(\d+)[,:\s]+(\D.*)", r"\4,\1,\2,\3", line) for line in lines]
     if wrong := [line for line in lines if re.match(r"[\[\]{}]|- |.*(?<!:)[:\[{]$|(?i:pixel value)", line)]:
         raise DataError(f"{source}: '{wrong[0]:.40}' is no class; give one name a line, no JSON, YAML or other table")
+    if wrong := [line for line in lines if re.search(r"\D\d+([,\s]+\d+){3}", line)]:
+        raise DataError(f"{source}: '{wrong[0]:.40}': which three of these numbers? give name, red, green and blue")
     found = [re.fullmatch(r"(.+?)[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)\b.*", line) for line in lines]
     if None in found:
         if any(found):
@@ -565,13 +570,17 @@ def read_lines(path: Path) -> list[str]:
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGES and not path.name.startswith(".")
+
+
 def named_files(folder: Path) -> dict[str, Path]:
     """The pictures in a folder by their names without suffix, in order; hidden files are none."""
     if not folder.is_dir():
         raise DataError(f"{folder}: not found")
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGES and not path.name.startswith("."):
+        if is_picture(path):
             name = plain_name(path.stem)
             if name in found:
                 raise DataError(f"{path}: beside {found[name].name}; move away the one that is not to be used")
@@ -584,6 +593,14 @@ def plain_name(name: str) -> str:
     if name.isascii():
         return name
     return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
+
+
+class Elsewhere(DataError):
+    """The first picture of a list is not there."""
+
+
+class NoMask(DataError):
+    """A picture without a mask."""
 
 
 def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[tuple[Path, Path]]:
@@ -618,15 +635,15 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
         if image is None:
             missing = images / (names[0] if Path(names[0]).suffix else f"{names[0]}.jpg")
             what = "no kind of picture that is read; save it as JPEG or PNG" if os.path.exists(missing) else "not found"
-            raise DataError(f"{str(missing)[:300]}: {what}; {listing} has it")
+            raise (DataError if pairs else Elsewhere)(f"{str(missing)[:300]}: {what}; {listing} has it")
         if image.is_relative_to(masks) and not image.is_relative_to(images):
             raise DataError(f"{listing}: '{line:.80}' is a mask; list pictures, or pictures and masks on one line")
         inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
         wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
         alone = masks == images and len(names) == 1  # then the bare name is the picture's own
-        label = find(wanted, masks, MASK_ENDINGS[alone:])
+        label = find(wanted, masks, (*MASK_ENDINGS[alone:], image.suffix))  # also a.jpg.png
         if label is None:
-            raise DataError(f"{masks / wanted}{'' if Path(wanted).suffix else '.png'}: not found; the mask of {image}")
+            raise NoMask(f"{masks / wanted}{'' if Path(wanted).suffix else '.png'}: not found; the mask of {image}")
         pairs.append((image, label))
     if not pairs:
         raise DataError(f"{listing}: empty; it must list one image name per line")
@@ -668,8 +685,10 @@ FOLDERS = (
     ("img_dir", "ann_dir"),
     ("img", "masks_machine"),  # Supervisely
     ("image_2", "semantic"),  # KITTI
+    ("data", "labels"),  # FiftyOne
     ("JPEGImages", "SegmentationClassPNG"),  # labelme
     ("JPEGImages", "SegmentationClass"),
+    ("JPEGImages", "SegmentationClassContext"),
 )
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 BESIDE = ("_masks", "_mask", "_labels", "_label", "annot")  # what a folder of masks has more than its pictures'
@@ -699,35 +718,27 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
     """
     entries.cache_clear()
     pairs = {}
-    whole = [(inside(root, images), inside(root, masks)) for images, masks in FOLDERS]
-    whole = [(images, masks) for images, masks in whole if images.is_dir() and masks.is_dir()]
+    whole = in_use((inside(root, images), inside(root, masks)) for images, masks in FOLDERS)
     for split, names in SPLITS.items():
-        folders, lists = [], []
-        for name in names:
-            folders += [(inside(root, name, images), inside(root, name, masks)) for images, masks in FOLDERS]
-            folders += [(inside(root, images, name), inside(root, masks, name)) for images, masks in FOLDERS]
-            folders += [(inside(root, name), inside(root, name + ending)) for ending in BESIDE]
-            if any(inside(root, name).glob("*_mask.*")):  # beside the pictures, as Roboflow writes them
-                folders.append((inside(root, name), inside(root, name)))
-            lists += [inside(root, f"{name}.txt"), inside(root, "ImageSets", "Segmentation", f"{name}.txt")]
-        folders = [(images, masks) for images, masks in folders if images.is_dir() and masks.is_dir()]
-        listing = next((path for path in lists if path.is_file()), None)
-        lines = read_lines(listing) if listing else []
-        both = [(root, root)] * any(re.search(r"[,\t ]", line) for line in lines[:1])  # pictures and masks are listed
-        if folders and (not lines or any("/" in line for line in lines)):
-            pairs[split] = paired(*folders[0])
-        elif listing and (places := folders or whole or both):
-            pairs[split] = listed_pairs(root, listing, *places[0])
-    if "train" in pairs:
-        if "test" not in pairs and "val" in pairs:
-            pairs["test"] = pairs.pop("val")
-    else:
-        if pairs or not whole:
+        try:
+            if found := split_pairs(root, names, whole):
+                pairs[split] = found
+        except NoMask as error:
+            if split != "test" or "val" not in pairs:
+                raise
+            warn_once(f"{error}; the test split is left out")  # as it is published without masks
+    if "train" not in pairs:  # all that no list and no folder has
+        listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
+        found = listed_pairs(root, listing, *whole[0]) if whole and listing.is_file() else []
+        found = found or (paired(*whole[0]) if whole else [])
+        others = {pair for others in pairs.values() for pair in others}
+        pairs["train"] = [pair for pair in found if pair not in others]
+        if not pairs["train"]:
             raise DataError(
                 f"{root}: no training pictures; it must hold folders images and masks, and train.txt and val.txt"
             )
-        listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
-        pairs = {"train": listed_pairs(root, listing, *whole[0]) if listing.is_file() else paired(*whole[0])}
+    if "test" not in pairs and "val" in pairs:
+        pairs["test"] = pairs.pop("val")
     if "test" not in pairs:
         note(f"{root}: no val or test in a list or folder that is understood; every eighth picture is for the test")
         pairs = {"train": [p for k, p in enumerate(pairs["train"]) if k % 8 != 7], "test": pairs["train"][7::8]}
@@ -736,13 +747,49 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
     return pairs
 
 
+def split_pairs(root: Path, names: Sequence[str], whole: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Image and label files of the split that has these names; [] where there is none. A list that is there counts."""
+    places, lists = [], []
+    for name in names:
+        for images, masks in FOLDERS:
+            places.append((inside(root, name, images), inside(root, name, masks)))
+            places.append((inside(root, images, name), inside(root, masks, name)))
+            places.append((inside(root, f"{name}_{images}"), inside(root, f"{name}_{masks}")))
+        places += [(inside(root, name), inside(root, name + ending)) for ending in BESIDE]
+        if any(inside(root, name).glob("*_mask.*")):  # beside the pictures, as Roboflow writes them
+            places.append((inside(root, name), inside(root, name)))
+        lists += [inside(root, f"{name}.txt"), inside(root, "ImageSets", "Segmentation", f"{name}.txt")]
+    folders = in_use(places)
+    listing = next((path for path in lists if path.is_file()), None)
+    if listing is None:
+        return paired(*folders[0]) if folders else []
+    lines = [line for line in read_lines(listing) if not line.startswith("#")]
+    both = [(root, root)] * any(re.search(r"[,\t ]", line) for line in lines[:1])  # pictures and masks are listed
+    if not (places := folders or whole or both):
+        return []
+    try:
+        return listed_pairs(root, listing, *places[0])
+    except Elsewhere as error:
+        if not folders or not any("/" in line for line in lines):
+            raise
+        warn_once(f"{error}; all of {folders[0][0]} is used")  # paths of another machine
+        return paired(*folders[0])
+
+
+def in_use(places: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Of folders of images and of masks those that are there, such that hold pictures first."""
+    there = [(images, masks) for images, masks in places if images.is_dir() and masks.is_dir()]
+    return sorted(there, key=lambda pair: not all(any(map(is_picture, folder.iterdir())) for folder in pair))
+
+
 def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """All pictures of a folder with their masks in another."""
     found, labels = named_files(images), named_files(masks)
     endings = MASK_ENDINGS
     if images == masks:  # side by side
         endings = MASK_ENDINGS[1:]
-        found = {name: path for name, path in found.items() if not name.endswith(endings)}
+        masks_of = {name + ending for name in found for ending in endings}
+        found = {name: path for name, path in found.items() if name not in masks_of and not name.endswith("_mask")}
     if not found:
         lists = "; list those in its folders in train.txt" * any(path.is_dir() for path in images.iterdir())
         raise DataError(f"{images}: no pictures in it{lists}")
@@ -752,7 +799,7 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         names = [name + ending for ending in (*endings, path.suffix)]  # also a.jpg.png
         label = next((labels[name] for name in (*names, *map(str.lower, names)) if name in labels), None)
         if label is None:
-            raise DataError(f"{path}: no mask of that name in {masks}; list those that have one in train.txt")
+            raise NoMask(f"{path}: no mask of that name in {masks}; list those that have one in train.txt")
         pairs.append((path, label))
     used = {path for pair in pairs for path in pair}
     for folder, why in {masks: "masks of no picture", images: "no pictures of a kind that is read"}.items():
@@ -835,7 +882,7 @@ def check_boundaries(split: Split, where: str, metric: str) -> None:
     warn_once(f"{where}: no mask has a boundary of a class other than 0; biou and bf1 count as 0")
 
 
-SMALL = 2**26  # pixels of a split (all of one size, or nearly): so much is decoded before the first batch [D]
+SMALL = 2**26  # pixels of a split: so much is decoded before the first batch [D]
 AHEAD = 1  # batches that are being read while one is in use
 
 
@@ -877,11 +924,11 @@ class Pictures:
         return 0 if self.kept is None else self.kept[0].nbytes
 
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
-        """Keep what has been decoded; few small pictures at once, as one tensor. `key` tells splits apart."""
+        """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
         self.key, (H, W) = key, self.shape[-2:]
         pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
-        if H * W <= 2**16 and self.number * H * W <= min(SMALL, 2 * pixels):
+        if len({*self.shapes}) == 1 and H * W <= 2**16 and pixels <= SMALL:
             self.strict = True
             return self[:]
         size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
@@ -1699,19 +1746,22 @@ def count_valid(label: Tensor) -> Tensor:
 
 # Weights per pixel need OpenCV: they are made once for each label map and cut like it, never in a training step.
 
+LARGEST_WEIGHT = 1000.0  # of a class, however rare: a few stray pixels shall not decide all, nor exceed float16 [D]
+
 
 def unet_weights(labels: Tensor, num_classes: int, frequency: Tensor | None = None) -> Tensor:
     """Class and border weights (U-Net, Ronneberger 2015, Eq. 2): w_c + 10 exp(-(d1 + d2)^2 / 50), (M, H, W) float16.
 
     w_c: inverse frequency of the pixel's class, in these label maps unless `frequency` (num_classes,) counts more,
-    scaled to a mean of 1 over all pixels. d1, d2: distances in pixels of a background pixel to the nearest and the
-    second nearest object, which is a connected region of one class.
+    scaled to a mean of 1 over all pixels; at most LARGEST_WEIGHT, and 1 for a class that was not met. d1, d2: distances
+    in pixels of a background pixel to the nearest and the second nearest object, a connected region of one class.
     """
     valid = labels != IGNORE
     index = torch.where(valid, labels, 0).long()
     if frequency is None:
         frequency = count(index, valid, num_classes).float()
-    balance = frequency.sum() / ((frequency > 0).sum() * frequency.clamp(min=1))
+    balance = frequency.sum() / ((frequency > 0).sum() * frequency)
+    balance = torch.where(frequency > 0, balance, 1.0).clamp(max=LARGEST_WEIGHT)
     weights = balance[index] * valid
     for label, weight in zip(labels.cpu().numpy(), weights):
         nearest = np.full((2, *label.shape), np.inf, np.float32)  # d1, d2
@@ -1961,6 +2011,23 @@ STATES = (0, 0.5, 1)
 ETA = {"miou": 0.1, "fwiou": 0.1, "macc": 0.2, "gacc": 0.1, "biou": 0.1, "bf1": 0.3}
 
 
+def gate_window(label: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest window that shows two classes once it is GATE_SIZE pixels wide.
+
+    Of a label map (H, W), the upper left `height` x `width` of it: the whole, or around the middle one of all edges.
+    """
+    edge = edges(label[None, :height, :width])[0].nonzero()
+    h, w = height, width
+    while True:
+        y, x = edge[len(edge) // 2].tolist() if len(edge) else (0, 0)
+        top, left = min(max(0, y - h // 2), height - h), min(max(0, x - w // 2), width - w)
+        window = label[top : top + h, left : left + w]
+        small = F.interpolate(window[None, None].float(), (GATE_SIZE, GATE_SIZE))
+        if len(small.unique()) > 1 or max(h, w) <= GATE_SIZE or not len(edge):
+            return top, left, h, w
+        h, w = (max(min(side, GATE_SIZE), side // 2) for side in (h, w))
+
+
 class SegTask(evolve.Task):
     """What evolve.py needs to know of segmentation."""
 
@@ -2053,27 +2120,35 @@ class SegTask(evolve.Task):
         """The training images with most classes, small, and what the base network makes of them on its way."""
         train = self.data["train"]
         self.few = index = richest(train, GATE_SAMPLES, self.num_classes)
-        label = F.interpolate(train.labels[index].cpu().unsqueeze(1).float(), (GATE_SIZE, GATE_SIZE)).squeeze(1)
-        label = torch.where(label == IGNORE, 0, label).long()  # the gates look at losses, not at data
+        few = select(train, index)
+        labels = torch.where(few.labels == IGNORE, 0, few.labels).cpu()  # the gates look at losses, not at data
+        windows = [gate_window(label, *map(int, size)) for label, size in zip(labels, few.sizes)]
+
+        def small(maps: Tensor, mode: str) -> Tensor:
+            """The window of each map (B, C, H, W), GATE_SIZE pixels wide."""
+            windowed = [one[None, :, top : top + h, left : left + w] for one, (top, left, h, w) in zip(maps, windows)]
+            return torch.cat([F.interpolate(window, (GATE_SIZE, GATE_SIZE), mode=mode) for window in windowed])
+
         net, logits = self.network(self.proxy, self.args.seed), []
         for state in self.states:
             net.load_state_dict(state)
             with torch.no_grad():
-                raw = net(normalise(train.images[index].to(self.device).float()))
-            logits.append(F.interpolate(raw, (GATE_SIZE, GATE_SIZE), mode="bilinear").cpu())
+                logits.append(small(net(normalise(few.images.to(self.device).float())), "bilinear").cpu())
+        label = small(labels.unsqueeze(1).float(), "nearest").squeeze(1).long()
         onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float()
-        return Branch(
+        branch = Branch(
             ("y", "p", "1"),
             torch.stack(logits).unsqueeze(2),  # (S, B, 1, C, H, W)
             onehot.unsqueeze(1),
             self.gate_leaves,
             self.gate_score,
             ETA[self.args.metric],
-            KNOWN[0],
+            baseline=KNOWN[0],
             scale_free=self.proxy.optimizer == "adamw",
             ideal=10 * onehot.unsqueeze(1),
             known=KNOWN,
         )
+        return evolve.settle_rejection(branch)
 
     @staticmethod
     def gate_leaves(logits: Tensor, onehot: Tensor) -> dict[str, Tensor]:

@@ -41,8 +41,6 @@ GOOD = (
 )
 LIMITS = (-math.inf, 0.0, 0.05, 0.1, 0.2, 0.4, 0.6, math.inf)
 
-BATCH = 16
-
 
 def plain_protocol(branch: evolve.Branch, expr, steps: int = 500) -> float:
     """The gain after all steps; -inf if the loss has no gradient or becomes invalid."""
@@ -79,10 +77,10 @@ def show_quality(task: search_seg.SegTask, number: int) -> None:
     for expr in some_trees(100 * number, 1):
         tree = state.tree("loss", expr)
         child = evolve.Child({"loss": expr}, None, [tree])
-        if not evolve.judge(state, [child], evolve.CHEAP, evolve.Tried()):
+        if not evolve.judge(state, child, evolve.CHEAP, evolve.Tried()):
             continue
         state.learn("loss", tree.text, evolve.PASSED, tree.key, None)
-        (gain,) = evolve.rejection_gains(branch, [expr], early=())
+        gain = evolve.rejection_gain(branch, expr, early=())
         try:
             score = task.train({"loss": expr})
         except search_seg.InvalidLoss:
@@ -99,22 +97,19 @@ def show_quality(task: search_seg.SegTask, number: int) -> None:
         print(f"{low:>5.2f} to {high:<7.2f}{len(inside):>7}{near:>12}{ahead:>7}{best:>11.3f}  {text}", flush=True)
     print(f"\ngains of good losses; the limit for {task.args.metric} is {branch.eta}")
     for text in GOOD:
-        gain = evolve.rejection_gains(branch, [parse(text)], early=())[0]
+        gain = evolve.rejection_gain(branch, parse(text), early=())
         print(f"{gain:.2f} {'passes' if gain >= branch.eta else 'is rejected'}  {text}")
 
 
-def verdicts_of(task: search_seg.SegTask, trees: list, size: int) -> tuple[float, list[tuple[str, str]]]:
-    """Seconds, and for each tree its verdict and the gate that gave it, `size` trees at a time."""
+def verdicts_of(task: search_seg.SegTask, trees: list) -> tuple[float, list[tuple[str, str]]]:
+    """Seconds, and for each tree its verdict and the gate that gave it."""
     state, found, start = evolve.make_state(task.args, task), [], time.perf_counter()
-    for k in range(0, len(trees), size):
-        children = [evolve.Child({"loss": e}, None, [state.tree("loss", e)]) for e in trees[k : k + size]]
-        tried = evolve.Tried()
-        passing = evolve.judge(state, children, evolve.CHEAP, tried)
-        passing = evolve.judge(state, passing, evolve.DEAR, tried)
-        for child in passing:
+    for expr in trees:
+        child, tried = evolve.Child({"loss": expr}, None, [state.tree("loss", expr)]), evolve.Tried()
+        if evolve.judge(state, child, (*evolve.CHEAP, *evolve.DEAR), tried):
             tried.close(state, child)
         state.waiting.clear()
-        found += [(child.trees[0].verdict.gate, child.trees[0].gate) for child in children]
+        found.append((child.trees[0].verdict.gate, child.trees[0].gate))
     return time.perf_counter() - start, found
 
 
@@ -132,15 +127,14 @@ def main() -> None:
     branch, trees = task.branches["loss"], list(some_trees(args.trees, 0))
     seconds = {}
     if trees:
-        seconds["this project, one by one"], alone = verdicts_of(task, trees, 1)
-        seconds[f"this project, {BATCH} at a time"], together = verdicts_of(task, trees, BATCH)
+        seconds["this project"], found = verdicts_of(task, trees)
         start = time.perf_counter()
         gains = [plain_protocol(branch, expr) for expr in trees]
         seconds["plain protocol"] = time.perf_counter() - start
-        differ = [k for k, gain in enumerate(gains) if (gain >= branch.eta) != (alone[k][0] == evolve.PASSED)]
+        differ = [k for k, gain in enumerate(gains) if (gain >= branch.eta) != (found[k][0] == evolve.PASSED)]
         for k in differ:
-            print(f"differs: {alone[k]} here, gain {gains[k]:.3f} after all steps: {trees[k]}")
-        counts = Counter(gate or evolve.PASSED for _, gate in alone)
+            print(f"differs: {found[k]} here, gain {gains[k]:.3f} after all steps: {trees[k]}")
+        counts = Counter(gate or evolve.PASSED for _, gate in found)
         print(
             f"\n{len(trees)} trees, {args.metric}, torch {torch.__version__}, one thread: {dict(counts.most_common())}"
         )
@@ -148,9 +142,7 @@ def main() -> None:
         for side, number in seconds.items():
             ratio = seconds["plain protocol"] / number
             print(f"{side:<30}{number:>9.1f}{len(trees) / number:>9.1f}{ratio:>8.1f}")
-        same = sum(a[0] == b[0] for a, b in zip(alone, together)) / len(trees)
-        print(f"verdicts agree with the plain protocol: {1 - len(differ) / len(trees):.2%}", end="; ")
-        print(f"one by one and together: {same:.2%}")
+        print(f"verdicts agree with the plain protocol: {1 - len(differ) / len(trees):.2%}")
     if args.quality:
         show_quality(task, args.quality)
 

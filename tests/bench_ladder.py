@@ -61,15 +61,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         task.prepare(Path(folder) / "base.pt")
     task.train("ce")  # everything that is made once is made
-    own = evolve.equivalence_key, evolve.rejection_gains
+    own = evolve.equivalence_key, evolve.rejection_gain
     base = None
     print(f"{args.minutes:g} minutes each, {args.metric}, torch {torch.__version__}, {task.device}, one thread")
     print(f"{'':34}{'explored':>9}{'trained':>9}{'invalid':>9}{'best':>8}{'ratio':>8}{'published':>11}")
     for name, (gates, stop_invalid) in ROWS.items():
-        evolve.equivalence_key, evolve.rejection_gains = own
+        evolve.equivalence_key, evolve.rejection_gain = own
         if name in PUBLISHED:
             evolve.equivalence_key = norms_alone
-            evolve.rejection_gains = functools.partial(own[1], early=())
+            evolve.rejection_gain = functools.partial(own[1], early=())
         state = climb(task, gates, stop_invalid)
         base = base or state.explored
         scores = [result.score for result in state.results.values() if result.score is not None]

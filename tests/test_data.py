@@ -157,12 +157,16 @@ def test_broken_pairs_are_blank(tmp_path, what, capsys):
     search_seg.batch_scale_crop_flip(split, torch.tensor([299, 3]), 16, (0.5, 2.0), torch.Generator())
 
 
-def test_pictures_much_of_one_size_become_a_tensor():
-    whole = [torch.full((3, 5, 6 - k % 2), k).byte() for k in range(4)]
-    pictures = Pictures(lambda numbers: [whole[k] for k in numbers], 4, shapes=[tuple(x.shape) for x in whole], fill=7)
-    tensor = pictures.settle(lambda: "")
-    assert tensor.shape == pictures.shape == (4, 3, 5, 6)
-    assert torch.equal(tensor[3][..., :5], whole[3]) and (tensor[3][..., 5] == 7).all()
+@pytest.mark.parametrize("width", [6, 5])
+def test_small_pictures_of_one_size_become_a_tensor(width):
+    """Of others each is kept by itself: a network would see where a picture ends and the canvas begins."""
+    whole = [torch.full((3, 5, 6 if k % 2 else width), k).byte() for k in range(4)]
+    pictures = Pictures(lambda numbers: [whole[k] for k in numbers], 4, shapes=[tuple(x.shape) for x in whole])
+    settled = pictures.settle(lambda: "")
+    if width == 6:
+        assert torch.equal(settled, torch.stack(whole))
+    else:
+        assert settled is pictures and all(map(torch.equal, pictures.take(range(4)), whole))
 
 
 def test_windows_of_pictures():
@@ -278,6 +282,28 @@ def test_scores_do_not_depend_on_where_pictures_are(name, root):
         task, _ = make(name, root, "--memory", memory, "--proxy-steps", "2", "--batch", "4")
         scores.append(task.train({"seg": "ce", "det": "ce+l1", "pose": "mse"}[name]))
     assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
+def test_scores_of_pictures_of_unlike_sizes_do_not_depend_on_where_they_are(tmp_path):
+    """Bit for bit; no end of a picture counts as a boundary."""
+    for split, number in (("train", 4), ("val", 6)):
+        for k in range(number):
+            size = (64, 64) if k % 2 else (48, 56)
+            save(noise(*size, k), tmp_path / f"images/{split}/{k}.png")
+            mask = np.zeros(size, np.uint8)
+            mask[8:30, 10 + k : 40] = 1
+            save(mask, tmp_path / f"masks/{split}/{k}.png")
+    scores = []
+    for memory in ("0", "1"):
+        flags = ["--data", "folder", "--model", "small", "--crop", "32", "--memory", memory, "--metric", "bf1"]
+        task = search_seg.SegTask(arguments(search_seg, tmp_path, *flags))
+        task.load()
+        assert isinstance(task.data["test"].labels, Pictures)
+        scores.append(task.test(task.network(task.proxy, 0), task.data["test"]))
+        label = task.data["train"].labels.take([0])[0]
+        weights = search_seg.with_weights(task.data["train"], search_seg.distance_weights, 2).weights.take([0])[0]
+        assert torch.equal(weights, search_seg.distance_weights(label[None], 2)[0])
+    assert scores[0] == scores[1] and scores[0]["bf1"] > 0
 
 
 def test_weights_of_losses_are_made_as_pictures_are_read(root):
@@ -800,6 +826,7 @@ def test_palettes_that_differ_are_told(tmp_path, capsys):
         ("name,r,g,b\nsky,128,128,128\nsea,0,0,255\n", 2, True),  # class_dict.csv
         ("64 128 64\tAnimal\n192 0 128\tArchway\n0 0 0\tVoid\n", 3, True),  # CamVid
         ("__ignore__\n_background_\ncat\ndog\n", 3, False),  # labelme
+        ("id,name\n0,sky\n1,sea\n", 2, False),
     ],
 )
 def test_tables_of_classes(tmp_path, text, number, coloured):
@@ -968,11 +995,19 @@ def test_a_colour_that_no_class_has_though_it_is_grey(tmp_path):
         read_folder(root)
 
 
-@pytest.mark.parametrize("text", ['[\n "sky",\n "sea"\n]', "nc: 2\nnames:\n- sky\n- sea", "Pixel Value, Class\n0, sky"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[\n "sky",\n "sea"\n]',
+        "nc: 2\nnames:\n- sky\n- sea",
+        "Pixel Value, Class\n0, sky",
+        "sky,0,0,0,0\nsea,1,250,50,83",
+    ],
+)
 def test_a_list_of_classes_in_another_language(tmp_path, text):
     root = write_folder(tmp_path / "data", [index_map()] * 6)
     (tmp_path / "names").write_text(text)
-    with pytest.raises(DataError, match="is no class; give one name a line"):
+    with pytest.raises(DataError, match="is no class; give one name a line|give name, red, green and blue"):
         read_folder(root, "--classes", tmp_path / "names")
 
 
@@ -986,6 +1021,74 @@ def test_lists_of_pictures_and_masks_in_any_folders(tmp_path):
     root = write_folder(tmp_path / "b", [index_map()] * 8, "split last")  # a list chooses among those in its folder
     (root / "train.txt").write_text("0\n2\n3\n")
     assert {path.stem for path, _ in search_seg.folder_pairs(root)["train"]} == {"0", "2", "3"}
+
+
+def splits_of(root):
+    return {name: sorted(path.stem for path, _ in pairs) for name, pairs in search_seg.folder_pairs(root).items()}
+
+
+def test_lists_of_paths_choose_among_folders(tmp_path, capsys):
+    """A list counts, also where there is a folder of that split; unless its files are those of another machine."""
+    root = write_folder(tmp_path, [index_map()] * 8, "split first")
+    (root / "train.txt").write_text("train/images/0.jpg\ntrain/images/2.jpg train/masks/2.png\n")
+    assert splits_of(root) == {"train": ["0", "2"], "test": ["4", "5", "6", "7"]}
+    (root / "val.txt").write_text("train/images/1.jpg\ntrain/images/3.jpg\n")
+    assert splits_of(root) == {"train": ["0", "2"], "test": ["1", "3"]}
+    search_seg.warn_once.cache_clear()
+    (root / "train.txt").write_text("".join(f"/data/train/{k}.jpg /data/trainannot/{k}.png\n" for k in range(2)))
+    assert splits_of(root)["train"] == ["0", "1", "2", "3"]
+    assert f"all of {root / 'train/images'} is used" in capsys.readouterr().err
+    (root / "train.txt").write_text("train/images/0.jpg\ntrain/images/9.jpg\n")
+    with pytest.raises(DataError, match="9.jpg: not found"):
+        splits_of(root)
+
+
+def test_a_list_of_one_split_leaves_the_rest_to_the_other(tmp_path):
+    root = write_folder(tmp_path, [index_map()] * 8, "no splits")
+    (root / "valid.txt").write_text("6\n7\n")
+    assert splits_of(root) == {"train": [*"012345"], "test": [*"67"]}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_test_split_without_masks_is_left_out(tmp_path, capsys, listed):
+    search_seg.warn_once.cache_clear()
+    root = write_folder(tmp_path, [index_map()] * 8, "lists" if listed else "split last")
+    if listed:
+        save(noise(20, 30), root / "images/t.jpg")
+        (root / "test.txt").write_text("t\n")
+    else:
+        save(noise(20, 30), root / "images/test/t.jpg")
+        (root / "annotations/test").mkdir()
+    assert splits_of(root) == {"train": [*"0123"], "test": [*"4567"]}
+    assert "the test split is left out" in capsys.readouterr().err
+    (root / ("train.txt" if listed else "annotations/training/0.png")).rename(tmp_path / "away")
+    if not listed:
+        with pytest.raises(DataError, match="no mask of that name"):
+            splits_of(root)
+
+
+def test_the_folder_that_holds_pictures_is_taken(tmp_path):
+    root = write_folder(tmp_path, [index_map()] * 8, "split last")
+    for split in ("training", "validation"):
+        (root / "labels" / split).mkdir(parents=True)
+        (root / f"labels/{split}/0.txt").write_text("0 .5 .5 .1 .1\n")
+    assert splits_of(root)["train"] == [*"0123"]
+
+
+def test_pictures_named_like_masks(tmp_path):
+    """Left and right eyes, side by side with their masks."""
+    for split in ("train", "val"):
+        for k, side in enumerate("LRLR"):
+            save(noise(20, 30, k), tmp_path / f"{split}/eye{k}_{side}.jpg")
+            save(index_map(), tmp_path / f"{split}/eye{k}_{side}_mask.png")
+    assert splits_of(tmp_path)["train"] == ["eye0_L", "eye1_R", "eye2_L", "eye3_R"]
+
+
+def test_grey_values_saved_as_rgb_are_no_colours_of_voc(tmp_path):
+    """Value 128 is class 128, though (128, 128, 128) is VOC's colour of class 7."""
+    masks = [np.stack([np.array(values, np.uint8)[index_map()]] * 3, -1) for values in ((0, 1, 128), (0, 128, 128)) * 4]
+    for split in read_folder(write_folder(tmp_path, masks), "--classes", "150").values():
+        assert set(split.labels.unique().tolist()) <= {0, 1, 128}
 
 
 def test_every_eighth_for_want_of_a_split_is_told(tmp_path, capsys):

@@ -168,6 +168,13 @@ def test_of_equal_ious_the_later_one_is_taken():
     assert got["AR100"] == pytest.approx(0.5), "one of two at every threshold; .7 if the first were taken"
 
 
+def test_an_annotation_listed_twice_counts_twice():
+    """As in pycocotools."""
+    truth, found = random_case(0, "bbox")
+    truth["annotations"] += [dict(one) for one in truth["annotations"][:4]]
+    assert search_det.coco_eval(truth, found, "bbox", "cpu") == pytest.approx(oracle(truth, found, "bbox"), nan_ok=True)
+
+
 def test_evaluator_in_small_portions(monkeypatch):
     """The groups of a case, matched a few at a time, as those of a large data set are."""
     truth, found = random_case(13, "bbox")
@@ -871,6 +878,73 @@ def test_a_detection_depends_on_its_picture_alone(task):
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
+def test_a_detection_depends_neither_on_the_sizes_of_others_nor_on_memory(tmp_path):
+    """Pictures of unlike sizes, of which no side is a multiple of the strides."""
+    sizes = {1: (64, 50), 2: (40, 64), 3: (128, 90), 4: (30, 30)}
+    write_coco(tmp_path, sizes, [entry(k, k) for k in sizes])
+    found = []
+    for memory in ("0", "1"):
+        flags = ["--data", "coco", "--model", "small", "--size", "64", "--memory", memory]
+        task = search_det.DetTask(arguments(tmp_path, *flags))
+        task.load()
+        net, split = task.network(task.proxy, 0), task.data["test"]
+        found.append(search_det.detect(net, split, slice(0, 4), 64, "cpu"))
+        found.append([search_det.detect(net, split, slice(k, k + 1), 64, "cpu")[0] for k in range(4)])
+    for others in found[1:]:
+        for one, other in zip(found[0], others):
+            assert len(one["boxes"]) and all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
+    for (height, width), one in zip(sizes.values(), found[0]):
+        assert (one["boxes"].amax(0)[2:] <= torch.tensor([width, height]) + 0.5 * max(height, width) / 64).all()
+
+
+def test_anchors_lie_at_the_strides_of_training(tmp_path, monkeypatch):
+    write_coco(tmp_path, {1: (50, 64), 2: (64, 33)}, [entry(1, 1), entry(2, 2)])
+    task = search_det.DetTask(arguments(tmp_path, "--data", "coco", "--model", "small", "--size", "64"))
+    task.load()
+    net, seen = task.network(task.proxy, 0), []
+    make = net.rpn.anchor_generator.forward
+    monkeypatch.setattr(net.rpn.anchor_generator, "forward", lambda *what: seen.append(make(*what)[0]) or seen[-1:] * 2)
+    search_det.detect(net, task.data["test"], slice(0, 2), 64, "cpu")
+    centres = (seen[0][:, :2] + seen[0][:, 2:]) / 2
+    grids = [torch.cartesian_prod(*[torch.arange(0, 64, stride)] * 2) for stride in (4, 8, 16)]
+    assert torch.equal(centres.flip(1)[::3], torch.cat(grids).float())
+
+
+def test_levels_of_pools_are_not_guessed():
+    """torchvision takes them from the first pictures that a network sees."""
+    net = search_det.build_model("r50-fpn", 3, True)
+    for pool in (net.roi_heads.box_roi_pool, net.roi_heads.mask_roi_pool):
+        guessed = search_det.MultiScaleRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
+        features = [torch.rand(1, 2, 256 // stride, 256 // stride) for stride in (4, 8, 16, 32)]
+        named = dict(zip(pool.featmap_names, features))
+        boxes = [torch.tensor([[3.0, 4, 60, 200], [0, 0, 255, 255], [9, 9, 30, 20]])]
+        assert torch.equal(pool(named, boxes, [(256, 256)]), guessed(named, boxes, [(256, 256)]))
+        assert pool.scales == guessed.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_gates_look_at_objects_that_are_targets(tmp_path):
+    """The picture with most objects has but such as vanish at the size of training."""
+    sizes, many = dict.fromkeys((1, 2, 3), (100, 160)), [entry(10 + k, 2, box=(8 * k, 8, 3, 3)) for k in range(9)]
+    write_coco(tmp_path, sizes, [*many, entry(1, 1), entry(3, 3, box=(20, 20, 60, 50))])  # the first is held out
+    flags = ["--data", "coco", "--model", "small", "--size", "64", "--proxy-steps", "2"]
+    task = ready(search_det.DetTask(arguments(tmp_path, *flags)))
+    assert set(task.few.tolist()) == {1} and task.branches["rcnn_reg"].target.isfinite().all()
+    write_coco(tmp_path / "tiny", sizes, [*many, entry(1, 1)])
+    with pytest.raises(search_det.DataError, match="less than 2 pixels wide at --size 64; give a larger one"):
+        ready(search_det.DetTask(arguments(tmp_path / "tiny", *flags)))
+
+
+def test_masks_of_a_large_picture_are_pasted_one_by_one(mask_task, monkeypatch):
+    net, split, pasted = mask_task.network(mask_task.proxy, 0), mask_task.data["test"], []
+    paste = search_det.paste_masks
+    monkeypatch.setattr(search_det, "paste_masks", lambda m, *more: pasted.append(len(m)) or paste(m, *more))
+    want = search_det.test_network(net, split, 64, "cpu")
+    assert max(pasted) > 1
+    pasted.clear()
+    monkeypatch.setattr(search_det, "PASTED", 1)
+    assert search_det.test_network(net, split, 64, "cpu") == want and set(pasted) <= {0, 1}
+
+
 @pytest.mark.parametrize("name", search_det.LOSSES)
 def test_every_loss_trains(task, name):
     assert 0 <= task.train(name) < 1
@@ -928,10 +1002,10 @@ def test_known_losses_pass_the_gates(mask_task, branch, seed):
     assert (own.score(own.ideal, own.target) > 0.95).all(), "the ideal prediction is right"
     for text in own.known:
         expr = parse(text)
-        assert evolve.gradients(own, [expr])[0] is not None
-        assert evolve.rejection_gains(own, [expr])[0] > 1.2 * own.eta, text
+        assert evolve.gradients(own, expr) is not None
+        assert evolve.rejection_gain(own, expr) > 1.2 * own.eta, text
     wrong = parse(f"Neg({own.known[0]})")
-    assert evolve.rejection_gains(own, [wrong])[0] < own.eta
+    assert evolve.rejection_gain(own, wrong) < own.eta
 
 
 def test_gates_decode_as_torchvision(task):
@@ -1237,6 +1311,8 @@ bad = functools.partial(refused, search_det)
         (["--compare", "iou,focal"], ["--compare focal"]),
         (["--loss", "iou", "--compare", "iou"], ["--compare iou", "--loss"]),
         (["--size", "8"], ["--size", "at least 64"]),
+        (["--size", "100"], ["--size 100", "multiple of 16", "small"]),
+        (["--size", "80", "--model", "r50-fpn"], ["--size 80", "multiple of 64", "r50-fpn"]),
         (["--data", "voc"], ["--data", "shapes coco"]),
         (["--data", "coco"], ["--data coco", "--data-root"]),
         (["--model", "r101"], ["--model", "small r50-fpn"]),

@@ -1,5 +1,6 @@
 """The search, on a toy task that needs no data: mutations, gates, surrogate, state, journal, closing round, workers."""
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -162,7 +163,7 @@ def scored(state, scores, **more):
     """Absorb proxy trainings of losses as formulas, with these scores."""
     for text, score in scores.items():
         child = make_child(state, text)
-        evolve.judge(state, [child], evolve.CHEAP, tried := Tried())
+        evolve.judge(state, child, evolve.CHEAP, tried := Tried())
         tried.close(state, child)
         record = evolve.proxy_training(state.task, nobody, child) | {
             "worker": 0,
@@ -302,7 +303,7 @@ def test_no_tree_outgrows_the_bound():
 
 
 def gradient_of(text, branch=None):
-    return evolve.gradients(branch or toy_branch(), [parse(text)])[0]
+    return evolve.gradients(branch or toy_branch(), parse(text))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,7 @@ def test_gradients_are_those_at_every_state():
     found = gradient_of(str(CE), branch)
     for k, x in enumerate(branch.prediction):
         x = x.clone().requires_grad_()
-        evolve.evaluate_batch([CE], branch.leaves(x[None], branch.target)).sum().backward()
+        evaluate(CE, branch.leaves(x, branch.target)).sum().backward()
         assert torch.allclose(found[k].float(), x.grad.flatten(1), atol=1e-7)
 
 
@@ -402,7 +403,7 @@ def test_sketches_keep_distances():
     branch, rng = toy_branch(states=3), random.Random(0)
     branch.scale_free = True
     trees = [evolve.mutate(rng, parse(PLANTED), SYMBOLS) for _ in range(60)]
-    slopes = [slope for slope in evolve.gradients(branch, trees) if slope is not None]
+    slopes = [slope for tree in trees if (slope := evolve.gradients(branch, tree)) is not None]
     assert len(slopes) > 10
     errors = []
     for one, two in itertools.combinations(slopes, 2):
@@ -432,7 +433,7 @@ def test_no_few_positions_rule_a_direction():
 
 
 def gain(expr, **limits):
-    return evolve.rejection_gains(toy_branch(), [expr], **limits)[0]
+    return evolve.rejection_gain(toy_branch(), expr, **limits)
 
 
 def test_rejection_protocol():
@@ -449,13 +450,13 @@ def test_rejection_takes_the_steps_of_adam_from_the_first_state():
     adam = torch.optim.Adam([x], lr=evolve.REJECTION_LR, eps=1e-16)
     for _ in range(7):
         adam.zero_grad()
-        evolve.evaluate_batch([CE], branch.leaves(x, branch.target)).sum().backward()
+        evaluate(CE, branch.leaves(x, branch.target)).sum().backward()
         adam.step()
     seen = []
     watched = branch.score
     branch.score = lambda x, y: seen.append(x) or watched(x, y)
-    evolve.rejection_gains(branch, [CE], steps=7, early=())
-    assert torch.allclose(seen[-1][0], x, atol=1e-5)
+    evolve.rejection_gain(branch, CE, steps=7, early=())
+    assert torch.allclose(seen[-1], x, atol=1e-5)
 
 
 def test_early_decisions_are_taken_at_their_limits_alone():
@@ -466,39 +467,47 @@ def test_early_decisions_are_taken_at_their_limits_alone():
     assert gain(CE, early=((2, -9, -8),)) == stopped, "above the upper limit it accepts"
 
 
-def test_a_decided_tree_leaves_the_others_alone():
-    branch = toy_branch()
-    others = [CE, parse("Square(Add(p, Neg(y)))")]
-    bad = [parse("Mul(y, Log(p))"), parse("Mul(y, Exp(Inv(Add(p, Neg(p)))))")]  # gains nothing; not finite
-    alone = [evolve.rejection_gains(branch, [expr])[0] for expr in others]
-    together = evolve.rejection_gains(branch, [bad[0], others[0], bad[1], others[1]])
-    assert together[1::2] == pytest.approx(alone, abs=1e-6)
-    assert together[0] < 0.1 and together[2] == float("-inf")
+def test_what_becomes_invalid_is_rejected():
+    assert gain(parse("Mul(y, Exp(Inv(Add(p, Neg(p)))))")) == -math.inf
+
+
+def test_the_baseline_passes_with_a_margin(monkeypatch):
+    """Also where hardly anything is left to gain, or an early decision would be wrong."""
+
+    def settled(**change):
+        return evolve.settle_rejection(dataclasses.replace(toy_branch(eta=0.3), baseline=str(CE), **change))
+
+    plain = settled()
+    assert (plain.eta, plain.early) == (0.3, evolve.EARLY), "nothing changes where it passes"
+    monkeypatch.setattr(evolve, "REJECTION_LR", 0.01)
+    hasty = settled(early=((1, 9, 99),))
+    assert hasty.early == () and evolve.rejection_gain(hasty, CE) >= hasty.eta
+    nearly = settled(score=lambda x, y: 0.95 + 0.05 * plain.score(x, y))
+    assert 0.01 < nearly.eta < 0.03 and evolve.rejection_gain(nearly, CE) >= nearly.eta
+    assert evolve.rejection_gain(nearly, parse("Mul(y, Log(p))")) < nearly.eta
+    nothing = settled(score=lambda x, y: torch.full(x.shape[:-4], math.nan))
+    assert nothing.eta == 0.3
 
 
 EVERY_GATE = evolve.CHEAP + evolve.DEAR
 
 
-def judged(state, children):
-    """Through all gates; the children that pass, and what was tried."""
+def judged(state, child):
+    """Through all gates; whether the child passes, and what was tried."""
     tried = Tried()
-    return evolve.judge(state, children, EVERY_GATE, tried), tried
+    return evolve.judge(state, child, EVERY_GATE, tried), tried
 
 
-def test_judging_together_is_judging_one_by_one():
+def test_every_gate_turns_something_away_and_good_losses_pass():
     rng, task = random.Random(5), ToyTask()
     good = [CE, parse("Square(Add(p, Neg(y)))"), parse("Neg(Mul(MeanNHW(y), Mul(y, p)))")]
-    trees = [evolve.random_tree(rng, SYMBOLS) for _ in range(50)]
+    trees = good + [evolve.random_tree(rng, SYMBOLS) for _ in range(50)]
     trees += [evolve.mutate(rng, rng.choice(good), SYMBOLS) for _ in range(50)]
-    trees = list({str(canonical(tree)): tree for tree in trees}.values())
-    together, alone = begin(task), begin(task)
-    children = [make_child(together, tree) for tree in trees]
-    passing, _ = judged(together, children)
-    singly = [make_child(alone, tree) for tree in trees]
-    surviving = [child for child in singly if judged(alone, [child])[0]]
-    assert [child.losses for child in passing] == [child.losses for child in surviving]
-    assert [child.trees[0].verdict for child in children] == [child.trees[0].verdict for child in singly]
-    assert together.verdicts == alone.verdicts and together.keys.keys() == alone.keys.keys()
+    state = begin(task)
+    children = [make_child(state, tree) for tree in {str(canonical(tree)): tree for tree in trees}.values()]
+    passing = [child for child in children if judged(state, child)[0]]
+    assert [child.losses["loss"] for child in passing[:3]] == good
+    assert all((child.trees[0].verdict is None) == (child in passing) for child in children)
     assert {tree.gate for child in children for tree in child.trees} >= {"dead", "gradient", "rejected", ""}
 
 
@@ -507,9 +516,9 @@ def test_gates_come_in_order():
     state = begin(task)
 
     def decided(text):
-        passing, tried = judged(state, [child := make_child(state, text)])
-        assert bool(passing) == (not tried.counts)
-        if passing:
+        passes, tried = judged(state, child := make_child(state, text))
+        assert passes == (not tried.counts)
+        if passes:
             tried.close(state, child)
             return None
         return next(iter(tried.counts))
@@ -555,8 +564,8 @@ def test_equivalent_scores_are_reused():
     task = ToyTask()
     state = begin(task, "--without", "surrogate")
     scored(state, {str(CE): 0.9})
-    passing, tried = judged(state, [child := make_child(state, "Neg(Mul(y, Log(Abs(p))))")])
-    assert not passing and dict(tried.counts) == {"equivalent": 1}
+    passes, tried = judged(state, child := make_child(state, "Neg(Mul(y, Log(Abs(p))))"))
+    assert not passes and dict(tried.counts) == {"equivalent": 1}
     assert tried.reused == [({"loss": "Neg(Mul(y, Log(Abs(p))))"}, child.identity)]
     other = tried_child(state, make_child(state, "Neg(Mul(y, p))"))
     other.tried["reused"] = tried.reused
@@ -737,7 +746,7 @@ def test_sketches_tell_the_scale_where_it_counts():
     for scale_free in (True, False):
         branch = toy_branch()
         branch.scale_free = scale_free
-        one, two = (evolve.sketch(branch, evolve.gradients(branch, [parse(t)])[0]) for t in ("Mul(y, Log(p))", twice))
+        one, two = (evolve.sketch(branch, evolve.gradients(branch, parse(t))) for t in ("Mul(y, Log(p))", twice))
         number = evolve.SKETCH * math.prod(branch.prediction.shape[:2])
         torch.testing.assert_close(one[:number], two[:number])
         scale = [] if scale_free else [evolve.SCALE * math.log10(2)]
@@ -856,7 +865,7 @@ def test_twins_of_what_was_trained_are_passed_over(monkeypatch):
     monkeypatch.setattr(evolve, "TWINS", sorted(cosine.values())[len(names) // 2].item() + 1e-4)
     children = [make_child(state, text) for text in names]
     for child in children:
-        evolve.describe(task, child.trees)
+        evolve.describe(task, *child.trees)
     alone = {str(child.losses["loss"]) for child in guide.without_twins(state, children)}
     assert alone == {text for text in names if cosine[text] < evolve.TWINS} and not alone >= {*names}
     pool = itertools.cycle(names)
@@ -929,7 +938,7 @@ def test_relatives_of_another_island_are_passed_over(monkeypatch):
     assert len(guide.rows) == len(state.island()) < len(known)
     children = [make_child(state, text) for text in spread(120, 1)[1]]
     for child in children:
-        evolve.describe(task, child.trees)
+        evolve.describe(task, *child.trees)
     there = torch.stack([guide.point(task, member.losses)[0] for member in state.members()[: len(known)]])
     cosine = [(1 - (guide.point(task, c.losses)[0] - there).square().sum(1) / 2).max().item() for c in children]
     monkeypatch.setattr(evolve, "TWINS", 1.1)
@@ -982,7 +991,7 @@ def test_trials_of_several_branches_are_no_relatives():
     scores |= {("reg", text): 0.9 * task.score({"reg": parse(text)}) for text in spread(30)[1]}
     for (branch, text), score in scores.items():
         child = make_child(state, text, branch)
-        evolve.judge(state, [child], evolve.CHEAP, tried := Tried())
+        evolve.judge(state, child, evolve.CHEAP, tried := Tried())
         record = evolve.proxy_training(task, nobody, tried.close(state, child)) | {"worker": 0, "turn": state.evaluated}
         state.absorb({**json.loads(json.dumps(record)), "elapsed": 0, "score": score})
     assert state.surrogate.fit(state, [])
@@ -994,11 +1003,12 @@ def test_children_are_trained_in_short():
     task = ToyTask()
     task.branches["loss"].scale_free = True
     state = begin(task)
-    (long,) = evolve.judge(state, [make_child(state, "Neg(Mul(y, Log(Abs(Mul(1, Abs(p))))))")], evolve.CHEAP, Tried())
+    long, plain = (make_child(state, text) for text in ("Neg(Mul(y, Log(Abs(Mul(1, Abs(p))))))", str(CE)))
+    assert evolve.judge(state, long, evolve.CHEAP, Tried())
     long.predicted = [0.5, 0.1]
     brief = evolve.briefly(state, long)
     assert str(brief.losses["loss"]) == str(CE) and brief.predicted == [0.5, 0.1]
-    (plain,) = evolve.judge(state, [make_child(state, str(CE))], ("gradient",), Tried())
+    assert evolve.judge(state, plain, ("gradient",), Tried())
     assert brief.identity == plain.identity, "and known by what it is"
     tried = Tried()
     tried.close(state, brief)
@@ -1264,9 +1274,9 @@ def test_losses_of_different_branches_are_different():
 def test_a_branch_that_was_given_back_is_no_news():
     state = begin(ToyTask(branches=("cls", "reg")), "--without", "surrogate")
     child = evolve.Child({"cls": CE}, {"cls": CE, "reg": CE})
-    assert evolve.judge(state, [child], evolve.CHEAP, Tried()) == [child]
+    assert evolve.judge(state, child, evolve.CHEAP, Tried())
     state.scores[child.identity] = 0.5
-    assert evolve.judge(state, [child], evolve.CHEAP, tried := Tried()) == [] and tried.counts == {"seen": 1}
+    assert not evolve.judge(state, child, evolve.CHEAP, tried := Tried()) and tried.counts == {"seen": 1}
 
 
 def test_a_favourite_of_the_surrogate_is_mutated_among_the_trials_as_well():

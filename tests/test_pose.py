@@ -522,6 +522,21 @@ def test_other_skeletons_by_their_names(tmp_path):
     assert 0 <= task.train("mse") <= 1
 
 
+@pytest.mark.parametrize("animals", [False, True])
+def test_tolerances_are_those_of_coco_where_its_joints_are(animals, capsys):
+    """17 joints in the order of AP-10K: shoulders and hips are not where COCO has them."""
+    limbs = ("Shoulder", "Elbow", "F_Paw"), ("Hip", "Knee", "B_Paw")
+    names = ["L_Eye", "R_Eye", "Nose", "Neck", "Root of tail"]
+    names += [f"{side}_{joint}" for part in limbs for side in "LR" for joint in part]
+    category = {"keypoints": names if animals else [*shapes.JOINTS], "skeleton": []}
+    search_pose.warn_once.cache_clear()
+    sigmas = search_pose.read_skeleton({"categories": [category]}, None).sigmas.tolist()
+    assert sigmas == ([search_pose.OTHER_SIGMA] * 17 if animals else [*search_pose.COCO_SIGMAS])
+    assert ("another order than COCO's" in capsys.readouterr().err) == animals
+    given = search_pose.read_skeleton({"categories": [category]}, [*search_pose.COCO_SIGMAS]).sigmas.tolist()
+    assert given == [*search_pose.COCO_SIGMAS]
+
+
 SIDES = [
     "left_eye right_eye", "l_eye r_eye", "LEye REye", "eye_left eye_right", "eye.L eye.R", "Left Eye|Right Eye",
     "leftEye rightEye", "L eye|R eye", "eyeL eyeR", "lefteye righteye", "leye reye", "EyeLeft EyeRight", "eye_l eye_r",
@@ -841,11 +856,11 @@ def test_invalid_values_stop_the_training(task, text):
 def test_good_losses_pass_the_gates_and_bad_ones_do_not(task):
     branch = task.branches["loss"]
     for text in ("Neg(Mul(y, Log(p)))", "Square(Add(p, Neg(y)))", "Neg(Mul(y, p))"):
-        assert evolve.gradients(branch, [parse(text)])[0] is not None
-        assert evolve.rejection_gains(branch, [parse(text)], early=())[0] > 1.4 * branch.eta, text
+        assert evolve.gradients(branch, parse(text)) is not None
+        assert evolve.rejection_gain(branch, parse(text), early=()) > 1.4 * branch.eta, text
     for text in ("Mul(y, Log(p))", "Square(Add(p, y))", "Mul(MeanNHW(y), p)"):
-        assert evolve.rejection_gains(branch, [parse(text)], early=())[0] < 0.5 * branch.eta, text
-    assert evolve.gradients(branch, [parse("Mul(p, MeanNHW(Add(1, Mul(y, Add(1, Neg(1))))))")]) == [None]
+        assert evolve.rejection_gain(branch, parse(text), early=()) < 0.5 * branch.eta, text
+    assert evolve.gradients(branch, parse("Mul(p, MeanNHW(Add(1, Mul(y, Add(1, Neg(1))))))")) is None
 
 
 def test_gate_scores_count_joints(task):

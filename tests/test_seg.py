@@ -450,6 +450,16 @@ def test_unet_weights():
     assert weight[5, 5].item() == pytest.approx(gap.item(), rel=1e-2)
 
 
+def test_weights_of_rare_classes_are_finite():
+    """A few stray pixels, and a class that no counted label map has."""
+    label = torch.zeros(1, 600, 600, dtype=torch.long)
+    label[0, 0, 0], label[0, 9, 9] = 1, 2
+    alone = search_seg.unet_weights(label, 3)[0].float()
+    counted = search_seg.unet_weights(label, 3, torch.tensor([360_000.0, 0.0, 1.0]))[0].float()
+    assert alone[0, 0] == counted[9, 9] == search_seg.LARGEST_WEIGHT and counted[0, 0] == 1
+    assert alone.isfinite().all() and counted.isfinite().all()
+
+
 def test_distance_weights():
     label = torch.zeros(2, 9, 9, dtype=torch.uint8)
     label[0, :, 4:] = 1
@@ -632,8 +642,6 @@ def test_invalid_values_stop_the_training(task, text):
 
 
 def test_hand_made_losses_pass_the_gates(task):
-    import evolve
-
     branch = task.branches["loss"]
     for text in (
         "Neg(Mul(y, Log(p)))",
@@ -641,8 +649,8 @@ def test_hand_made_losses_pass_the_gates(task):
         "Square(Add(p, Neg(y)))",
     ):
         expr = parse(text)
-        assert evolve.gradients(branch, [expr])[0].shape == (3, 5, branch.prediction[0, 0].numel())
-        assert evolve.rejection_gains(branch, [expr], early=())[0] > 1.2 * branch.eta, text
+        assert evolve.gradients(branch, expr).shape == (3, 5, branch.prediction[0, 0].numel())
+        assert evolve.rejection_gain(branch, expr, early=()) > 1.2 * branch.eta, text
 
 
 def test_gate_scores_are_the_metric(task):
@@ -653,6 +661,36 @@ def test_gate_scores_are_the_metric(task):
     assert (branch.score(branch.target.float(), branch.target) == 1).all()
     want = seg_metrics(branch.prediction[0, 2].argmax(1), branch.target[2].argmax(1), 7)["miou"]
     assert scores[0, 2].item() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("metric", ["miou", "biou", "bf1"])
+@pytest.mark.parametrize("side", [12, 1])
+def test_gates_see_small_objects(tmp_path, metric, side):
+    """Squares, and lines, of which nothing is left where the whole picture is made small; some pictures are empty."""
+    for split, number in (("train", 8), ("val", 3)):
+        for k in range(number):
+            mask = np.zeros((200, 256), np.uint8)
+            mask[40 + k : 40 + k + side, 20 + 9 * k : 20 + 9 * k + 12] = k not in (1, 2, 3, 4) or split == "val"
+            for folder, pixels in (("images", np.stack([mask * 200] * 3, -1)), ("masks", mask)):
+                (tmp_path / folder / split).mkdir(parents=True, exist_ok=True)
+                save(pixels, tmp_path / f"{folder}/{split}/{k}.png")
+    flags = ["--data", "folder", "--model", "small", "--crop", "32", "--proxy-steps", "2", "--metric", metric]
+    branch = ready(search_seg.SegTask(arguments(tmp_path, *flags))).branches["loss"]
+    seen = [len(target.argmax(-3).unique()) for target in branch.target]
+    assert sorted(seen) == [1, 1, 2, 2, 2], "three pictures with an object, two empty ones"
+    gain = evolve.rejection_gain(branch, parse(search_seg.KNOWN[0]))
+    assert gain > branch.eta
+
+
+def test_gate_windows():
+    label = torch.zeros(40, 100, dtype=torch.uint8)
+    assert search_seg.gate_window(label, 40, 80) == (0, 0, 40, 80), "nothing to look for"
+    label[8:32, 10:70] = 1
+    assert search_seg.gate_window(label, 40, 80) == (0, 0, 40, 80), "all of it shows enough"
+    label[:] = 0
+    label[39, 99] = 1
+    top, left, height, width = search_seg.gate_window(label, 40, 100)
+    assert (top + height, left + width) == (40, 100) and 16 <= min(height, width) and label[top:, left:].any()
 
 
 def test_training_learns(root):

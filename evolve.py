@@ -255,6 +255,7 @@ class Task:
     symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
     converged = True  # whether `retrain` follows the schedule at which the baseline has converged
+    ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on
     curve: list[tuple[int, float]] = []  # (step, loss) of the latest training
     measured: dict[str, float] = {}  # all metrics after the latest proxy training, where there are several
@@ -1403,9 +1404,14 @@ def close(state: State, worker: "Worker", args) -> None:
     table = {"baseline": task.baseline} | ({"found": found} if found else {})
     jobs = []
     for k in range(args.seeds):
-        pictures = {name: worker.directory / f"{name}.png" for name in table if k == 0}
+        pictures = {name: predictions_of(worker.directory, losses) for name, losses in table.items() if k == 0}
         jobs += [(losses, args.seed + TABLE_SEEDS + k, pictures.get(name)) for name, losses in table.items()]
     worker.serve(state, jobs)
+
+
+def predictions_of(directory: Path, losses: dict[str, str] | str) -> Path:
+    """The picture of what a network predicts that these losses have trained; another round may find others."""
+    return directory / f"predictions-{hashlib.blake2b(losses_text(losses).encode(), digest_size=4).hexdigest()}.png"
 
 
 def select_finalists(state: State) -> list[dict[str, str]]:
@@ -1884,9 +1890,10 @@ class Reporter:
     def draw_evaluated(self, record: dict, rate: float, gates: dict[str, int]) -> None:
         state, score = self.state, record["score"]
         scores = [member.score for member in state.population if member.score is not None]
+        best = max((member.score for member in state.valid()), default=None)
         mean, deviation = record["predicted"] or (None, None)
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
-            "found/best": max(scores, default=None),
+            "found/best": best,
             "search/score": score,
             "search/population_mean": sum(scores) / len(scores) if scores else None,
             "search/baseline": state.baseline,
@@ -1901,8 +1908,8 @@ class Reporter:
         for tag, value in tags.items():
             if value is not None:
                 self.board.add_scalar(tag, value, state.explored)
-        if scores:
-            self.board.add_scalar("search/best_by_second", max(scores), int(state.elapsed))
+        if best is not None:
+            self.board.add_scalar("search/best_by_second", best, int(state.elapsed))
         if state.sampler:
             state.sampler.show(self.board)
 
@@ -1999,9 +2006,11 @@ class Reporter:
     def draw_end(self, text: str | None, table: str, test: dict) -> None:
         args, state = self.args, self.state
         self.board.add_text("found/closing_table", table, state.explored)
-        tags = {"gradients": "gradients", "found": "predictions", "baseline": "predictions_baseline"}
-        for name, tag in tags.items():
-            picture = self.directory / f"{name}.png"
+        tags = {"predictions_baseline": predictions_of(self.directory, self.task.baseline)}
+        if text:
+            found = {"gradients": self.directory / "gradients.png", "predictions": predictions_of(self.directory, text)}
+            tags = found | tags
+        for tag, picture in tags.items():
             pixels = cv2.imread(str(picture)) if picture.is_file() else None
             if pixels is not None:  # BGR to RGB
                 self.board.add_image(f"found/{tag}", pixels[..., ::-1], state.explored, dataformats="HWC")
@@ -2110,11 +2119,12 @@ def main(args, make_task: Callable[..., Task]) -> None:
             stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt)
+    task = None
     try:
         task = make_task(args)
         compare(args, task) if args.wanted else run(args, task)
     except DataError as error:
-        fail(f"--data-root {args.data_root}: {error}")
+        fail(f"--data-root {args.data_root}: {error}", everyone=task is not None and task.ready)
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -2217,6 +2227,7 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
     try:
         task.load()
         task.prepare(directory / "base.pt")
+        task.ready = True
         worker.hear(state)
         worker.start = time.time() - state.searched
         if state.baseline is None and worker.claim("baseline"):
@@ -2438,7 +2449,9 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
         fail(f"{flag} {given!r:.40}: names no loss; leave the flag out to search for one")
     if len(set(names)) < len(names):
         fail(f"{flag} {args.compare:.80}: a loss is named twice; give each of them once")
-    args.wanted = {text: read_loss(text, flag) for text in names}
+    began = args.resume / "losses.json" if args.resume else None  # what the names stood for; RUN_DIR may have gone
+    known = read_json(began, {str: str}, "remove it") if began and began.is_file() else {}
+    args.wanted = {text: read_loss(known.get(text, text), flag) for text in names}
 
 
 def split_outside_brackets(text: str, separators: str) -> list[str]:
@@ -2582,10 +2595,14 @@ class Checkpoint:
         if not self.path.exists():
             return 0, []
 
+        rank, world = rank_and_world()
+
         def use(state) -> tuple[int, list]:
             for part, saved in zip(parts, state["parts"], strict=True):
                 part.load_state_dict(saved)
-            for generator, saved in zip(generators, state["generators"][rank_and_world()[0]], strict=True):
+            if (number := len(state["generators"])) != world:  # each has its own share of a batch
+                fail(f"{self.path}: a training of {number} processes, not of {world}; go on with as many, or remove it")
+            for generator, saved in zip(generators, state["generators"][rank], strict=True):
                 generator.set_state(saved)
             return checked(state["steps"], int), checked([*map(list, state["curve"])], [[int, (float, Tensor)]])
 
@@ -2611,6 +2628,7 @@ def compare(args, task: Task) -> None:
     training in flight. Under torchrun all processes share each training.
     """
     task.load()
+    task.ready = True
     directory, first = meet(args, task, "nccl" if args.device.startswith("cuda") else "gloo")
     with (directory / "report.lock").open("a") as lock:
         if first and not hold(lock):
@@ -2636,11 +2654,8 @@ def compare(args, task: Task) -> None:
 
 def train_wanted(args, task: Task, directory: Path, first: bool) -> dict[str, list[dict | None]]:
     """The scores of all trainings that are asked for, by loss, from the run directory as far as they are there."""
-    formulas, path = {name: losses_text(losses) for name, losses in args.wanted.items()}, directory / "losses.json"
-    write_once(path, json.dumps(formulas, indent=1))
-    if changed := formulas.items() - read_json(path, {str: str}, "remove it").items():
-        flag = "--loss" if args.compare is None else "--compare"
-        fail(f"{flag} {min(changed)[0]}: another loss by now than when this run began; begin a new one")
+    formulas = {name: losses_text(losses) for name, losses in args.wanted.items()}
+    write_once(directory / "losses.json", json.dumps(formulas, indent=1))
     done = {(line["loss"], line["seed"]): line for line in finished_lines(directory, task.metrics)}
     seeds = range(args.seed, args.seed + args.seeds)
     for k, (name, losses) in enumerate(args.wanted.items()):
@@ -2678,6 +2693,7 @@ def finished_lines(directory: Path, metrics: tuple[str, ...]) -> list[dict]:
 def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Checkpoint) -> dict:
     """One training of `compare` as its line in retrain.jsonl, and its curve in TensorBoard."""
     line, start, directory = {"loss": name, "seed": seed, "scores": None}, time.time(), checkpoint.path.parent
+    task.curve = []  # where this one becomes invalid, it has none
     try:
         line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
     except InvalidLoss as error:

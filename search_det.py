@@ -2224,6 +2224,7 @@ class DetTask(evolve.Task):
         self.args, self.device, self.masks = args, args.device, args.metric == "segm"
         list_data(args)  # what is missing is said at once
         self.metrics = METRICS[args.metric]
+        self.symbols = {branch: BRANCHES[branch][0] for branch in args.branches}
         self.proxy = self.plan(PROXY[args.data], args.proxy_steps)
         self.retraining = self.plan(RETRAIN[args.data], args.retrain_steps)
         self.converged = self.retraining.steps >= RETRAIN[args.data].steps

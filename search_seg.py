@@ -662,6 +662,29 @@ def voc_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     return listed_pairs(root, listing, root / "JPEGImages", masks)
 
 
+def download_voc(root: Path) -> None:
+    """Fetch VOC 2012 unless it is there, whole. Of several processes one does; the others wait. Raises DataError."""
+
+    def whole(folder: Path) -> bool:
+        with contextlib.suppress(DataError):
+            return all(voc_pairs(folder, split) for split in ("train", "val"))
+        return False
+
+    places = root, root / "VOCdevkit/VOC2012"
+    if any(map(whole, places)):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "download.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if any(map(whole, places)):
+            return
+        try:
+            torchvision.datasets.VOCSegmentation(str(root), "2012", "trainval", download=True)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise DataError(f"{root}: no download ({reason}); fetch VOC 2012 elsewhere, see data/README.md") from None
+
+
 def cityscapes_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     found = sorted((root / "leftImg8bit" / split).glob("*/[!.]*_leftImg8bit.png"))
     if not found:
@@ -823,7 +846,7 @@ def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
         pairs = {split: voc_pairs(root, split) for split in ("train", "val", "test")}
     elif args.data == "voc":
         if args.download:
-            torchvision.datasets.VOCSegmentation(str(root), "2012", "trainval", download=True)
+            download_voc(root)
         nested = root / "VOCdevkit/VOC2012"
         root = nested if nested.is_dir() else root
         aug = (root / "ImageSets/Segmentation/trainaug.txt").is_file()

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ready, refused
 from PIL import Image, ImageCms, ImageFile
 
@@ -1350,6 +1351,31 @@ def test_masks_with_an_ending(tmp_path):
 
 
 # Weights from elsewhere
+
+
+def test_a_download_happens_once(tmp_path, monkeypatch):
+    """Not for each worker, and not again where another resume finds the data whole."""
+    calls, args = [], ["--data", "voc", "--download", "--device", "cpu", "--data-root", str(tmp_path / "voc")]
+
+    def fetch(root, year, split, download):
+        calls.append(root)
+        write_folder(Path(root) / "VOCdevkit/VOC2012", [index_map()] * 8, "voc")
+
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fetch)
+    for _ in range(3):
+        pairs = search_seg.list_data(search_seg.parse_arguments(args))
+        assert {name: len(chosen) for name, chosen in pairs.items()} == {"train": 3, "val": 1, "test": 4}
+    assert len(calls) == 1
+    (tmp_path / "voc/VOCdevkit/VOC2012/SegmentationClass/3.png").unlink()  # killed while it was unpacked
+    search_seg.list_data(search_seg.parse_arguments(args))
+    assert len(calls) == 2
+
+    def offline(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", offline)
+    with pytest.raises(DataError, match="no download .*no route.*fetch VOC 2012 elsewhere"):
+        search_seg.list_data(search_seg.parse_arguments([*args[:-1], str(tmp_path / "other")]))
 
 
 def test_weights_of_a_file(tmp_path, monkeypatch, capsys):

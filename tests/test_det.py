@@ -950,6 +950,14 @@ def test_every_loss_trains(task, name):
     assert 0 <= task.train(name) < 1
 
 
+@pytest.mark.parametrize("branches, begins_anew", [("rcnn_cls", True), ("rcnn_cls,rcnn_reg", False)])
+def test_a_search_for_one_loss_begins_anew(root, branches, begins_anew):
+    args = arguments(root, "--branches", branches)
+    state = evolve.make_state(args, search_det.DetTask(args))
+    state.results = dict.fromkeys(map(str, range(evolve.ISLAND + 1)))
+    assert state.island_start == (evolve.ISLAND if begins_anew else 0)
+
+
 def test_each_loss_goes_to_its_branch(task):
     got = task.losses({"rpn_reg": "iou", "rcnn_cls": "cse-a"})
     assert (
@@ -1055,7 +1063,8 @@ def test_run_writes_what_it_promises(finished):
     for side in ("found", "baseline"):
         assert set(result["test"][side]) == set(search_det.METRICS["bbox"])
         assert all(len(values) == 1 for values in result["test"][side].values())
-    assert (directory / "baseline.png").exists() and (directory / "found.png").exists()
+    drawn = {evolve.predictions_of(directory, losses) for losses in (result["losses"], "ce+l1")}
+    assert len(drawn) == 2 and drawn == {*directory.glob("predictions-*.png")}
 
 
 def test_same_seed_same_journal_across_a_kill(root, finished, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import damaged, journal, records, refusals, refused, retrained
+from conftest import damaged, journal, ready, records, refusals, refused, retrained
 
 import evolve
 import search_seg
@@ -583,15 +583,61 @@ def test_a_torn_line_of_a_comparison_is_cut_off(tmp_path, capsys):
 
 
 def test_a_comparison_goes_on_with_the_losses_that_it_began_with(root, tmp_path, monkeypatch, capsys):
-    args = search_seg.parse_arguments(
-        ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--compare", "ce,dice"]
-    )
-    args.wanted = {"RUN": {"loss": parse("Neg(Mul(y, p))")}}
-    (tmp_path / "losses.json").write_text(json.dumps({"RUN": "Neg(Mul(y, Log(p)))"}))  # what the run had found before
-    args.resume = tmp_path
+    """Wherever it is resumed, and though the run that had found one of them is gone."""
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN/result.json").write_text(json.dumps({"task": "seg", "losses": {"loss": "Neg(Mul(y, Log(p)))"}}))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data-root", str(root), "--runs", str(tmp_path / "runs"), *SMALL, "--seeds", "1"]
+    evolve.main(search_seg.parse_arguments([*flags, "--compare", "RUN,Square(Add(p, Neg(y)))"]), search_seg.SegTask)
+    (directory,) = (tmp_path / "runs").iterdir()
+    lines = (directory / "retrain.jsonl").read_text().splitlines(True)
+    (directory / "retrain.jsonl").write_text(lines[1])
+    shutil.rmtree(tmp_path / "RUN")
+    monkeypatch.chdir(root)
+    evolve.main(search_seg.parse_arguments(["--resume", str(directory)]), search_seg.SegTask)
+    whole = [json.loads(line) for line in (directory / "retrain.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in whole] == ["Square(Add(p, Neg(y)))", "RUN"]
+    assert whole[1]["scores"] == json.loads(lines[0])["scores"]
+
+
+def test_a_training_that_became_invalid_has_no_curve_of_another(root, tmp_path):
+    args = search_seg.parse_arguments(["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--compare", "ce"])
+    task = ready(search_seg.SegTask(args))
+    for name, losses in (("ce", "ce"), ("bad", {"loss": parse("Mul(y, Exp(Inv(Add(p, Neg(p)))))")})):
+        evolve.train_once(args, task, name, losses, 0, evolve.Checkpoint(tmp_path / f"{name}.pt", 10))
+        assert bool(task.curve) == (name == "ce")
+
+
+@pytest.mark.parametrize("made, now", [(2, 1), (1, 2)])
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys, made, now):
+    checkpoint, parts = evolve.Checkpoint(tmp_path / "training.pt", 1), [torch.nn.Linear(1, 1)]
+    states = [[torch.Generator().get_state()]] * made
+    content = {"steps": 1, "curve": [], "parts": [part.state_dict() for part in parts], "generators": states}
+    torch.save(content, tmp_path / "training.pt")
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (now - 1, now))
     with pytest.raises(SystemExit):
-        evolve.compare(args, search_seg.SegTask(args))
-    assert "--compare RUN: another loss by now than when this run began" in capsys.readouterr().err
+        checkpoint.load(parts, [torch.Generator()])
+    assert f"a training of {made} processes, not of {now}; go on with as many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_what_one_worker_alone_has_seen_it_says(monkeypatch, capsys, ready):
+    """Of broken data the first of several tells; of what shows up during a training, who met it."""
+    monkeypatch.setenv("AUTOLOSS_RUN_DIR", "somewhere")
+    monkeypatch.setenv("RANK", "1")
+    args = search_seg.parse_arguments(["--device", "cpu"])
+
+    class Broken(evolve.Task):
+        def __init__(self, args):
+            self.ready = ready
+
+    def work(args, task):
+        raise evolve.DataError("img_77.jpg: cut off")
+
+    monkeypatch.setattr(evolve, "run", work)
+    with pytest.raises(SystemExit) as stop:
+        evolve.main(args, Broken)
+    assert stop.value.code == 2 and ("img_77.jpg" in capsys.readouterr().err) == ready
 
 
 def test_two_processes_do_not_train_in_one_directory(root, tmp_path, capsys):

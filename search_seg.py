@@ -752,8 +752,10 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
             warn_once(f"{error}; the test split is left out")  # as it is published without masks
     if "train" not in pairs:  # all that no list and no folder has
         listing = root / "ImageSets/Segmentation/default.txt"  # CVAT's, of all frames that have a mask
-        found = listed_pairs(root, listing, *whole[0]) if whole and listing.is_file() else []
-        found = found or (paired(*whole[0]) if whole else [])
+        if whole and listing.is_file():
+            found = listed_pairs(root, listing, *whole[0])
+        else:
+            found = paired(*whole[0]) if whole else []
         others = {pair for others in pairs.values() for pair in others}
         pairs["train"] = [pair for pair in found if pair not in others]
         if not pairs["train"]:
@@ -788,12 +790,12 @@ def split_pairs(root: Path, names: Sequence[str], whole: list[tuple[Path, Path]]
         return paired(*folders[0]) if folders else []
     lines = [line for line in read_lines(listing) if not line.startswith("#")]
     both = [(root, root)] * any(re.search(r"[,\t ]", line) for line in lines[:1])  # pictures and masks are listed
-    if not (places := folders or whole or both):
+    if not (choices := folders or whole or both):
         return []
     try:
-        return listed_pairs(root, listing, *places[0])
+        return listed_pairs(root, listing, *choices[0])
     except Elsewhere as error:
-        if not folders or not any("/" in line for line in lines):
+        if not folders or not any(re.search(r"[/\\]", line) for line in lines):
             raise
         warn_once(f"{error}; all of {folders[0][0]} is used")  # paths of another machine
         return paired(*folders[0])

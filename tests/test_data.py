@@ -1033,7 +1033,7 @@ def test_lists_of_paths_choose_among_folders(tmp_path, capsys):
     root = write_folder(tmp_path, [index_map()] * 8, "split first")
     (root / "train.txt").write_text("train/images/0.jpg\ntrain/images/2.jpg train/masks/2.png\n")
     assert splits_of(root) == {"train": ["0", "2"], "test": ["4", "5", "6", "7"]}
-    (root / "val.txt").write_text("train/images/1.jpg\ntrain/images/3.jpg\n")
+    (root / "val.txt").write_text("".join(f"train/images/{k}.jpg train/masks/{k}.png\n" for k in (1, 3)))
     assert splits_of(root) == {"train": ["0", "2"], "test": ["1", "3"]}
     search_seg.warn_once.cache_clear()
     (root / "train.txt").write_text("".join(f"/data/train/{k}.jpg /data/trainannot/{k}.png\n" for k in range(2)))

@@ -1370,6 +1370,14 @@ def test_a_download_happens_once(tmp_path, monkeypatch):
     search_seg.list_data(search_seg.parse_arguments(args))
     assert len(calls) == 2
 
+    def waited(lock, how):  # meanwhile another process has fetched it
+        write_folder(tmp_path / "shared/VOCdevkit/VOC2012", [index_map()] * 8, "voc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_seg.fcntl, "flock", waited)
+        search_seg.list_data(search_seg.parse_arguments([*args[:-1], str(tmp_path / "shared")]))
+    assert len(calls) == 2
+
     def offline(*_, **__):
         raise URLError("no route")
 

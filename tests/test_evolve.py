@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Full, damaged, journal, open_on_full_disk, records, retrained
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evolve
 from evolve import Branch, Child, InvalidLoss, Member, Surrogate, Tried, Worker
@@ -2069,6 +2070,32 @@ def test_only_searching_takes_from_the_minutes(tmp_path, short):
     run(tmp_path, *SHORT, "rejected", "--evals", str(number + 3), resume=directory, planted=PLANTED)
     assert result_of(directory)["evaluated"] == number + 3, "though the closing round took longer than --minutes"
     assert (directory / "gradients.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_so_far_never_falls(tmp_path, monkeypatch):
+    """Though it has left the population."""
+    monkeypatch.setattr(evolve, "POPULATION", 2)
+    directory = run(tmp_path, "--evals", "12", "--seeds", "1", "--without", "surrogate", planted=PLANTED)
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    best = [event.value for event in events.Scalars("found/best")]
+    scores = [line["score"] for line in journal(directory)]
+    assert best == pytest.approx([max(scores[: k + 1]) for k in range(len(scores))]), "of all, not of two"
+    assert max(scores[-2:]) < best[-1] == pytest.approx(max(scores))
+
+
+def test_what_goes_wrong_in_a_training_its_worker_says(tmp_path, monkeypatch, capsys):
+    class Late(ToyTask):
+        def train(self, losses):
+            raise evolve.DataError("img_77.jpg: cut off")
+
+    monkeypatch.setenv("AUTOLOSS_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    args = arguments(tmp_path)
+    args.data_root, args.wanted, args.resume = tmp_path, {}, None
+    with pytest.raises(SystemExit) as stop:
+        evolve.main(args, lambda args: Late())
+    assert stop.value.code == 2 and "img_77.jpg: cut off" in capsys.readouterr().err
 
 
 def test_journals_are_read_in_order_of_time(tmp_path):

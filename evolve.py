@@ -1997,10 +1997,12 @@ class Reporter:
         verdict = verdict_in_words(task, args.metric, ahead, invalid)
         print("\n" + verdict)
         if losses and (left := [name for name in getattr(args, "branches", ()) if name not in losses]):
-            print(f"{', '.join(left)}: as in {task.baseline}; nothing better was found for them")
+            print(f"{', '.join(left)}: as in {task.baseline}; nothing better was found there")
         print(f"explored {state.explored:,} losses, trained {state.evaluated}; everything is in {self.directory}")
         if losses:
-            print(f"take the found loss with you: {self.directory / 'best_loss.py'}")
+            better = ahead[args.metric] and ahead[args.metric][0] > 0
+            what = "take the found loss with you" if better else "the best that was found"
+            print(f"{what}: {self.directory / 'best_loss.py'}")
         self.draw_end(text, f"{verdict}\n\n{markdown_table(named, task.metrics)}", test)
 
     def draw_end(self, text: str | None, table: str, test: dict) -> None:
@@ -2391,7 +2393,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag("--without", "GATES", about, gate_list, [])
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
     flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), minutes)
-    about = f"processes that search; by default one per core, on CUDA one per GPU, on shapes {GPU_WORKERS}"
+    about = f"processes that search; by default one per core, on CUDA one per GPU ({GPU_WORKERS} on shapes)"
     flag("--workers", "N", about, at_least(0, most=1024), 0)
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
@@ -2399,7 +2401,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     about = "seed of the search, 0 by default; one worker on the CPU with the same seed gives the same journal"
     flag("--seed", "S", about, at_least(0), 0)
     flag("--runs", "DIR", "folder in which the run directory is made", Path, Path("runs"))
-    about = "go on with a run, or join one that runs; --evals, --minutes, --workers, --device and --memory may differ"
+    about = "go on with a run, or join one; its budget, --workers, --device, --memory and --data-root may differ"
     flag("--resume", "RUN_DIR", about, Path)
 
 

@@ -326,7 +326,8 @@ def evaluate_batch(exprs: Sequence[Expr], leaves: Mapping[str, Tensor], mask: Te
     """The values of K losses, each on predictions of its own, with one call per operator and level of the trees.
 
     Equal operators whose operands are at hand and have equal shapes are stacked into one tensor and computed together:
-    the number of kernel launches grows with the depth of the deepest tree, not with the number of trees.
+    the number of kernel launches grows with the depth of the deepest tree, not with the number of trees. For a GPU: the
+    search judges one tree after the other, on the CPU.
 
     Args:
         exprs: K losses.

@@ -83,8 +83,9 @@ class Schedule(NamedTuple):
 # The proxy on shapes was chosen by its rank correlation with re-training and by its cost (tests/bench_proxy.py) [D].
 # AdamW makes it blind to the scale of a loss, so that its ranking is about the shape of the loss alone. Without a
 # warm-up its first steps are its longest: cross entropy ends .02 mIoU lower, and with some losses a network never
-# learns one of the classes. On the real data sets: the published settings [A]; their base, the batch of re-training and
-# the crops of Cityscapes are ours [D].
+# learns one of the classes. On the real data sets optimizer, rates, steps, batches and crops are those of Auto Seg-Loss
+# [A]; there a picture is brought to the size of a crop before it is scaled, here crops are of source pixels. That, the
+# base and the crops of Cityscapes are ours [D].
 PROXY = {
     "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, warmup=0.3, base=100),
     "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, model="r50-dlv3p"),
@@ -93,7 +94,7 @@ PROXY = {
 PROXY["folder"] = PROXY["voc"]
 RETRAIN = {
     "shapes": PROXY["shapes"]._replace(steps=600, base=0),
-    "voc": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
+    "voc": Schedule(10_000, 32, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }
 RETRAIN["folder"] = RETRAIN["voc"]
@@ -1258,6 +1259,10 @@ def richest(split: Split, number: int, num_classes: int) -> Tensor:
 def in_order(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and label maps of a whole split, a few at a time, those of unlike sizes one by one."""
     images, labels, number = split.images, split.labels, len(split.images)
+    if isinstance(labels, Tensor) and (split.sizes != split.sizes[0]).any():
+        for image, label, (h, w) in zip(images, labels, split.sizes.int().tolist()):
+            yield image[None, :, :h, :w], label[None, :h, :w]
+        return
     size = max(1, 2**18 // labels[0].numel()) if isinstance(labels, Tensor) else 1
     for start in range(0, number, size):
         for part in (images, labels):
@@ -1544,8 +1549,9 @@ def dilate_bits(bits, radius):
 
 
 class SegMetrics:
-    """The six metrics, accumulated on the device over any number of batches; pixels with label 255 never count.
+    """The six metrics, accumulated on the device over any number of batches. Pixels with label 255 are ignored.
 
+    But for predicted boundaries in BF1: where the border of each object is ignored, as in VOC, they lie there [A].
     `groups` > 1 keeps that many independent sets of counts: the gates score many single predictions in one call.
     """
 
@@ -1565,7 +1571,7 @@ class SegMetrics:
         pair = (group * C + target) * C + pred
         self.confusion += count(pair, valid, G * C * C).view(G, C, C)
 
-        edge_pred, edge_target = edges(pred) & valid, edges(label) & valid
+        edge_pred, edge_target = edges(pred), edges(label) & valid  # one in VOC's ignored borders counts, too [A]
         near, hit_pred, hit_target = (torch.zeros_like(valid) for _ in range(3))
         for first in range(0, C, BITS):
             (bit_pred, own_pred), (bit_target, own_target) = (bits_from(first, x) for x in (pred, target))
@@ -1590,7 +1596,8 @@ class SegMetrics:
         confusion, total = self.confusion.double(), self.confusion.sum((1, 2), keepdim=True)
         hit, occurs = confusion.diagonal(dim1=1, dim2=2), confusion.sum(2)
         edge_pred, hit_pred, edge_target, hit_target = self.edges.double()
-        # F1 = 2 P R / (P + R); without any hit it is 0, without a target boundary the class is left out.
+        # F1 = 2 P R / (P + R); without any hit it is 0, without a target boundary the class is left out. The background
+        # is a class like the others, which the released evaluator leaves out [D].
         precision, recall = hit_pred / edge_pred.clamp(min=1), hit_target / edge_target
         f1 = 2 * precision * recall / torch.where(precision + recall == 0, 1, precision + recall)
         return {
@@ -1707,7 +1714,7 @@ def asl_loss(logits: Tensor, label: Tensor, theta, metric: str, ignore_index: in
     curves = [list(zip(values[k : k + size : 2], values[k + 1 : k + size : 2])) for k in range(0, len(values), size)]
     frequency = y.sum((0, 2, 3))
     if metric == "bf1":
-        score = asl_boundary_f1(y, p, mask, curves)
+        score = asl_boundary_f1(y, wide(logits).reshape(p.shape).softmax(1), curves)  # also at ignored positions [A]
     elif metric in ("macc", "gacc"):
         hit = (bezier(p, curves[0]) * y).sum((0, 2, 3))
         score = (hit / (frequency + 1e-8)).mean() if metric == "macc" else hit.sum() / (frequency.sum() + 1e-8)
@@ -1724,7 +1731,7 @@ def asl_loss(logits: Tensor, label: Tensor, theta, metric: str, ignore_index: in
     return (1 - score) * mask.any()
 
 
-def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, curves: list, tolerance: int = 5) -> Tensor:
+def asl_boundary_f1(y: Tensor, p: Tensor, curves: list, tolerance: int = 5) -> Tensor:
     """The surrogate of BF1: mean over the classes that have a boundary in the target."""
 
     def erode(x):
@@ -1736,8 +1743,8 @@ def asl_boundary_f1(y: Tensor, p: Tensor, mask: Tensor, curves: list, tolerance:
 
     eroded = erode(p)
     and_p, and_e, or_p, or_e = (bezier(x, c) for x, c in zip((p, eroded, p, eroded), curves))
-    edge_p = (or_p + or_e - or_p * or_e - and_p * and_e) * mask
-    edge_y = (erode(y) != y).to(p.dtype) * mask
+    edge_p = or_p + or_e - or_p * or_e - and_p * and_e
+    edge_y = (erode(y) != y).to(p.dtype)
     total_y = edge_y.sum((0, 2, 3))
     precision = (edge_p * reach(edge_y)).sum((0, 2, 3)) / (edge_p.sum((0, 2, 3)) + 1e-8)
     recall = (reach(edge_p) * edge_y).sum((0, 2, 3)) / (total_y + 1e-8)
@@ -2228,9 +2235,9 @@ class AslSearch:
     """Auto Seg-Loss's own search (ASL, Sec. 4.3): PPO2 over the control points, drawn from a truncated normal.
 
     The points are relative here, each a share of the way from its predecessor to (1, 1) in either coordinate: any
-    numbers in 0..1 make rising curves. A round of samples shares the mean `mu`; its update moves `mu` towards what
-    scored above the round's average [D]; the released configs train the mean itself for comparison, once a round.
-    Workers draw from the `mu` that they know; each record says which one it was.
+    numbers in 0..1 make rising curves. A round of samples shares the mean `mu`; its update moves `mu` towards samples
+    that scored above the round's mean [D]; the released configs compare them with a training of `mu` itself. Workers
+    draw from the `mu` that they know; each record says which one it was.
     """
 
     ROUND = 16  # samples; half as many as published, for twice the rounds out of the same budget [D]
@@ -2267,10 +2274,13 @@ class AslSearch:
             self.round, self.rounds = [], self.rounds + 1
 
     def update(self) -> None:
-        """The round's steps of Adam on the logit of mu: PPO2's clipped objective (Schulman 2017, Eq. 7)."""
+        """The round's steps of Adam on the logit of mu: PPO2's clipped objective (Schulman 2017, Eq. 7).
+
+        Ratios are clipped coordinate by coordinate [A].
+        """
         sample, old = (torch.tensor([r[key] for r in self.round], dtype=torch.float64) for key in ("sample", "mu"))
         reward = torch.tensor([r["score"] or 0.0 for r in self.round], dtype=torch.float64)  # invalid: worth nothing
-        advantage = reward - reward.mean()
+        advantage = (reward - reward.mean()).unsqueeze(1)
         before = self.log_density(sample, old)
         logit = self.mu.logit(eps=1e-6).requires_grad_()
         optimizer = torch.optim.Adam([logit], self.LR)
@@ -2278,14 +2288,14 @@ class AslSearch:
             ratio = (self.log_density(sample, logit.sigmoid()) - before).exp()
             clipped = ratio.clamp(1 - self.CLIP, 1 + self.CLIP)
             optimizer.zero_grad()
-            (-torch.minimum(ratio * advantage, clipped * advantage).mean()).backward()
+            (-torch.minimum(ratio * advantage, clipped * advantage).mean(0).sum()).backward()
             optimizer.step()
         self.mu = logit.detach().sigmoid()
 
     def log_density(self, x: Tensor, mu: Tensor) -> Tensor:
-        """Of samples (S, D) under truncated normals around `mu` (D,) or (S, D), up to a constant; (S,)."""
+        """Of each coordinate of samples (S, D) under truncated normals around `mu` (D,) or (S, D), up to a constant."""
         inside = torch.special.ndtr((1 - mu) / self.SIGMA) - torch.special.ndtr(-mu / self.SIGMA)
-        return (-((x - mu) ** 2) / (2 * self.SIGMA**2) - inside.log()).sum(-1)
+        return -((x - mu) ** 2) / (2 * self.SIGMA**2) - inside.log()
 
     def show(self, board) -> None:
         """After each round: `mu`, and a picture of its curves."""

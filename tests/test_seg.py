@@ -58,7 +58,7 @@ def slow_metrics(pred, label, C, tolerance=5):
     for c in range(C):
         hit_pred = all_pred = hit_label = all_label = 0
         for k in range(len(label)):
-            bp, bl = (slow_boundary(x[k] == c) & valid[k] for x in (pred, label))
+            bp, bl = slow_boundary(pred[k] == c), slow_boundary(label[k] == c)  # also a predicted one at ignored pixels
             hit_pred, all_pred = hit_pred + (bp & within(bl)).sum(), all_pred + bp.sum()
             hit_label, all_label = hit_label + (bl & within(bp)).sum(), all_label + bl.sum()
             if c:
@@ -116,6 +116,23 @@ def test_metrics_accumulate_and_group():
     for g in range(3):
         one = seg_metrics(pred[2 * g : 2 * g + 2], label[2 * g : 2 * g + 2], 5)
         assert {k: v[g].item() for k, v in groups.compute().items()} == pytest.approx(one)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_borders_that_are_ignored_do_not_spoil_boundaries(width):
+    """As those of VOC: whatever is predicted there, the boundaries of what is found lie within them."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disc = ((y - 30) ** 2 + (x - 33) ** 2).sqrt() - 20
+    label, pred = (disc < 0).long(), (disc < 0.5).long()
+    label[disc.abs() <= width] = 255
+    scores = seg_metrics(pred[None], label[None], 2)
+    assert scores["bf1"] == scores["miou"] == 1
+    theta = search_seg.ASL_THETA["bf1"]
+    logits = 40.0 * F.one_hot(pred, 2).movedim(-1, 0)[None]
+    good, bad = (search_seg.asl_loss(sign * logits, label[None], theta, "bf1") for sign in (1, -1))
+    assert good < 1e-3 and bad < 1, "its boundaries are in place, too"
+    shifted = search_seg.asl_loss(logits.roll(12, 3), label[None], theta, "bf1")
+    assert shifted > 0.2
 
 
 def test_perfect_prediction_scores_one():
@@ -235,7 +252,7 @@ def slow_asl(logits, label, metric):
         return torch.tensor([slow_curve(v, curves[k]) for v in x.flatten().tolist()], dtype=torch.float64).view(x.shape)
 
     valid = label != 255
-    prob = logits.detach().where(valid[:, None], 0.0).softmax(1)  # what is predicted at ignored pixels counts nowhere
+    prob = logits.detach().softmax(1)
     C = prob.shape[1]
     if metric == "biou":
         near = torch.zeros_like(valid)
@@ -251,7 +268,7 @@ def slow_asl(logits, label, metric):
         if metric == "bf1":
             y_eroded, p_eroded = (-F.max_pool2d(F.pad(-x, (1, 1, 1, 1), value=-1.0), 3, 1) for x in (y, p))
             a, b, both = g(2, p), g(3, p_eroded), g(0, p) * g(1, p_eroded)
-            edge_p, edge_y = (a + b - a * b - both) * valid, (y_eroded != y) * valid.double()
+            edge_p, edge_y = a + b - a * b - both, (y_eroded != y).double()  # also what is predicted at ignored pixels
             far_p, far_y = (F.max_pool2d(x, 11, 1, 5) for x in (edge_p, edge_y))
             P, R = (edge_p * far_y).sum() / edge_p.sum(), (far_p * edge_y).sum() / edge_y.sum()
             if edge_y.any():
@@ -526,8 +543,9 @@ def test_smaller_pictures_are_padded_with_ignore(tmp_path):
     write_voc(tmp_path, {"a": (20, 30), "b": (26, 18)}, {"train": ["a", "b"] * 8, "val": ["a"]})
     data = search_seg.read_data(arguments(tmp_path, "--data", "voc"))
     train = data["train"]
-    assert train.images.shape[-2:] == (26, 30) and train.sizes[0].tolist() == [26, 18]
-    assert (train.labels[0, :, 18:] == 255).all() and (train.labels[0, :, :18] != 255).all()
+    images, labels = train.images[torch.tensor([0, 1])], train.labels[torch.tensor([0, 1])]
+    assert images.shape[-2:] == (26, 30) and train.sizes[0].tolist() == [26, 18]
+    assert (labels[0, :, 18:] == 255).all() and (labels[0, :, :18] != 255).all()
     assert data["val"].sizes.shape == (2, 2) and len(data["train"].images) == 14 and len(data["val"].images) == 2
 
 
@@ -785,7 +803,7 @@ def test_asl_density_is_that_of_a_truncated_normal():
     areas = []
     for mu in (0.02, 0.5, 0.9):
         density = search.log_density(x, torch.tensor([mu], dtype=torch.float64)).exp()
-        areas.append(torch.trapezoid(density, x.squeeze()).item())
+        areas.append(torch.trapezoid(density.squeeze(), x.squeeze()).item())
     # what is left out is the factor sigma sqrt(2 pi) of the normal density
     assert areas == pytest.approx([0.2 * math.sqrt(2 * math.pi)] * 3, rel=1e-6)
 

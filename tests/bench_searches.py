@@ -33,6 +33,7 @@ KINDS = {
     "random": ["--search", "random"],
     "naive": ["--search", "naive"],
     "cse": ["--search", "cse"],
+    "aml": ["--search", "aml"],
     "asl": ["--search", "asl"],
 }
 COLOURS = {  # BGR
@@ -41,6 +42,7 @@ COLOURS = {  # BGR
     "random": (120, 120, 120),
     "naive": (60, 160, 60),
     "cse": (160, 60, 160),
+    "aml": (140, 140, 40),
     "asl": (30, 140, 230),
 }
 AT = (25, 50, 100, 200, 400)  # trainings

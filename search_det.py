@@ -1142,6 +1142,7 @@ def fingerprint(kind: str, paths: Iterable[Path]) -> str:
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
 STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
 SMALLEST = 2  # px: what a window leaves less of is no target [D]
+PORTION_OF_MASKS = 2**26  # pixels of masks that are cut, or pasted, at once: some bytes go with each
 
 
 def batch_scale_flip(
@@ -1172,7 +1173,9 @@ def batch_scale_flip(
         window = (x[owner] for x in (left, top, side, mirror, originals / sizes))
         bits = rows_of(split.bits, index)  # (N, 1, B)
         frames[..., 4] += 8 * bits.shape[-1] * torch.arange(N, device=device).view(N, 1)
-        cut_out = cut_masks(bits.flatten(), frames[keep], *window, size)
+        some = max(1, PORTION_OF_MASKS // size**2)
+        portions = zip(*(x.split(some) for x in (frames[keep], *window)))
+        cut_out = torch.cat([cut_masks(bits.flatten(), *portion, size) for portion in portions])
         for target, mask in zip(targets, cut_out.split(keep.sum(1).tolist())):
             target["masks"] = mask
     return images, targets
@@ -1346,16 +1349,18 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
             state = weights.get_state_dict(progress=False, check_hash=True)
         else:
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
+            state = dict(state.get("state_dict", state))
     except Exception as error:  # a file of anything makes torch.load raise anything
         reason = str(error).split("\n")[0]
         if pretrained is True:
             fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
-    state = state.get("state_dict", state)
     state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
+    if deeper := [name for name in state if name.startswith("layer") and name not in net.state_dict()]:
+        fail(f"{flag}: {deeper[0]} in it, of a deeper network; give torchvision's resnet{depth} weights")
     try:
         net.load_state_dict(state, strict=False)
     except RuntimeError:
@@ -2072,9 +2077,6 @@ def detect(net: Detector, split: Split, part: slice, size: int, device: str) -> 
     return [{**result, "boxes": result["boxes"] / own} for result, own in zip(found, factor)]
 
 
-PASTED = 2**26  # pixels of masks that are pasted at once: a large photograph takes one mask after the other
-
-
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Masks (n, 1, M, M) in their boxes (n, 4) of a picture, (n, width, height): torchvision's, all at once.
 
@@ -2117,7 +2119,7 @@ def test_network(net: Detector, split: Split, size: int, device: str) -> dict[st
     if net.roi_heads.has_mask():
         areas, masks = [no[:0].double()], []
         for result, own, (height, width) in zip(found, zoom, split.truth.sizes):
-            some = max(1, PASTED // (height * width))
+            some = max(1, PORTION_OF_MASKS // (height * width))
             for part, boxes in zip(result["masks"].split(some), (result["boxes"] * own).split(some)):
                 pixels = paste_masks(part, boxes, height, width) > 0.5
                 areas.append(pixels.sum((1, 2)).double())
@@ -2225,9 +2227,12 @@ class DetTask(evolve.Task):
         list_data(args)  # what is missing is said at once
         self.metrics = METRICS[args.metric]
         self.symbols = {branch: BRANCHES[branch][0] for branch in args.branches}
-        self.proxy = self.plan(PROXY[args.data], args.proxy_steps)
-        self.retraining = self.plan(RETRAIN[args.data], args.retrain_steps)
-        self.converged = self.retraining.steps >= RETRAIN[args.data].steps
+        proxy, retraining = PROXY[args.data], RETRAIN[args.data]
+        if args.model == "small":  # its anchors are as small as the objects of the embedded data
+            proxy, retraining = PROXY["shapes"], RETRAIN["shapes"]
+        self.proxy = self.plan(proxy, args.proxy_steps)
+        self.retraining = self.plan(retraining, args.retrain_steps)
+        self.converged = self.retraining.steps >= retraining.steps
         self.data: dict[str, Split] = {}
 
     def load(self) -> None:
@@ -2319,10 +2324,18 @@ class DetTask(evolve.Task):
         """A sample is what the loss of this branch has seen of one picture, as many predictions from each."""
         kind = branch.split("_")[-1]
 
-        def alike(tensors) -> Tensor:
-            """(B, N, ...): N rows of each tensor at even distances, some of them repeatedly where there are fewer."""
-            rows = torch.arange(GATE_SIZE[kind])
-            return torch.stack([tensor.cpu()[rows * len(tensor) // GATE_SIZE[kind]] for tensor in tensors]).float()
+        def alike(tensors, first: Sequence[Tensor] | None = None) -> Tensor:
+            """(B, N, ...): N rows of each tensor at even distances, some of them repeatedly where there are fewer.
+
+            Those of `first`, up to a quarter of N, take the first places where no other row is one of them.
+            """
+            N, taken = GATE_SIZE[kind], []
+            for k, tensor in enumerate(tensors):
+                rows = torch.arange(N) * len(tensor) // N
+                if first is not None and not torch.isin(rows, first[k]).any():
+                    rows[: len(first[k][: N // 4])] = first[k][: N // 4]
+                taken.append(tensor.cpu()[rows])
+            return torch.stack(taken).float()
 
         if kind == "reg":
             boxes = [farther_half(boxes) for (boxes,) in seen]
@@ -2333,8 +2346,10 @@ class DetTask(evolve.Task):
             prediction, target, ideal = (x[..., None, None] for x in (prediction, wanted, ideal))
             leaves, score = box_branch_functions(start)
         elif kind == "cls":
-            prediction = alike(logits for logits, *_ in seen)[..., None, None]
-            target = alike(F.one_hot(label, prediction.shape[2]) for _, label, _ in seen)[..., None, None]
+            positive = [label.cpu().nonzero()[:, 0] for _, label, _ in seen]  # few among hundreds of proposals
+            prediction = alike([logits for logits, *_ in seen], positive)[..., None, None]
+            labels = [F.one_hot(label, prediction.shape[2]) for _, label, _ in seen]
+            target = alike(labels, positive)[..., None, None]
             ideal, leaves, score = 10 * target, class_leaves, class_score
         else:
             prediction, target = (alike(column).unsqueeze(2) for column in zip(*seen))

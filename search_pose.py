@@ -685,6 +685,8 @@ def read_split(
 
 def cut(picture: Image.Image, left: float, top: float, pixel: float, height: int, width: int) -> Tensor:
     """A window (3, height, width) uint8 of `picture`, with pixels `pixel` wide there; smoothed where it shrinks."""
+    if (shrink := math.floor(pixel / 4)) > 1:  # a person across a photograph: first what loses nothing, all of it
+        picture, left, top, pixel = picture.reduce(shrink), left / shrink, top / shrink, pixel / shrink
     box = (left, top, left + pixel * width, top + pixel * height)
     outer = (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3]))
     inner = [edge - outer[k % 2] for k, edge in enumerate(box)]
@@ -1180,16 +1182,18 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
             state = weights.get_state_dict(progress=False, check_hash=True)
         else:
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
+            state = dict(state.get("state_dict", state))
     except Exception as error:  # a file of anything makes torch.load raise anything
         reason = str(error).split("\n")[0]
         if pretrained is True:
             fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
-    state = state.get("state_dict", state)
     state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
+    if deeper := [name for name in state if name.startswith("layer") and name not in net.state_dict()]:
+        fail(f"{flag}: {deeper[0]} in it, of a deeper network; give torchvision's resnet{depth} weights")
     try:
         net.load_state_dict(state, strict=False)
     except RuntimeError:

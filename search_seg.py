@@ -1374,7 +1374,24 @@ def upsample(x: Tensor, size) -> Tensor:
     return F.interpolate(x, size, mode="bilinear")
 
 
-class SmallNet(nn.Module):
+STRIDE = 16  # of the coarsest features of any network
+
+
+class Segmenter(nn.Module):
+    """Images (N, 3, H, W), normalised, to logits (N, C, H, W), by the `logits` of a network.
+
+    Images are padded to multiples of STRIDE: a feature stands for so many pixels, and those that reach beyond the
+    picture would move all others when they are brought to its size.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        H, W = images.shape[-2:]
+        if H % STRIDE == W % STRIDE == 0:
+            return self.logits(images)
+        return self.logits(F.pad(images, (0, -W % STRIDE, 0, -H % STRIDE)))[..., :H, :W]
+
+
+class SmallNet(Segmenter):
     """For the embedded data: features at strides 2 and 4, two classifiers added up; 36 thousand weights at width 16."""
 
     def __init__(self, num_classes: int, width: int):
@@ -1389,7 +1406,7 @@ class SmallNet(nn.Module):
     def head(self) -> list[nn.Module]:
         return [self.head_fine, self.head_coarse]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         fine = self.fine(images)
         logits = self.head_fine(fine) + upsample(self.head_coarse(self.coarse(fine)), fine.shape[-2:])
         return upsample(logits, images.shape[-2:])
@@ -1410,16 +1427,18 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
             state = weights.get_state_dict(progress=False, check_hash=True)
         else:
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
+            state = dict(state.get("state_dict", state))
     except Exception as error:  # a file of anything makes torch.load raise anything
         reason = str(error).split("\n")[0]
         if pretrained is True:
             fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
-    state = state.get("state_dict", state)
     state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
+    if deeper := [name for name in state if name.startswith("layer") and name not in net.state_dict()]:
+        fail(f"{flag}: {deeper[0]} in it, of a deeper network; give torchvision's resnet{depth} weights")
     try:
         net.load_state_dict(state, strict=False)
     except RuntimeError:
@@ -1442,7 +1461,7 @@ class Backbone(nn.Module):
         return low, self.rest(low)
 
 
-class DeepLabV3Plus(nn.Module):
+class DeepLabV3Plus(Segmenter):
     """DeepLabv3+ (Chen 2018, arXiv 1802.02611): atrous pyramid on stride 16, decoder on the features of stride 4."""
 
     def __init__(self, num_classes: int, depth: int, output_stride: int = 16, pretrained: bool | str = False):
@@ -1460,7 +1479,7 @@ class DeepLabV3Plus(nn.Module):
     def head(self) -> list[nn.Module]:
         return [self.pyramid, self.pool, self.project, self.low, self.decoder]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         low, high = self.backbone(images)
         size = high.shape[-2:]
         views = [view(high) for view in self.pyramid] + [self.pool(high).expand(-1, -1, *size)]
@@ -1468,7 +1487,7 @@ class DeepLabV3Plus(nn.Module):
         return upsample(self.decoder(torch.cat([x, self.low(low)], 1)), images.shape[-2:])
 
 
-class PSPNet(nn.Module):
+class PSPNet(Segmenter):
     """PSPNet (Zhao 2017, arXiv 1612.01105): means over 1, 2, 3 and 6 bins a side beside the features of stride 8."""
 
     def __init__(self, num_classes: int, depth: int, output_stride: int = 8, pretrained: bool | str = False):
@@ -1480,7 +1499,7 @@ class PSPNet(nn.Module):
     def head(self) -> list[nn.Module]:
         return [self.bins, self.classify]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         _, high = self.backbone(images)
         views = [high] + [upsample(view(high), high.shape[-2:]) for view in self.bins]
         return upsample(self.classify(torch.cat(views, 1)), images.shape[-2:])
@@ -1551,7 +1570,8 @@ def dilate_bits(bits, radius):
 class SegMetrics:
     """The six metrics, accumulated on the device over any number of batches. Pixels with label 255 are ignored.
 
-    But for predicted boundaries in BF1: where the border of each object is ignored, as in VOC, they lie there [A].
+    But for predicted boundaries in BF1, which count within `tolerance` of what does: where the border of each object is
+    ignored, as in VOC, they lie there. The released evaluator counts them everywhere [A].
     `groups` > 1 keeps that many independent sets of counts: the gates score many single predictions in one call.
     """
 
@@ -1571,7 +1591,8 @@ class SegMetrics:
         pair = (group * C + target) * C + pred
         self.confusion += count(pair, valid, G * C * C).view(G, C, C)
 
-        edge_pred, edge_target = edges(pred), edges(label) & valid  # one in VOC's ignored borders counts, too [A]
+        counts = dilate_bits(valid.long(), self.tolerance).bool()
+        edge_pred, edge_target = edges(pred) & counts, edges(label) & valid
         near, hit_pred, hit_target = (torch.zeros_like(valid) for _ in range(3))
         for first in range(0, C, BITS):
             (bit_pred, own_pred), (bit_target, own_target) = (bits_from(first, x) for x in (pred, target))
@@ -1714,7 +1735,8 @@ def asl_loss(logits: Tensor, label: Tensor, theta, metric: str, ignore_index: in
     curves = [list(zip(values[k : k + size : 2], values[k + 1 : k + size : 2])) for k in range(0, len(values), size)]
     frequency = y.sum((0, 2, 3))
     if metric == "bf1":
-        score = asl_boundary_f1(y, wide(logits).reshape(p.shape).softmax(1), curves)  # also at ignored positions [A]
+        near = F.max_pool2d(mask.to(p.dtype), 11, 1, 5)  # VOC's borders are ignored, and boundaries lie there
+        score = asl_boundary_f1(y, torch.where(near > 0, wide(logits).reshape(p.shape), 0.0).softmax(1), near, curves)
     elif metric in ("macc", "gacc"):
         hit = (bezier(p, curves[0]) * y).sum((0, 2, 3))
         score = (hit / (frequency + 1e-8)).mean() if metric == "macc" else hit.sum() / (frequency.sum() + 1e-8)
@@ -1731,8 +1753,12 @@ def asl_loss(logits: Tensor, label: Tensor, theta, metric: str, ignore_index: in
     return (1 - score) * mask.any()
 
 
-def asl_boundary_f1(y: Tensor, p: Tensor, curves: list, tolerance: int = 5) -> Tensor:
-    """The surrogate of BF1: mean over the classes that have a boundary in the target."""
+def asl_boundary_f1(y: Tensor, p: Tensor, near: Tensor, curves: list, tolerance: int = 5) -> Tensor:
+    """The surrogate of BF1: mean over the classes that have a boundary in the target.
+
+    Predicted boundaries count where `near` (N, 1, H, W) is 1, within the tolerance of what is not ignored; in the
+    released code everywhere [A].
+    """
 
     def erode(x):
         return -F.max_pool2d(F.pad(-x, (1, 1, 1, 1), value=-1.0), 3, 1)
@@ -1743,7 +1769,7 @@ def asl_boundary_f1(y: Tensor, p: Tensor, curves: list, tolerance: int = 5) -> T
 
     eroded = erode(p)
     and_p, and_e, or_p, or_e = (bezier(x, c) for x, c in zip((p, eroded, p, eroded), curves))
-    edge_p = or_p + or_e - or_p * or_e - and_p * and_e
+    edge_p = (or_p + or_e - or_p * or_e - and_p * and_e) * near
     edge_y = (erode(y) != y).to(p.dtype)
     total_y = edge_y.sum((0, 2, 3))
     precision = (edge_p * reach(edge_y)).sum((0, 2, 3)) / (edge_p.sum((0, 2, 3)) + 1e-8)
@@ -2054,7 +2080,7 @@ def gate_window(label: Tensor, height: int, width: int) -> tuple[int, int, int, 
         y, x = edge[len(edge) // 2].tolist() if len(edge) else (0, 0)
         top, left = min(max(0, y - h // 2), height - h), min(max(0, x - w // 2), width - w)
         window = label[top : top + h, left : left + w]
-        small = F.interpolate(window[None, None].float(), (GATE_SIZE, GATE_SIZE))
+        small = F.interpolate(window[None, None].float(), (GATE_SIZE, GATE_SIZE), mode="nearest-exact")
         if len(small.unique()) > 1 or max(h, w) <= GATE_SIZE or not len(edge):
             return top, left, h, w
         h, w = (max(min(side, GATE_SIZE), side // 2) for side in (h, w))
@@ -2166,7 +2192,7 @@ class SegTask(evolve.Task):
             net.load_state_dict(state)
             with torch.no_grad():
                 logits.append(small(net(normalise(few.images.to(self.device).float())), "bilinear").cpu())
-        label = small(labels.unsqueeze(1).float(), "nearest").squeeze(1).long()
+        label = small(labels.unsqueeze(1).float(), "nearest-exact").squeeze(1).long()
         onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float()
         branch = Branch(
             ("y", "p", "1"),

@@ -1397,7 +1397,14 @@ def test_weights_of_a_file(tmp_path, monkeypatch, capsys):
     assert "no layer3.6" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "w.pth")
     assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("hello")
-    assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "text.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    for name in ("text.pth", "tensor.pth"):
+        assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / name)
+    torch.save(state | {"layer3.6.conv1.weight": torch.zeros(1)}, tmp_path / "deeper.pth")  # as in one of ResNet-101
+    for script in SCRIPTS.values():
+        with pytest.raises(SystemExit):
+            script.resnet(50, str(tmp_path / "deeper.pth"))
+        assert "layer3.6.conv1.weight in it, of a deeper network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, model", [("seg", "r50-dlv3p"), ("det", "r50-fpn"), ("pose", "r50")])

@@ -935,6 +935,36 @@ def test_gates_look_at_objects_that_are_targets(tmp_path):
         ready(search_det.DetTask(arguments(tmp_path / "tiny", *flags)))
 
 
+def test_gates_see_an_object_in_every_picture(root, monkeypatch):
+    """Though a few proposals at even distances be background alone, as most are of hundreds."""
+    monkeypatch.setitem(search_det.GATE_SIZE, "cls", 4)
+    branch = ready(search_det.DetTask(arguments(root, "--metric", "bbox"))).branches["rcnn_cls"]
+    assert (branch.target[:, :, 1:].sum((1, 2, 3, 4)) > 0).all()
+    assert evolve.gradients(branch, parse(search_det.KNOWN["cls"][0])) is not None
+
+
+def test_a_small_detector_is_trained_as_on_shapes(tmp_path):
+    write_coco(tmp_path, dict.fromkeys((1, 2), (60, 64)), [entry(1, 1), entry(2, 2)])
+    for flags, name in ((["--model", "small"], "shapes"), ([], "coco")):
+        task = search_det.DetTask(arguments(tmp_path, "--data", "coco", *flags))
+        for plan, want in ((task.proxy, search_det.PROXY[name]), (task.retraining, search_det.RETRAIN[name])):
+            assert plan._replace(steps=0, batch=0, base=0) == want._replace(steps=0, batch=0, base=0)
+
+
+def test_masks_are_cut_in_portions(mask_task, monkeypatch):
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return search_det.batch_scale_flip(split, torch.arange(8), 64, (0.8, 1.25), generator, True)[1]
+
+    split, cut, sizes = mask_task.data["train"], search_det.cut_masks, []
+    whole = draw()
+    monkeypatch.setattr(search_det, "PORTION_OF_MASKS", 1)
+    monkeypatch.setattr(
+        search_det, "cut_masks", lambda bits, frames, *rest: sizes.append(len(frames)) or cut(bits, frames, *rest)
+    )
+    assert all(torch.equal(a["masks"], b["masks"]) for a, b in zip(whole, draw())) and set(sizes) == {1}
+
+
 def test_masks_of_a_large_picture_are_pasted_one_by_one(mask_task, monkeypatch):
     net, split, pasted = mask_task.network(mask_task.proxy, 0), mask_task.data["test"], []
     paste = search_det.paste_masks
@@ -942,7 +972,7 @@ def test_masks_of_a_large_picture_are_pasted_one_by_one(mask_task, monkeypatch):
     want = search_det.test_network(net, split, 64, "cpu")
     assert max(pasted) > 1
     pasted.clear()
-    monkeypatch.setattr(search_det, "PASTED", 1)
+    monkeypatch.setattr(search_det, "PORTION_OF_MASKS", 1)
     assert search_det.test_network(net, split, 64, "cpu") == want and set(pasted) <= {0, 1}
 
 

@@ -58,7 +58,7 @@ def slow_metrics(pred, label, C, tolerance=5):
     for c in range(C):
         hit_pred = all_pred = hit_label = all_label = 0
         for k in range(len(label)):
-            bp, bl = slow_boundary(pred[k] == c), slow_boundary(label[k] == c)  # also a predicted one at ignored pixels
+            bp, bl = slow_boundary(pred[k] == c) & within(valid[k]), slow_boundary(label[k] == c)
             hit_pred, all_pred = hit_pred + (bp & within(bl)).sum(), all_pred + bp.sum()
             hit_label, all_label = hit_label + (bl & within(bp)).sum(), all_label + bl.sum()
             if c:
@@ -133,6 +133,20 @@ def test_borders_that_are_ignored_do_not_spoil_boundaries(width):
     assert good < 1e-3 and bad < 1, "its boundaries are in place, too"
     shifted = search_seg.asl_loss(logits.roll(12, 3), label[None], theta, "bf1")
     assert shifted > 0.2
+
+
+def test_what_is_predicted_far_from_anything_that_counts_does_not(tmp_path):
+    """In the padding of a window, or in a large area that is ignored."""
+    label = torch.zeros(1, 40, 60, dtype=torch.long)
+    label[0, 10:30, 5:20], label[:, :, 30:] = 1, 255
+    pred, other = label % 255, label % 255
+    other = other.clone()
+    other[0, 10:30, 40:55] = 1
+    assert seg_metrics(pred, label, 2) == seg_metrics(other, label, 2)
+    logits = [(8.0 * F.one_hot(x, 2).movedim(-1, 1)).requires_grad_() for x in (pred, other)]
+    losses = [search_seg.asl_loss(x, label, search_seg.ASL_THETA["bf1"], "bf1") for x in logits]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
+    assert not torch.autograd.grad(losses[1], logits[1])[0][..., 37:].any()
 
 
 def test_perfect_prediction_scores_one():
@@ -268,7 +282,8 @@ def slow_asl(logits, label, metric):
         if metric == "bf1":
             y_eroded, p_eroded = (-F.max_pool2d(F.pad(-x, (1, 1, 1, 1), value=-1.0), 3, 1) for x in (y, p))
             a, b, both = g(2, p), g(3, p_eroded), g(0, p) * g(1, p_eroded)
-            edge_p, edge_y = a + b - a * b - both, (y_eroded != y).double()  # also what is predicted at ignored pixels
+            near = F.max_pool2d(valid.double(), 11, 1, 5)  # what is predicted there counts, though it be ignored
+            edge_p, edge_y = (a + b - a * b - both) * near, (y_eroded != y).double()
             far_p, far_y = (F.max_pool2d(x, 11, 1, 5) for x in (edge_p, edge_y))
             P, R = (edge_p * far_y).sum() / edge_p.sum(), (far_p * edge_y).sum() / edge_y.sum()
             if edge_y.any():
@@ -634,6 +649,19 @@ def test_networks_forward_and_backward(name, stride):
         assert net.backbone(images)[1].shape[-1] == 48 // stride
 
 
+def test_sides_that_are_no_multiple_of_the_stride_move_nothing():
+    """What a network sees of a picture is where it was when more of the picture could be seen."""
+    torch.manual_seed(0)
+    net = search_seg.build_model("small", 4).eval()
+    images = torch.randn(2, 3, 64, 64)
+    images[..., 49:] = images[..., 50:, :] = 0
+    whole = net(images)
+    for height, width in ((50, 49), (64, 49), (50, 64)):
+        cut = net(images[..., :height, :width])
+        assert cut.shape[-2:] == (height, width)
+        torch.testing.assert_close(cut, whole[..., :height, :width], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["r101-dlv3p", "r101-psp"])
 def test_deep_networks(name):
     net = search_seg.build_model(name, 3)
@@ -698,6 +726,27 @@ def test_gates_see_small_objects(tmp_path, metric, side):
     assert sorted(seen) == [1, 1, 2, 2, 2], "three pictures with an object, two empty ones"
     gain = evolve.rejection_gain(branch, parse(search_seg.KNOWN[0]))
     assert gain > branch.eta
+
+
+def test_gates_see_labels_where_predictions_are(task, monkeypatch):
+    """A network that is right everywhere is nearly right there, too."""
+    labels = task.data["train"].labels[task.few]
+    right = 9.0 * F.one_hot(labels.long() % 255, 7).movedim(-1, 1)
+    monkeypatch.setattr(task, "network", lambda *what: Right(right))
+    branch = task.branch()
+    assert branch.score(branch.prediction, branch.target).min() > 0.7
+
+
+class Right(torch.nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.answer = logits
+
+    def load_state_dict(self, state):
+        pass
+
+    def forward(self, images):
+        return self.answer
 
 
 def test_gate_windows():

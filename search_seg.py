@@ -2080,7 +2080,7 @@ def gate_window(label: Tensor, height: int, width: int) -> tuple[int, int, int, 
         y, x = edge[len(edge) // 2].tolist() if len(edge) else (0, 0)
         top, left = min(max(0, y - h // 2), height - h), min(max(0, x - w // 2), width - w)
         window = label[top : top + h, left : left + w]
-        small = F.interpolate(window[None, None].float(), (GATE_SIZE, GATE_SIZE), mode="nearest-exact")
+        small = F.interpolate(window[None, None].float(), (GATE_SIZE, GATE_SIZE))
         if len(small.unique()) > 1 or max(h, w) <= GATE_SIZE or not len(edge):
             return top, left, h, w
         h, w = (max(min(side, GATE_SIZE), side // 2) for side in (h, w))
@@ -2192,7 +2192,9 @@ class SegTask(evolve.Task):
             net.load_state_dict(state)
             with torch.no_grad():
                 logits.append(small(net(normalise(few.images.to(self.device).float())), "bilinear").cpu())
-        label = small(labels.unsqueeze(1).float(), "nearest-exact").squeeze(1).long()
+        # The upper left pixel of each cell, half a cell beside what is predicted there: with the middle one a search
+        # found less, +.025 mIoU in place of +.036 to +.038, though in one run only [D].
+        label = small(labels.unsqueeze(1).float(), "nearest").squeeze(1).long()
         onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float()
         branch = Branch(
             ("y", "p", "1"),

@@ -2192,8 +2192,8 @@ class SegTask(evolve.Task):
             net.load_state_dict(state)
             with torch.no_grad():
                 logits.append(small(net(normalise(few.images.to(self.device).float())), "bilinear").cpu())
-        # The upper left pixel of each cell, half a cell beside what is predicted there: with the middle one a search
-        # found less, +.025 mIoU in place of +.036 to +.038, though in one run only [D].
+        # The upper left pixel of each cell, half a cell beside what is predicted there; so were all searches made that
+        # tests/RESULTS.md tells of [D].
         label = small(labels.unsqueeze(1).float(), "nearest").squeeze(1).long()
         onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float()
         branch = Branch(

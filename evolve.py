@@ -677,7 +677,7 @@ def settle_rejection(branch: Branch) -> Branch:
     expr = parse(branch.baseline)
     gain = rejection_gain(branch, expr, early=())
     if math.isfinite(gain):
-        branch.eta = min(branch.eta, gain / 2)
+        branch.eta = min(branch.eta, gain / 2, gain)  # it may lose, where an untrained network is right
     if rejection_gain(branch, expr) < branch.eta:
         branch.early = ()
     return branch

@@ -1192,7 +1192,7 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
-    if deeper := [name for name in state if name.startswith("layer") and name not in net.state_dict()]:
+    if deeper := [name for name in state if name.startswith("layer") and name not in wanted and "num_" not in name]:
         fail(f"{flag}: {deeper[0]} in it, of a deeper network; give torchvision's resnet{depth} weights")
     try:
         net.load_state_dict(state, strict=False)

@@ -1400,6 +1400,7 @@ def test_weights_of_a_file(tmp_path, monkeypatch, capsys):
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     for name in ("text.pth", "tensor.pth"):
         assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / name)
+    search_det.build_model("r50-fpn", 3, False, str(tmp_path / "w.pth"))  # frozen norms, that count no batches
     torch.save(state | {"layer3.6.conv1.weight": torch.zeros(1)}, tmp_path / "deeper.pth")  # as in one of ResNet-101
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit):

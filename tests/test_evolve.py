@@ -486,6 +486,8 @@ def test_the_baseline_passes_with_a_margin(monkeypatch):
     nearly = settled(score=lambda x, y: 0.95 + 0.05 * plain.score(x, y))
     assert 0.01 < nearly.eta < 0.03 and evolve.rejection_gain(nearly, CE) >= nearly.eta
     assert evolve.rejection_gain(nearly, parse("Mul(y, Log(p))")) < nearly.eta
+    losing = settled(score=lambda x, y: 1 - 0.1 * plain.score(x, y))
+    assert losing.eta < 0 and evolve.rejection_gain(losing, CE) >= losing.eta
     nothing = settled(score=lambda x, y: torch.full(x.shape[:-4], math.nan))
     assert nothing.eta == 0.3
 

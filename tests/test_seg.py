@@ -728,6 +728,33 @@ def test_gates_see_small_objects(tmp_path, metric, side):
     assert gain > branch.eta
 
 
+def test_gates_scale_large_pictures_down(monkeypatch):
+    images = torch.zeros(2, 3, 40, 100, dtype=torch.uint8)
+    labels = torch.full((2, 40, 100), 255, dtype=torch.uint8)
+    images[..., :50], labels[0], labels[1, :20, :50] = 200, 1, 2
+    split = Split(images, labels, torch.tensor([[40.0, 100.0], [20.0, 50.0]]))
+    assert search_seg.no_larger(split, 100) is split
+    small = search_seg.no_larger(split, 50)
+    assert small.images.shape == (2, 3, 20, 50) and small.sizes.tolist() == [[20, 50], [10, 25]]
+    assert (small.images[..., :24] == 200).all() and not small.images[..., 26:].any()
+    assert (
+        (small.labels[0] == 1).all() and (small.labels[1, :10, :25] == 2).all() and (small.labels == 255).sum() == 750
+    )
+
+
+def test_a_single_training_picture_is_enough_for_the_gates(tmp_path):
+    for split, number in (("train", 2), ("val", 2)):  # one is held out
+        for k in range(number):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[8:20, 4 + k : 20] = 1
+            for folder, pixels in (("images", np.stack([mask * 200] * 3, -1)), ("masks", mask)):
+                (tmp_path / folder / split).mkdir(parents=True, exist_ok=True)
+                save(pixels, tmp_path / f"{folder}/{split}/{k}.png")
+    flags = ["--data", "folder", "--model", "r50-psp", "--crop", "32", "--proxy-steps", "1", "--batch", "2"]
+    branch = ready(search_seg.SegTask(arguments(tmp_path, *flags))).branches["loss"]
+    assert evolve.gradients(branch, parse(search_seg.KNOWN[0])) is not None
+
+
 def test_gate_windows():
     label = torch.zeros(40, 100, dtype=torch.uint8)
     assert search_seg.gate_window(label, 40, 80) == (0, 0, 40, 80), "nothing to look for"

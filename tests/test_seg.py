@@ -861,6 +861,8 @@ def test_asl_density_is_that_of_a_truncated_normal():
         areas.append(torch.trapezoid(density.squeeze(), x.squeeze()).item())
     # what is left out is the factor sigma sqrt(2 pi) of the normal density
     assert areas == pytest.approx([0.2 * math.sqrt(2 * math.pi)] * 3, rel=1e-6)
+    both = search.log_density(x[:9].expand(9, 2), torch.tensor([0.5, 0.9], dtype=torch.float64))
+    assert both.shape == (9, 2), "each coordinate's ratio is clipped by itself"
 
 
 def test_asl_search_moves_towards_what_scores():

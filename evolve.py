@@ -75,8 +75,9 @@ POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
 UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: few trainings surpass what is expected
-ISLAND = 60  # [D] trainings of a search from random trees, with the surrogate; there are ...
-ISLANDS = 3  # [D] ... so many of them, before one as long as all of them goes on from everything found
+ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, which chooses after ...
+ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
+ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
 LEADER_EVERY = 10  # [D] of the surrogate's choices between two converged trainings of the most promising candidate
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
@@ -126,7 +127,7 @@ def next_child(
     tried, parent = Tried(deadline), None
     if together := best_trials_together(state, at_work):
         return tried.close(state, together)
-    early = len(state.island()) < (INITIAL if len(state.task.branches) == 1 else TRIALS)
+    early = len(state.island()) < (state.initial if len(state.task.branches) == 1 else TRIALS)
     fresh = rng.random() < FRESH or not state.method.mutate or early
     while time.time() < deadline:
         if guide:
@@ -726,7 +727,7 @@ class Surrogate:
         What other workers are training at this moment counts as if its expected score had come out.
         """
         members = state.members() if whole else state.island()
-        if len(members) < INITIAL:
+        if len(members) < state.initial:
             return None
         self.learn(state, members)
         choices_of = self.LENGTHS, self.NOISES, self.TRENDS, self.DRIFTS
@@ -1119,6 +1120,11 @@ class State:
     def members(self) -> list["Member"]:
         """The distinct candidates, the oldest first."""
         return list(self.results.values())
+
+    @property
+    def initial(self) -> int:
+        """Random candidates to begin with; on islands the surrogate soon chooses."""
+        return ISLAND_INITIAL if self.surrogate and len(self.task.symbols) == 1 else INITIAL
 
     @property
     def island_start(self) -> int:

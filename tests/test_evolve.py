@@ -766,11 +766,11 @@ def test_bad_scores_are_compressed():
 
 def test_surrogate_waits_for_the_initial_population():
     task, known, _ = spread(30)
-    first = dict(list(known.items())[: evolve.INITIAL - 1])
+    first = dict(list(known.items())[: evolve.ISLAND_INITIAL - 1])
     state, guide = guided(task, first)
     assert guide is None
-    scored(state, dict(list(known.items())[: evolve.INITIAL]))
-    assert state.evaluated > evolve.INITIAL and state.surrogate.fit(state, []) is not None
+    scored(state, dict(list(known.items())[: evolve.ISLAND_INITIAL]))
+    assert evolve.ISLAND_INITIAL < state.evaluated < evolve.INITIAL and state.surrogate.fit(state, []) is not None
 
 
 RELATIVES = [f"Neg(Mul(y, {pool}))" for pool in ("MinPool3(p)", "Tanh(MinPool3(p))", "MinPool3(Tanh(p))")]
@@ -883,8 +883,8 @@ def test_twins_of_what_was_trained_are_passed_over(monkeypatch):
 
 
 def test_a_search_begins_anew_on_each_island(monkeypatch):
-    monkeypatch.setattr(evolve, "ISLAND", 10)
-    monkeypatch.setattr(evolve, "INITIAL", 4)
+    for name, value in {"ISLAND": 10, "ISLAND_INITIAL": 4, "ISLANDS": 3}.items():
+        monkeypatch.setattr(evolve, name, value)
     task, known, others = spread(150)
     state, names = begin(task), list(known)
     for number, name in enumerate(names[:85]):
@@ -1029,7 +1029,7 @@ def test_without_surrogate_is_the_plain_algorithm(tmp_path):
 
 
 def test_with_surrogate_leaders_are_trained_in_mid_search(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "INITIAL", 6)
+    monkeypatch.setattr(evolve, "ISLAND_INITIAL", 6)
     monkeypatch.setattr(evolve, "LEADER_EVERY", 4)
     directory = run(tmp_path, "--evals", "16", "--without", "rejected", planted=PLANTED)
     lines = [record for record in records(directory) if "baseline" not in record]
@@ -1048,7 +1048,7 @@ def test_with_surrogate_leaders_are_trained_in_mid_search(tmp_path, monkeypatch)
 
 
 def test_surrogate_finds_the_planted_formula_sooner(monkeypatch):
-    monkeypatch.setattr(evolve, "INITIAL", 10)
+    monkeypatch.setattr(evolve, "INITIAL", evolve.ISLAND_INITIAL)
     monkeypatch.setattr(evolve, "POOL", 20)
     monkeypatch.setattr(evolve, "ATTEMPTS", 200)
 
@@ -1123,12 +1123,12 @@ def test_copies_of_the_best_do_not_win_every_tournament():
 
 
 def test_planted_formula_is_found(tmp_path, monkeypatch):
-    for name, value in {"INITIAL": 10, "POOL": 20, "ATTEMPTS": 200}.items():
+    for name, value in {"POOL": 20, "ATTEMPTS": 200}.items():
         monkeypatch.setattr(evolve, name, value)
     flags = ("--evals", "40", "--seed", "3", "--seeds", "1", "--without", "rejected")
     directory = run(tmp_path, *flags, planted="Neg(Mul(y, MinPool3(p)))")
     scores = [line["score"] or 0 for line in journal(directory)]
-    assert max(scores) > 0.995 and max(scores[: evolve.INITIAL]) < 0.5, "evolution improved on the random start"
+    assert max(scores) > 0.995 and max(scores[: evolve.ISLAND_INITIAL]) < 0.5, "evolution improved on the random start"
     assert result_of(directory)["test"]["found"]["toy"][0] > 0.995
 
 
@@ -1320,8 +1320,9 @@ def test_nothing_is_trained_twice():
 
 def shortened(patch):
     """All phases of a search and of its closing round within a few trainings."""
-    phases = {"INITIAL": 3, "LEADER_EVERY": 2, "TRIALS": 3, "ISLAND": 5, "RUNGS": ((3, 1), (2, 2))}
-    for name, value in {**phases, "POOL": 8, "ATTEMPTS": 80}.items():
+    islands = {"ISLAND": 5, "ISLAND_INITIAL": 3, "ISLANDS": 3}
+    phases = {"INITIAL": 3, "LEADER_EVERY": 2, "TRIALS": 3, "RUNGS": ((3, 1), (2, 2))}
+    for name, value in {**phases, **islands, "POOL": 8, "ATTEMPTS": 80}.items():
         patch.setattr(evolve, name, value)
 
 

@@ -137,7 +137,7 @@ def test_found_loss_stands_alone(finished, tmp_path):
 def test_tensorboard_shows_what_the_glossary_explains(root, tmp_path, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for name, value in {"INITIAL": 3, "LEADER_EVERY": 2, "POOL": 5, "ATTEMPTS": 100, "RUNGS": ((2, 1),)}.items():
+    for name, value in {"ISLAND_INITIAL": 3, "LEADER_EVERY": 2, "POOL": 5, "ATTEMPTS": 100, "RUNGS": ((2, 1),)}.items():
         monkeypatch.setattr(evolve, name, value)
     flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--metric", "macc", "--evals", "7"]
     monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags, "--workers", "1", "--seeds", "1"])

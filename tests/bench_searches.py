@@ -107,6 +107,7 @@ def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[
         task.prepare(base)
         state, worker = evolve.make_state(args, task), evolve.Worker(Path(folder))
         state.baseline = task.train(task.baseline)
+        state.baseline_metrics = evolve.measured(task)
         task.spent, start = 0.0, time.process_time()
         trained = 0.0  # processor time within trainings that were made now
         inner = task.look_up

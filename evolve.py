@@ -57,7 +57,7 @@ from torch import Tensor
 from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate, fits, is_dead, latex, leaves_of, parse
 
 POPULATION = 2500  # [P] the newest P candidates stay
-INITIAL = 20  # [P] random candidates to begin with
+INITIAL = 20  # [P] random candidates to begin with; on islands fewer [D]
 DEPTH = 3  # [P] operators above each leaf of a random tree
 TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent ...
 TOURNAMENT_MIN = 5  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection

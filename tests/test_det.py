@@ -987,6 +987,7 @@ def test_a_search_for_one_loss_begins_anew(root, branches, begins_anew):
     state = evolve.make_state(args, search_det.DetTask(args))
     state.results = dict.fromkeys(map(str, range(evolve.ISLAND + 1)))
     assert state.island_start == (evolve.ISLAND if begins_anew else 0)
+    assert state.initial == (evolve.ISLAND_INITIAL if begins_anew else evolve.INITIAL)
 
 
 def test_each_loss_goes_to_its_branch(task):

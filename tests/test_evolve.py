@@ -918,11 +918,13 @@ def test_finalists_come_from_all_islands(monkeypatch):
     assert {*state.surrogate.merits} == {member.identity for member in state.members()}
 
 
-def test_each_island_begins_with_random_trees(tmp_path, short, capsys):
+def test_each_island_begins_with_random_trees(tmp_path, short, capsys, monkeypatch):
+    monkeypatch.setattr(evolve, "INITIAL", 5)  # of the loop without islands
     directory = run(tmp_path, "--evals", "18", "--seed", "3", "--without", "rejected", planted=PLANTED)
     lines = journal(directory)
     assert [k for k, line in enumerate(lines) if line["predicted"] is None] == [0, 1, 2, 5, 6, 7, 10, 11, 12]
     assert not any(line["parent"] for k, line in enumerate(lines) if line["predicted"] is None)
+    assert sum(line["parent"] is not None for line in lines[:15]) > 3, "and goes on with children"
     led = [record["retrained"] for record in retrained(directory) if record["leader"]]
     assert len(led) == 1 + 9 // 2, "every other training that the surrogate has chosen, and the baseline"
     printed = capsys.readouterr().out

@@ -6,7 +6,7 @@
         child   <- mutate(parent), again and again until one passes the gates
         score   <- proxy training with the child, stopped at the first invalid value
         journal <- child, score;    population <- the newest P of population + child
-    closing round: the best are trained to convergence, by successive halving; the last one is the found loss
+    closing round: long trainings of the best, by successive halving; the last one is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
 With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
@@ -78,7 +78,7 @@ UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: fe
 ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, which chooses after ...
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
-LEADER_EVERY = 10  # [D] of the surrogate's choices between two converged trainings of the most promising candidate
+LEADER_EVERY = 10  # [D] of the surrogate's choices between two long trainings of the most promising candidate
 RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
@@ -105,7 +105,7 @@ def search(state: "State", worker: "Worker", args) -> None:
         at_work = worker.others_at_work(state)
         guide = state.surrogate.fit(state, at_work) if state.surrogate else None
         if guide and (leader := next_leader(state, guide, worker, args.seed)):
-            worker.tell(converged_training(state.task, worker, leader, args.seed, leader=True))
+            worker.tell(retraining(state.task, worker, leader, args.seed, state.task.long, leader=True))
             continue
         child = next_child(state, rng, guide, deadline, at_work)
         if child is None:  # the deadline came first
@@ -178,14 +178,14 @@ def measured(task: "Task") -> dict[str, float]:
     return {name: round(value, 6) for name, value in task.measured.items() if math.isfinite(value)}
 
 
-def converged_training(
-    task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None, leader: bool = False
+def retraining(
+    task: "Task", worker: "Worker", losses, seed: int, share: float, picture: Path | None = None, leader: bool = False
 ) -> dict:
-    """A converged training of losses, or of the baseline by its name, as its record in the journal."""
+    """A training of losses, or of the baseline by its name, from fresh weights, as its record in the journal."""
     start = time.time()
     worker.works_on(losses, leader)
     try:
-        scores = task.retrain(losses, seed, picture)
+        scores = task.retrain(losses, seed, share, picture)
     except InvalidLoss:
         scores = None
     seconds = round(time.time() - start, 3)
@@ -255,7 +255,8 @@ class Task:
     metrics: tuple[str, ...]
     symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
-    converged = True  # whether `retrain` follows the schedule at which the baseline has converged
+    long = 1.0  # share of a re-training's steps in the long trainings by which a search chooses [D]
+    whole = True  # whether `retrain` has all the steps of its schedule, and not fewer by --retrain-steps
     ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on
     curve: list[tuple[int, float]] = []  # (step, loss) of the latest training
@@ -273,9 +274,9 @@ class Task:
         raise NotImplementedError
 
     def retrain(
-        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
-        """The converged schedule, from fresh weights: all metrics on `val` and `test`; predictions drawn to `picture`.
+        """From fresh weights, with that share of the steps: all metrics on `val` and `test`; predictions as `picture`.
 
         With a `Checkpoint` it goes on from there, and is shared by all processes under torchrun. Raises InvalidLoss.
         """
@@ -695,7 +696,7 @@ COUNTERS = (*CHEAP, "surrogate", *DEAR)
 
 
 class Surrogate:
-    """A Gaussian process over the gradients of losses that predicts what a converged training would score.
+    """A Gaussian process over the gradients of losses that predicts what a long training would score.
 
     A score is modelled as the baseline's, plus a linear function of where the gradient lies, seen from the baseline's,
     plus a smooth function of it. Hence the covariance of two candidates, averaged over branches:
@@ -703,8 +704,8 @@ class Surrogate:
     over samples and states [D]. The linear part sees beyond the families that were tried: what helped a little may help
     a lot.
 
-    It learns from proxy scores, `corrected` by all else that proxy trainings measure, and from converged ones: a
-    converged score is the proxy score plus a drift, a process of the same kind with `drift` times the variance. The
+    It learns from proxy scores, `corrected` by all else that proxy trainings measure, and from long ones: the
+    score of a long one is the proxy score plus a drift, a process of the same kind with `drift` times the variance. The
     baseline, which is trained anyway, is part of what it learns from, and the drift is measured from the baseline's
     own: a family of losses that starts fast and does not last is no better than it is. Length, noise, trend and drift
     are chosen by their marginal likelihood, one after another, twice; the best variance is known in closed form.
@@ -718,7 +719,7 @@ class Surrogate:
 
     def __init__(self):
         self.known: dict[str, Tensor] = {}  # points of what was trained, by text
-        self.merits: dict[tuple[str, ...], float] = {}  # predicted converged scores of what was trained, by identity
+        self.merits: dict[tuple[str, ...], float] = {}  # predicted scores of long trainings, by identity
         self.niches: dict[tuple[str, ...], set] = {}  # see `niche_bests`, by branches
 
     def fit(self, state: "State", at_work: list[dict[str, Expr]], whole: bool = False) -> "Surrogate | None":
@@ -749,19 +750,20 @@ class Surrogate:
     def learn(self, state: "State", members: list["Member"]) -> None:
         """What there is to learn from: `rows` of candidates, the `points` of these and of the baseline, and its scores.
 
-        Of each score `values` has what it is worth, `index` the row of its point, and `late` 1 if it is converged.
+        Of each score `values` has what it is worth, `index` the row of its point, `late` 1 after a long training.
         """
         task = state.task
         half, ranking = self.ROWS // 2, sorted(members, key=lambda member: member.score or 0.0)
         self.rows = list({member.text: member for member in ranking[-half:] + members[-half:]}.values())
         losses, proxy = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows]
-        again = {}  # converged scores by row, as far ahead of the baseline's proxy score as of its converged one
+        again = {}  # scores of long trainings by row, as far ahead of the baseline's proxy score as of its long one
         if state.baseline is not None:
-            losses, proxy, anchor = [*losses, {}], [*proxy, state.baseline], state.converged(task.baseline)
+            losses, proxy, anchor = [*losses, {}], [*proxy, state.baseline], state.long_score(task.baseline)
             if anchor not in (None, -math.inf):
-                late = [*(state.converged(row.text) for row in self.rows), anchor]
+                late = [*(state.long_score(row.text) for row in self.rows), anchor]
                 again = {k: score - anchor + state.baseline for k, score in enumerate(late) if score is not None}
-                shown = {text: late for text in state.again if (late := state.converged(text)) not in (None, -math.inf)}
+                shown = {text: state.long_score(text) for text in state.again}
+                shown = {text: score for text, score in shown.items() if score not in (None, -math.inf)}
                 taught = [state.results[text] for text in shown if text in state.results]
                 taught = [member for member in taught if member.score is not None]
                 missed = [shown[member.text] - anchor - (member.score - state.baseline) for member in taught]
@@ -784,7 +786,7 @@ class Surrogate:
     ) -> list[float]:
         """Proxy scores, corrected by all `metrics` that the proxy trainings have measured, the baseline's last [D].
 
-        What a proxy score has `missed` of the converged one, on whatever island, is learned by ridge regression as a
+        What a proxy score has `missed` of the long training's, on whatever island, is learned by ridge regression as a
         linear function of the metrics measured there (`taught`): of their differences from the baseline's, in units of
         the median one. It tells a loss that has bought its score too dearly from one that has not.
         """
@@ -850,7 +852,7 @@ class Surrogate:
         return torch.stack([squared, (from_one + from_other.mT - squared) / 2])
 
     def covariance(self, pairs: Tensor, late: Tensor, other_late: Tensor) -> Tensor:
-        """(n, m) of two lots of scores: what `compare` says of their points, and which are converged (n,) and (m,)."""
+        """(n, m) of two lots of scores: what `compare` says of their points, and which are late (n,) and (m,)."""
         squared, inner = pairs
         alike = (-squared / self.length**2).exp() + self.trend * inner
         return alike.mean(0) * (1 + self.drift * late[:, None] * other_late)
@@ -882,9 +884,9 @@ class Surrogate:
         self.solve(self.length, self.noise, self.trend, self.drift)
 
     def predict(self, points: Tensor, late: float) -> tuple[Tensor, Tensor]:
-        """What converged trainings are expected to score, in the units of `self.values`, and how uncertain that is.
+        """What long trainings are expected to score, in the units of `self.values`, and how uncertain that is.
 
-        The deviation is that of a converged score (`late` 1), or (0) of what a proxy training could still tell of it:
+        The deviation is that of a long training (`late` 1), or (0) of what a proxy training could still tell of it:
         little, next to a candidate that had one.
         """
         pairs = self.compare(points, self.points)[..., self.index]
@@ -1029,7 +1031,7 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
 
 
 def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict | str | None:
-    """What to train to convergence in the middle of a search, where that is due: the most promising one so far.
+    """What has a long training in the middle of a search, where one is due: the most promising one so far.
 
     It is due once the surrogate has chosen LEADER_EVERY more proxy trainings. A proxy is one thing, what it stands for
     another: the surrogate learns from both. The baseline comes first, to measure the others by; no twin of what was
@@ -1040,15 +1042,15 @@ def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -
     due = 1 + state.guided // LEADER_EVERY
     if due <= state.leaders + sum(other["leader"] for other in others):
         return None
-    proven = [k for k, row in enumerate(guide.rows) if state.converged(row.text) is not None]
+    proven = [k for k, row in enumerate(guide.rows) if state.long_score(row.text) is not None]
     twins = (guide.pairs[0].amax(0)[:, proven] < 2 - 2 * TWINS).any(1).tolist()
     able = [
         (not twin, promise, row.losses)
         for twin, promise, row in zip(twins, guide.promise, guide.rows)
-        if row.score is not None and state.converged(row.text) is None and row.text not in busy
+        if row.score is not None and state.long_score(row.text) is None and row.text not in busy
     ]
     ranked = [losses for *_, losses in sorted(able, key=lambda each: each[:2], reverse=True)]
-    if state.converged(state.task.baseline) is None:
+    if state.long_score(state.task.baseline) is None:
         ranked.insert(0, state.task.baseline)
     return next((losses for losses in ranked if worker.claim(f"{losses_text(losses)} {seed}")), None)
 
@@ -1096,7 +1098,7 @@ class State:
     failed: set[tuple[str, ...]] = field(default_factory=set)  # identities that CSE's short training turned away
     scores: dict[tuple[str, ...], float | None] = field(default_factory=dict)  # of proxy trainings, by identity
     results: dict[str, Member] = field(default_factory=dict)  # distinct candidates, by text
-    again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # converged trainings by text and seed
+    again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # `Task.retrain` by text and seed
     turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
     programs: dict[str, list] = field(default_factory=dict)  # by branch and tree, the latest that computes it
     baseline: float | None = None  # its proxy score
@@ -1104,7 +1106,7 @@ class State:
     simulated: float | None = None  # its score in the short training of CSE
     table: float = math.inf  # the first seed of the closing table
     guided: int = 0  # proxy trainings that the surrogate has chosen
-    leaders: int = 0  # converged trainings in the middle of the search
+    leaders: int = 0  # long trainings in the middle of the search
     broken: int = 0  # lines of the journal that could not be read
     elapsed: float = 0.0  # seconds
     searched: float = 0.0  # of these before the closing round
@@ -1218,18 +1220,18 @@ class State:
         self.programs.update(record["programs"])
 
     def chosen_by(self, text: str) -> dict[int, dict | None]:
-        """Its converged trainings by seed, but for those of the closing table: nothing is ever selected by them."""
+        """Its long trainings by seed: those of the closing table do not count, nothing is ever selected by them."""
         return {seed: run for seed, run in self.again.get(text, {}).items() if seed < self.table}
 
-    def converged(self, text: str, seeds: Sequence[int] | None = None) -> float | None:
-        """The mean over its converged trainings, search-validation split: None without any, -inf if one was invalid."""
+    def long_score(self, text: str, seeds: Sequence[int] | None = None) -> float | None:
+        """The mean over its long trainings, search-validation split: None without any, -inf if one was invalid."""
         runs = [run for seed, run in self.chosen_by(text).items() if seeds is None or seed in seeds]
         if not runs:
             return None
         return -math.inf if None in runs else sum(run["val"][self.metric] for run in runs) / len(runs)
 
     def merit(self, member: Member) -> float:
-        """What a candidate is chosen by: what its converged training is expected to score, else its proxy score."""
+        """What a candidate is chosen by: what its long training is expected to score, else its proxy score."""
         return self.surrogate.merits.get(member.identity, member.score) if self.surrogate else member.score
 
     def valid(self) -> list[Member]:
@@ -1241,10 +1243,10 @@ class State:
         return sorted(self.valid(), key=lambda result: -self.merit(result))
 
     def hall_of_fame(self) -> list[Member]:
-        """The same by what they have shown: converged scores, then proxy scores; what became invalid comes last."""
+        """The same by what they have shown: long trainings, then proxy scores; what became invalid comes last."""
 
         def key(result: Member):
-            again = self.converged(result.text)
+            again = self.long_score(result.text)
             return again == -math.inf, again is None, -(result.score if again in (None, -math.inf) else again)
 
         return sorted(self.valid(), key=key)
@@ -1380,7 +1382,7 @@ def best_trials_together(state: State, at_work: Sequence[dict]) -> Child | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Closing round: successive halving on the converged schedule, a short formula, the table
+# Closing round: successive halving by long trainings, a short formula, the table of re-trainings
 
 
 def close(state: State, worker: "Worker", args) -> None:
@@ -1388,7 +1390,7 @@ def close(state: State, worker: "Worker", args) -> None:
     task = state.task
 
     def score(losses: dict, seeds: int) -> float:  # a resumed round may know more seeds already
-        return state.converged(losses_text(losses), range(args.seed, args.seed + seeds))
+        return state.long_score(losses_text(losses), range(args.seed, args.seed + seeds))
 
     worker.wait_for_searching(state)
     finalists = worker.agree("finalists", state, lambda: select_finalists(state))
@@ -1423,19 +1425,19 @@ def predictions_of(directory: Path, losses: dict[str, str] | str) -> Path:
 def select_finalists(state: State) -> list[dict[str, str]]:
     """The best few, no two with nearly the same gradient as long as others beat the baseline [D].
 
-    First come those that have shown it in a converged training, for half of the places, then those that promise it.
+    First come those that have shown it in a long training, for half of the places, then those that promise it.
     Near relatives train alike: a few of them would be one candidate, trained a few times. Equal proxy scores are taken
     for those of equivalent losses.
     """
     number, chosen, others, points, last = RUNGS[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
-    proven = [result for result in state.hall_of_fame() if state.converged(result.text) not in (None, -math.inf)]
+    proven = [result for result in state.hall_of_fame() if state.long_score(result.text) not in (None, -math.inf)]
     candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []
         related = any((own - other).square().sum(1).mean() < 2 - 2 * RELATED for own in point for other in points)
-        score, bar = state.converged(result.text), state.converged(state.task.baseline)
+        score, bar = state.long_score(result.text), state.long_score(state.task.baseline)
         if score is None:  # the proxy has to do
             score, bar = result.score, state.baseline
         worse = score == -math.inf or (bar is not None and score < bar)
@@ -1465,12 +1467,12 @@ def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
 
 TREES = {str: str}  # the text of a loss by branch
 SCORES = {"val": {str: float}, "test": {str: float}}
-CONVERGED = {"seed": int, "scores": (SCORES, None), "seconds": float}  # a converged training
-TRAINING = {**CONVERGED, "loss": str}  # a line of retrain.jsonl
+AGAIN = {"seed": int, "scores": (SCORES, None), "seconds": float}  # a training from fresh weights
+TRAINING = {**AGAIN, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
 RECORDS = {  # the lines of a journal, by the key that tells their kind
     "baseline": {**STAMP, "baseline": (float, None), "metrics": {str: float}},
-    "retrained": {**STAMP, **CONVERGED, "retrained": (TREES, str), "leader": bool},
+    "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str), "leader": bool},
     "losses": {
         **STAMP,
         "turn": int,
@@ -1783,14 +1785,18 @@ class Worker(Journal):
         return read_agreed(path, name, state.task)
 
     def serve(self, state: State, jobs: list[tuple]) -> None:
-        """Converged trainings (losses, seed[, picture]) that nobody else has claimed, until all are done."""
+        """Trainings (losses, seed[, picture]) that nobody else has claimed, until all are done.
+
+        Those with a seed of the closing table have all steps of the schedule, others are long trainings.
+        """
         while True:
             self.hear(state)
             left = [job for job in jobs if job[1] not in state.again.get(losses_text(job[0]), {})]
             mine = next((job for job in left if self.claim(f"{losses_text(job[0])} {job[1]}")), None)
             if mine:
-                losses, *more = mine
-                self.tell(converged_training(state.task, self, state.task.read_losses(losses), *more))
+                losses, seed, *picture = mine
+                share = state.task.long if seed < state.table else 1.0
+                self.tell(retraining(state.task, self, state.task.read_losses(losses), seed, share, *picture))
             elif left:
                 time.sleep(0.1)
             else:
@@ -1839,9 +1845,9 @@ class Reporter:
 
     def lineage(self, text: str) -> str:
         """A candidate and its ancestors, the newest first, with their scores."""
-        lines = ["```", " proxy  converged  loss"]
+        lines = ["```", " proxy       long  loss"]
         while text in self.state.results and len(lines) < 100:  # two workers may have made each other's children
-            score, again = shown(self.state.results[text].score), shown(self.state.converged(text))
+            score, again = shown(self.state.results[text].score), shown(self.state.long_score(text))
             lines.append(f"{score:>6} {again:>10}  {text}")
             text = self.state.results[text].parent
         return "\n".join([*lines, "```"])
@@ -1922,8 +1928,9 @@ class Reporter:
     def tell_retrained(self, record: dict) -> None:
         text, scores, metric = losses_text(record["retrained"]), record["scores"], self.args.metric
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
-        print(f"converged, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
-        baseline = self.state.converged(self.task.baseline)
+        kind = "long training" if record["seed"] < self.state.table else "re-training"
+        print(f"{kind}, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
+        baseline = self.state.long_score(self.task.baseline)
         if scores and record.get("leader") and text != self.task.baseline and baseline is not None:
             self.board.add_scalar("found/ahead", scores["val"][metric] - baseline, self.state.explored)
 
@@ -1941,9 +1948,9 @@ class Reporter:
     def write_hall_of_fame(self) -> None:
         state, table = self.state, io.StringIO()
         writer = csv.writer(table)
-        writer.writerow(["rank", f"proxy_{self.args.metric}", f"converged_{self.args.metric}", "seeds", "gain", "loss"])
+        writer.writerow(["rank", f"proxy_{self.args.metric}", f"long_{self.args.metric}", "seeds", "gain", "loss"])
         for rank, result in enumerate(state.hall_of_fame()[:50], 1):
-            again = state.converged(result.text)  # None is written as nothing
+            again = state.long_score(result.text)  # None is written as nothing
             again = "invalid" if again == -math.inf else again and round(again, 6)
             writer.writerow([rank, result.score, again, len(state.chosen_by(result.text)), result.gain, result.text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
@@ -1974,7 +1981,7 @@ class Reporter:
             "evaluated": state.evaluated,
             "gates": state.gate_counts(),
             "seconds": round(state.elapsed, 1),
-            "converged": task.converged,
+            "whole_schedule": task.whole,
             "test": {"found": {}, **test},
             "difference": ahead,
         }
@@ -1989,16 +1996,16 @@ class Reporter:
     def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
         args, task, state = self.args, self.task, self.state
         text = losses_text(losses) if losses else None
-        print(f"\n        proxy  converged  seeds  loss ({args.metric} on the search-validation split)")
+        print(f"\n        proxy       long  seeds  loss ({args.metric} on the search-validation split)")
         rows = {result.text: shown(result.score) for result in state.hall_of_fame()[:8]}
         if text:  # leaders with one lucky seed may be before it; a formula in short had no proxy training
             rows.setdefault(text, shown(state.results[text].score) if text in state.results else "")
         for name, proxy in rows.items():
             mark, note = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"
-            again, number = shown(state.converged(name)), len(state.chosen_by(name))
+            again, number = shown(state.long_score(name)), len(state.chosen_by(name))
             print(f"{mark}  {proxy:>7} {again:>10} {number:>6}  {name}{note}")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
-        show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.converged else ", not converged")
+        show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.whole else ", shortened schedule")
         invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
         verdict = verdict_in_words(task, args.metric, ahead, invalid)
         print("\n" + verdict)
@@ -2389,7 +2396,7 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     return flag
 
 
-def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 10.0) -> None:
+def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 9.0) -> None:
     """The flags of the search itself, the same in every script but for the task's `own` kinds and its budget."""
     kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
     flag = flags(parser, "search")

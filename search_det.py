@@ -99,9 +99,10 @@ PROXY = {
     "coco": Schedule(2000, 16, 512, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 2000, clip=35.0),
 }
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=1200, base=0, warmup=10 / 1200),
+    "shapes": PROXY["shapes"]._replace(steps=2400, base=0, warmup=10 / 1200),
     "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 90_000, clip=35.0),
 }
+LONG = 0.5  # share of these steps in the long trainings by which a search chooses [D]
 
 
 # =====================================================================================================================
@@ -117,7 +118,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     about = "leave out annotations with an empty box or mask instead of complaining"
     flag("--skip-empty", None, about, action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
-    flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
+    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}; in a search {LONG:g} times as many"
+    flag("--retrain-steps", "N", about, evolve.at_least(1))
     about = "side of a training window, to which the longer side of a picture is scaled: "
     about += f"{evolve.told(PROXY, 'size')}; in re-training {evolve.told(RETRAIN, 'size')}"
     flag("--size", "PIXELS", about, evolve.at_least(64, most=8192))
@@ -2218,7 +2220,7 @@ def mask_score(logits: Tensor, target: Tensor) -> Tensor:
 class DetTask(evolve.Task):
     """What evolve.py needs to know of detection."""
 
-    name, baseline, metrics = "det", BASELINE, METRICS["bbox"]
+    name, baseline, long, metrics = "det", BASELINE, LONG, METRICS["bbox"]
     symbols = {branch: symbols for branch, (symbols, _) in BRANCHES.items()}
     export = staticmethod(export)
 
@@ -2232,7 +2234,7 @@ class DetTask(evolve.Task):
             proxy, retraining = PROXY["shapes"], RETRAIN["shapes"]
         self.proxy = self.plan(proxy, args.proxy_steps)
         self.retraining = self.plan(retraining, args.retrain_steps)
-        self.converged = self.retraining.steps >= retraining.steps
+        self.whole = self.retraining.steps >= retraining.steps
         self.data: dict[str, Split] = {}
 
     def load(self) -> None:
@@ -2277,7 +2279,7 @@ class DetTask(evolve.Task):
         return test_network(net, split, size or self.proxy.size, self.device)
 
     def prepare(self, base: Path) -> None:
-        """The base network: the baseline's losses for the first steps of the converged schedule, by default none.
+        """The base network: the baseline's losses for the first steps of a long training, by default none.
 
         Proxy trainings go on from it. The gates look at losses at the predictions of a random network alone: those of
         another state would be of other proposals, with targets of their own.
@@ -2286,7 +2288,7 @@ class DetTask(evolve.Task):
         self.branches = self.make_branches()
 
     def train_base(self) -> list[dict[str, Tensor]]:
-        plan = self.proxy._replace(steps=RETRAIN[self.args.data].steps)
+        plan = self.proxy._replace(steps=round(LONG * RETRAIN[self.args.data].steps))
         if plan.base:
             note(f"training the base network: {plan.base} steps of {BASELINE}")
         net = self.network(plan, self.args.seed)
@@ -2387,10 +2389,10 @@ class DetTask(evolve.Task):
         return self.test(net, few)[self.args.metric]
 
     def retrain(
-        self, losses: dict[str, Expr | str] | str, seed: int, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr | str] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        plan = self.retraining
+        plan = self.retraining._replace(steps=max(1, round(share * self.retraining.steps)))
         net = self.network(plan, own)
         self.curve = train_network(net, self.losses(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:

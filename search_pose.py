@@ -83,9 +83,10 @@ PROXY = {
     "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=3200),
 }
 RETRAIN = {
-    "small": PROXY["small"]._replace(steps=1200, base=0),
+    "small": PROXY["small"]._replace(steps=2400, base=0),
     "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=0),
 }
+LONG = 0.5  # share of these steps in the long trainings by which a search chooses [D]
 
 
 # =====================================================================================================================
@@ -101,7 +102,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     about = "average the heatmaps of each crop and of its mirror image before decoding"
     flag("--flip-test", None, about, action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
-    flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
+    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}; in a search {LONG:g} times as many"
+    flag("--retrain-steps", "N", about, evolve.at_least(1))
     flag("--crop", "PIXELS", f"height of a person's crop: {evolve.told(PROXY, 'crop')}", evolve.at_least(8, most=8192))
     flag("--aspect", "RATIO", "width of a crop by its height; 1 suits most animals", evolve.at_least(0.1, float), 0.75)
     about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
@@ -1903,7 +1905,7 @@ STATES = (0, 0.15, 1)  # shares of the base training after which the gates look 
 class PoseTask(evolve.Task):
     """What evolve.py needs to know of pose estimation."""
 
-    name, baseline, metrics = "pose", BASELINE, METRICS
+    name, baseline, long, metrics = "pose", BASELINE, LONG, METRICS
     symbols = {"loss": "yp1"}
     export = staticmethod(export)
 
@@ -1913,7 +1915,7 @@ class PoseTask(evolve.Task):
         self.size = (args.crop, round(args.crop * args.aspect))
         self.proxy = self.plan(PROXY[args.model], args.proxy_steps)
         self.retraining = self.plan(RETRAIN[args.model], args.retrain_steps)
-        self.converged = self.retraining.steps >= RETRAIN[args.model].steps
+        self.whole = self.retraining.steps >= RETRAIN[args.model].steps
         self.data: dict[str, Split] = {}
 
     def load(self) -> None:
@@ -1949,7 +1951,7 @@ class PoseTask(evolve.Task):
         return test_network(net, split, self.skeleton, self.size, self.device, self.args.flip_test)
 
     def prepare(self, base: Path) -> None:
-        """The base network: the baseline's loss for the first steps of the converged schedule.
+        """The base network: the baseline's loss for the first steps of a long training.
 
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
@@ -1957,7 +1959,7 @@ class PoseTask(evolve.Task):
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:
-        plan = self.proxy._replace(steps=RETRAIN[self.args.model].steps)
+        plan = self.proxy._replace(steps=round(LONG * RETRAIN[self.args.model].steps))
         if plan.base:
             note(f"training the base network: {plan.base} steps of {BASELINE}")
         steps = [round(plan.base * share) for share in STATES]
@@ -2047,10 +2049,10 @@ class PoseTask(evolve.Task):
         return self.test(net, few)["pck"]
 
     def retrain(
-        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        plan = self.retraining
+        plan = self.retraining._replace(steps=max(1, round(share * self.retraining.steps)))
         net = self.network(plan, own)
         self.curve = train_network(net, self.loss(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:

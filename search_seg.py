@@ -93,11 +93,12 @@ PROXY = {
 }
 PROXY["folder"] = PROXY["voc"]
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=600, base=0),
+    "shapes": PROXY["shapes"]._replace(steps=2400, base=0),
     "voc": Schedule(10_000, 32, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }
 RETRAIN["folder"] = RETRAIN["voc"]
+LONG = 0.25  # share of these steps in the long trainings by which a search chooses [D]
 
 
 # =====================================================================================================================
@@ -112,7 +113,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--classes", "N", about, class_list)
     flag("--download", None, "fetch VOC 2012 into --data-root through torchvision", action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
-    flag("--retrain-steps", "N", f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}", evolve.at_least(1))
+    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}; in a search {LONG:g} times as many"
+    flag("--retrain-steps", "N", about, evolve.at_least(1))
     about = f"side of a training window: {evolve.told(PROXY, 'crop')}; in re-training {evolve.told(RETRAIN, 'crop')}"
     flag("--crop", "PIXELS", about, evolve.at_least(8, most=8192))
     about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
@@ -2102,7 +2104,7 @@ def gate_window(label: Tensor, height: int, width: int) -> tuple[int, int, int, 
 class SegTask(evolve.Task):
     """What evolve.py needs to know of segmentation."""
 
-    name, baseline, metrics = "seg", BASELINE, METRICS
+    name, baseline, long, metrics = "seg", BASELINE, LONG, METRICS
     symbols = {"loss": "yp1"}
     export, read = staticmethod(export), staticmethod(read_searched)
 
@@ -2112,7 +2114,7 @@ class SegTask(evolve.Task):
         self.args, self.device, self.num_classes = args, args.device, self.meaning.number
         self.proxy = self.plan(PROXY[args.data], args.proxy_steps)
         self.retraining = self.plan(RETRAIN[args.data], args.retrain_steps)
-        self.converged = self.retraining.steps >= RETRAIN[args.data].steps
+        self.whole = self.retraining.steps >= RETRAIN[args.data].steps
         self.samplers = {"asl": lambda: AslSearch(args.metric)}
         self.data: dict[str, Split] = {}
 
@@ -2162,7 +2164,7 @@ class SegTask(evolve.Task):
         return test_network(net, split, self.num_classes, self.device)
 
     def prepare(self, base: Path) -> None:
-        """The base network: the baseline's loss for the first steps of the converged schedule.
+        """The base network: the baseline's loss for the first steps of a long training.
 
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
@@ -2170,7 +2172,7 @@ class SegTask(evolve.Task):
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:
-        plan = self.proxy._replace(steps=RETRAIN[self.args.data].steps)
+        plan = self.proxy._replace(steps=round(LONG * RETRAIN[self.args.data].steps))
         if plan.base:
             note(f"training the base network: {plan.base} steps of {BASELINE}")
         steps = [round(plan.base * share) for share in STATES]
@@ -2262,10 +2264,10 @@ class SegTask(evolve.Task):
         return self.test(net, few)[self.args.metric]
 
     def retrain(
-        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        plan = self.retraining
+        plan = self.retraining._replace(steps=max(1, round(share * self.retraining.steps)))
         net = self.network(plan, own)
         self.curve = train_network(net, self.loss(losses), self.batches(losses, plan, own), plan, checkpoint=checkpoint)
         if picture:

@@ -4,8 +4,8 @@
 
 Every loss that the runs have trained to convergence is trained by one proxy (that of --seed 0); FILE keeps what that
 measured. Of the losses with the better 60 % of proxy scores, as a search meets them, so many at random teach
-`Surrogate.corrected` what their converged trainings have added to cross entropy's. Shown: Spearman's correlation, over
-the others, of proxy scores and of corrected ones with the converged score; the mean over 200 draws.
+`Surrogate.corrected` what their long trainings have added to cross entropy's. Shown: Spearman's correlation, over
+the others, of proxy scores and of corrected ones with a long training's; the mean over 200 draws.
 
 Measured on six searches (BIoU, seed 0, twice; BF1, seeds 1 and 2; FWIoU and mIoU, seed 0), 98 losses:
 
@@ -17,7 +17,7 @@ Measured on six searches (BIoU, seed 0, twice; BF1, seeds 1 and 2; FWIoU and mIo
     biou        0.39      0.42      0.48      0.52
     bf1         0.36      0.54      0.59      0.63
 
-Without the bound on what a converged training was found to miss, a few that were lost altogether decide, and for all
+Without the bound on what a long training was found to miss, a few that were lost altogether decide, and for all
 metrics but bf1 it is worse than nothing (miou 0.31, 0.20, 0.10).
 
 """
@@ -33,7 +33,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 from bench_proxy import spearman  # noqa: E402
-from bench_surrogate import converged, records  # noqa: E402
+from bench_surrogate import long_scores, records  # noqa: E402
 
 import evolve  # noqa: E402
 import search_seg  # noqa: E402
@@ -52,7 +52,7 @@ def main() -> None:
     task.load()
     task.prepare(args.scores.with_suffix(".base.pt"))
     proxies = json.loads(args.scores.read_text()) if args.scores.exists() else {}
-    again = converged([records(run) for run in args.runs])
+    again = long_scores([records(run) for run in args.runs])
     for text in ("ce", *again):
         if text not in proxies:
             try:

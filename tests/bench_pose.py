@@ -2,8 +2,8 @@
 
     python tests/bench_pose.py [--proxies 0+100 100+100]
 
-Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by the
-converged schedule (other weights, other batches), both scored on the search-validation split of the embedded data.
+Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by a
+long training (other weights, other batches), both scored on the search-validation split of the embedded data.
 Metric: random people in as many pictures as COCO's val2017 has with people in them. Ratios within one run; one thread.
 """
 

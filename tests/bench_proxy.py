@@ -1,9 +1,9 @@
-"""How much is the proxy's ranking worth? Rank correlation of short trainings with converged ones.
+"""How much is the proxy's ranking worth? Rank correlation of short trainings with long ones.
 
     python tests/bench_proxy.py [--table FILE]          # 25 minutes of one core; FILE keeps what is done
 
 Losses of all qualities (fast and slow starters, hand-made and evolved ones) are trained by each proxy and, with two
-seeds, by the converged schedule (600 steps, other weights and batches). All are scored on the search-validation split
+seeds, by long trainings (600 steps, other weights and batches). All are scored on the search-validation split
 of the embedded data. Shown: Spearman's rank correlation over all losses, and over the better half of them.
 
 Measured (two cores of an AMD EPYC, torch 2.14.1):
@@ -17,10 +17,10 @@ Measured (two cores of an AMD EPYC, torch 2.14.1):
     250 + 80                                1.5   0.93 0.75   0.88 0.65   0.97 0.87   0.81 0.46   0.89 0.43   0.84 0.60
     80 from scratch and 250 + 80            2.9   0.87 0.41   0.85 0.64   0.96 0.82   0.80 0.61   0.83 0.47   0.82 0.50
     160 from scratch and 250 + 80           4.1   0.88 0.53   0.90 0.74   0.96 0.84   0.87 0.65   0.88 0.70   0.82 0.49
-    one converged seed against the other    9.5   0.97 0.91   0.94 0.75   0.98 0.92   0.95 0.73   0.98 0.93   0.94 0.66
+    one long training against the other     9.5   0.97 0.91   0.94 0.75   0.98 0.92   0.95 0.73   0.98 0.93   0.94 0.66
 
 A base of 100 steps is early enough to tell losses that cannot teach (two witnesses in one training), and late enough to
-take the advantage from those that only start fast. Among the better half two converged seeds agree at .66 to .93.
+take the advantage from those that only start fast. Among the better half two long trainings agree at .66 to .93.
 """
 
 import argparse
@@ -77,7 +77,7 @@ LOSSES = (
     "Square(Square(Add(p, Neg(y))))",
     "Neg(Mul(Tanh(y), Exp(Sqrt(p))))",
 )
-# Steps of cross entropy before (on the converged schedule), steps of the loss itself, share of these that warm up.
+# Steps of cross entropy before (as of a long training), steps of the loss itself, share of these that warm up.
 PROXIES = {
     "80 from scratch": (0, 80, 0.3),
     "160 from scratch": (0, 160, 0.3),
@@ -87,7 +87,7 @@ PROXIES = {
     "250 + 80": (250, 80, 0.3),
 }
 MIXTURES = (("80 from scratch", "250 + 80"), ("160 from scratch", "250 + 80"))  # mean of two scores
-CONVERGED = ("converged, seed 0", "converged, seed 1")
+LONG = ("long, seed 0", "long, seed 1")
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -108,10 +108,10 @@ def correlations(proxy: list[float], again: list[float]) -> str:
 
 
 def show_ranking(task, losses: dict, proxies: list[str]) -> None:
-    """For the other tasks: proxies such as "100+80", steps of the base and of the loss, against one converged seed."""
+    """For the other tasks: proxies such as "100+80", steps of the base and of the loss, against one long training."""
     table, spent = {}, {}
-    for proxy in ("converged", *proxies):
-        if proxy != "converged":
+    for proxy in ("long", *proxies):
+        if proxy != "long":
             base, steps = map(int, proxy.split("+"))
             task.proxy = task.proxy._replace(base=base, steps=steps)
             vars(task).pop("proxy_batches", None)
@@ -120,7 +120,9 @@ def show_ranking(task, losses: dict, proxies: list[str]) -> None:
         start = time.process_time()
         for name, loss in losses.items():
             try:
-                table[proxy, name] = task.retrain(loss, 0)["val"] if proxy == "converged" else task.proxy_scores(loss)
+                table[proxy, name] = (
+                    task.retrain(loss, 0, task.long)["val"] if proxy == "long" else task.proxy_scores(loss)
+                )
             except evolve.InvalidLoss:
                 table[proxy, name] = dict.fromkeys(task.metrics, 0.0)
             print(f"{proxy:<12}" + " ".join(f"{value:.3f}" for value in table[proxy, name].values()), name, flush=True)
@@ -129,15 +131,16 @@ def show_ranking(task, losses: dict, proxies: list[str]) -> None:
     for proxy in proxies:
         cells = ""
         for metric in task.metrics:
-            cells += f"{correlations(*([table[p, name][metric] for name in losses] for p in (proxy, 'converged'))):>12}"
+            cells += f"{correlations(*([table[p, name][metric] for name in losses] for p in (proxy, 'long'))):>12}"
         print(f"{proxy:<36}{spent[proxy]:>7.1f}{cells}")
-    print(f"{len(losses)} losses; a converged training takes {spent['converged']:.1f} s; s is the processor's time")
+    print(f"{len(losses)} losses; a long training takes {spent['long']:.1f} s; s is the processor's time")
 
 
 class Bench:
     def __init__(self, table: Path | None):
         self.task = search_seg.SegTask(search_seg.parse_arguments([]))
         self.task.load()
+        self.long = self.task.retraining._replace(steps=round(search_seg.LONG * self.task.retraining.steps))
         self.table, self.done, self.bases = table, {}, {}
         if table and table.exists():
             for line in table.read_text().splitlines():
@@ -147,7 +150,7 @@ class Bench:
     def base(self, steps: int) -> torch.nn.Module:
         """The network after so many steps of the baseline's loss, as SegTask.train_base makes it."""
         if steps not in self.bases:
-            plan = search_seg.RETRAIN["shapes"]
+            plan = self.long
             net = self.task.network(plan, 0)
             batches = itertools.islice(self.task.batches("ce", plan, 500), steps)
             search_seg.train_network(net, search_seg.ce, batches, plan)
@@ -159,8 +162,8 @@ class Bench:
         if (proxy, loss) in self.done:
             return self.done[proxy, loss]
         losses, start = search_seg.read_loss(loss, "--loss"), time.time()
-        if proxy in CONVERGED:
-            plan, seed = self.task.retraining, 1000 + CONVERGED.index(proxy)
+        if proxy in LONG:
+            plan, seed = self.long, 1000 + LONG.index(proxy)
             net = self.task.network(plan, seed)
         else:
             before, steps, warmup = PROXIES[proxy]
@@ -186,7 +189,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(args.table)
     for loss in LOSSES:
-        entries = [bench.score(name, loss) for name in (*CONVERGED, *PROXIES)]
+        entries = [bench.score(name, loss) for name in (*LONG, *PROXIES)]
         print(" ".join(f"{entry['miou']:.3f}" for entry in entries), loss, flush=True)
 
     def column(names: tuple[str, ...], metric: str) -> list[float]:
@@ -201,10 +204,10 @@ def main() -> None:
 
     print(f"\n{'Spearman, all and the better half':<36}{'s':>7}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
     for name in PROXIES:
-        row(name, (name,), CONVERGED)
+        row(name, (name,), LONG)
     for names in MIXTURES:
-        row(" and ".join(names), names, CONVERGED)
-    row("one converged seed against the other", CONVERGED[:1], CONVERGED[1:])
+        row(" and ".join(names), names, LONG)
+    row("one long training against the other", LONG[:1], LONG[1:])
     print(f"{len(LOSSES)} losses; the proxy of search_seg.py is 100 + 120")
 
 

@@ -2,12 +2,12 @@
 
     python tests/bench_searches.py --table scores.jsonl --kinds evolve,published,random --seeds 3 --evals 100
 
-Every proxy training and every converged one is kept in the table, by its schedule and the text of the loss, with all
+Every proxy training and every long one is kept in the table, by its schedule and the text of the loss, with all
 six metrics. A search trains only what the table lacks: what one kind of search, seed or metric has paid for, the others
 get for nothing, and the whole can be stopped and taken up again. Seconds are those of the training when it was made.
 
-Each search is stopped after 25, 50, 100, ... trainings; what it would have given then, its best candidate by converged
-training or else by proxy, has its converged score on the test split read off the table (mean of two seeds). Shown:
+Each search is stopped after 25, 50, 100, ... trainings; what it would have given then, its best candidate by long
+trainings or else by proxy, has its score on the test split after others read off the table (mean of two seeds). Shown:
 median and quartiles over the seeds of the search, per metric and kind; `--picture FILE` draws the curves.
 """
 
@@ -90,9 +90,9 @@ class ReplayTask(search_seg.SegTask):
     def proxy_scores(self, losses):
         return self.look_up(f"proxy {self.proxy}", losses, lambda: super(ReplayTask, self).proxy_scores(losses))
 
-    def retrain(self, losses, seed, picture=None, checkpoint=None):
-        make = super().retrain
-        return self.look_up(f"converged {self.retraining} {seed}", losses, lambda: make(losses, seed))
+    def retrain(self, losses, seed, share=1.0, picture=None, checkpoint=None):
+        make, plan = super().retrain, self.retraining._replace(steps=round(share * self.retraining.steps))
+        return self.look_up(f"converged {plan} {seed}", losses, lambda: make(losses, seed, share))
 
 
 def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[tuple[int, float, object]]:
@@ -135,13 +135,13 @@ def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[
 
 
 def final_score(task: ReplayTask, best, metric: str) -> float:
-    """The converged score on test, mean of two seeds that no search has seen."""
+    """The score on test after a long training, mean of two seeds that no search has seen."""
     if best is None:
         return 0.0
     runs = []
     for seed in (evolve.TABLE_SEEDS, evolve.TABLE_SEEDS + 1):
         try:
-            runs.append(task.retrain(best.losses, seed)["test"][metric])
+            runs.append(task.retrain(best.losses, seed, task.long)["test"][metric])
         except evolve.InvalidLoss:
             runs.append(0.0)
     return sum(runs) / len(runs)
@@ -200,9 +200,9 @@ def main() -> None:
     judge.load()
     for metric in args.metrics.split(","):
         rows = {}
-        reference = [judge.retrain("ce", evolve.TABLE_SEEDS + k)["test"][metric] for k in (0, 1)]
+        reference = [judge.retrain("ce", evolve.TABLE_SEEDS + k, judge.long)["test"][metric] for k in (0, 1)]
         baseline = sum(reference) / 2
-        print(f"\n{metric}, converged, test; cross entropy {baseline:.3f}")
+        print(f"\n{metric}, long trainings, test; cross entropy {baseline:.3f}")
         print(f"{'search':<12}{'seed':>5}" + "".join(f"{n:>9}" for n in AT if n <= args.evals) + f"{'seconds':>9}")
         for kind in args.kinds.split(","):
             results = []

@@ -121,10 +121,12 @@ def records(run: Path) -> list[dict]:
     return sorted(lines, key=lambda record: record["elapsed"])
 
 
-def converged(runs: list[list[dict]]) -> dict[str, dict[str, float]]:
-    """What converged trainings of losses have added to those of cross entropy with the same seed: mean by metric."""
+def long_scores(runs: list[list[dict]]) -> dict[str, dict[str, float]]:
+    """What long trainings of losses have added to those of cross entropy with the same seed: mean by metric."""
     found, baseline = collections.defaultdict(dict), {}
     for record in (record for run in runs for record in run if record.get("scores")):
+        if record["seed"] >= evolve.TABLE_SEEDS:  # a whole re-training
+            continue
         if record["retrained"] == "ce":
             baseline[record["seed"]] = record["scores"]
         else:
@@ -188,7 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     worlds = [World(run) for run in args.runs]
-    again = converged([world.records for world in worlds])
+    again = long_scores([world.records for world in worlds])
     print(f"{'':<22}{'after':>6}{'bad':>7}{'ten':>7}{'good':>7}{'rank':>7}")
     for kind, make in KINDS.items():
         for number in AFTER:

@@ -33,7 +33,7 @@ def journal(directory):
 
 
 def retrained(directory):
-    """The converged trainings among them."""
+    """Those of trainings from fresh weights among them."""
     return [record for record in records(directory) if "retrained" in record]
 
 

@@ -2,7 +2,7 @@
 
     python tests/draw_run.py RUN_DIR .github/search.png
 
-On the left, over minutes of searching: proxy scores (grey), the best so far (line), and converged scores on the
+On the left, over minutes of searching: proxy scores (grey), the best so far (line), and long trainings' on the
 search-validation split (orange), all minus those of the baseline. On the right `gradients.png` of the run, see
 `evolve.draw_gradients`.
 """
@@ -59,7 +59,7 @@ def draw_scores(records: list[dict], metric: str) -> np.ndarray:
     write(canvas, f"{metric} minus that of {baseline}, over minutes of searching", (LEFT, 18))
     write(canvas, "proxy", (LEFT, 36), BASELINE)
     write(canvas, "best proxy so far", (LEFT + 60, 36), FOUND)
-    write(canvas, "converged", (LEFT + 200, 36), ORANGE)
+    write(canvas, "long", (LEFT + 200, 36), ORANGE)
     return canvas
 
 

@@ -62,6 +62,7 @@ class ToyTask(evolve.Task):
         self.curve = [(0, 1.0)]
         self.invalid = invalid
         self.calls = []  # of `train` and `retrain`
+        self.shares = {}  # of the steps of a re-training, by loss and seed
         self.want = self.gradient(parse(planted))
 
     def load(self):
@@ -88,8 +89,9 @@ class ToyTask(evolve.Task):
         self.calls.append(evolve.losses_text(losses))
         return self.score(losses)
 
-    def retrain(self, losses, seed, picture=None, checkpoint=None):
+    def retrain(self, losses, seed, share=1.0, picture=None, checkpoint=None):
         self.calls.append(evolve.losses_text(losses))
+        self.shares[self.calls[-1], seed] = share
         luck = random.Random(f"{self.calls[-1]} {seed}").random()
         score = self.score(losses) + 0.02 * luck
         return {"val": {"toy": score}, "test": {"toy": score}}
@@ -179,7 +181,7 @@ STAMP = {"seconds": 0, "worker": 0, "elapsed": 0}
 
 
 def again(state, text, *values, first=0):
-    """Absorb converged trainings with these scores; None: invalid."""
+    """Absorb long trainings with these scores; None: invalid."""
     for k, value in enumerate(values):
         scores = value if value is None else {split: {"toy": value} for split in ("val", "test")}
         named = text if text == "ce" else {"loss": text}
@@ -730,7 +732,7 @@ def test_what_a_proxy_training_measures_is_in_its_record(tmp_path):
 
 
 def test_what_is_in_training_moves_no_other_expectation():
-    """It is imagined at its own expectation: that of a proxy score, which a converged one may contradict."""
+    """It is imagined at its own expectation: that of a proxy score, which a long training may contradict."""
     task, known, others = spread(40)
     state = begin(task, baseline=0.5)
     scored(state, known)
@@ -777,7 +779,7 @@ RELATIVES = [f"Neg(Mul(y, {pool}))" for pool in ("MinPool3(p)", "Tanh(MinPool3(p
 RELATIVES += ["Neg(Mul(Sqrt(y), MinPool3(p)))"]
 
 
-def test_surrogate_learns_from_converged_scores():
+def test_surrogate_learns_from_long_trainings():
     """A family leads by the proxy; once some of it have trained badly to convergence, all of it falls behind."""
     task, known, _ = spread(60)
     known = {text: min(score, 0.8) for text, score in known.items()}
@@ -1692,7 +1694,7 @@ def test_a_job_of_the_living_is_waited_for(two, monkeypatch):
         naps.append(seconds)
         os.utime(first.sign)
         if len(naps) == 30:
-            first.tell(evolve.converged_training(task, first, "ce", 0))
+            first.tell(evolve.retraining(task, first, "ce", 0, 1.0))
 
     monkeypatch.setattr(evolve.time, "sleep", nap)
     second.serve(state, jobs)
@@ -1776,10 +1778,10 @@ def test_minutes_end_a_search_that_nothing_passes(tmp_path):
 
 
 def converge(tmp_path, scores, *argv):
-    """The closing round over losses with these converged scores: the found loss, and the seeds of every training."""
+    """The closing round over losses with these scores of trainings: the found loss, and the seeds of all trainings."""
 
     class Given(ToyTask):
-        def retrain(self, losses, seed, picture=None, checkpoint=None):
+        def retrain(self, losses, seed, share=1.0, picture=None, checkpoint=None):
             text = evolve.losses_text(losses)
             given = scores.get(text, 0.0)
             score = given(seed) if callable(given) else given
@@ -1805,6 +1807,17 @@ SIX = [
     "Mul(y, Inv(p))",
     "Neg(Mul(MeanNHW(p), y))",
 ]
+
+
+def test_a_search_chooses_by_long_trainings_and_the_table_has_the_whole_schedule(tmp_path, monkeypatch):
+    monkeypatch.setattr(ToyTask, "long", 0.25)
+    monkeypatch.setattr(evolve, "LEADER_EVERY", 3)
+    task = ToyTask()
+    run(tmp_path, "--evals", "30", "--seeds", "2", "--without", "rejected", task=task)
+    table = {key: share for key, share in task.shares.items() if key[1] >= evolve.TABLE_SEEDS}
+    chosen = {key: share for key, share in task.shares.items() if key not in table}
+    assert len(table) == 4 and {*table.values()} == {1.0}
+    assert ("ce", 0) in chosen and len(chosen) > evolve.RUNGS[0][0] and {*chosen.values()} == {0.25}
 
 
 def test_halving_keeps_the_better_ones(tmp_path, monkeypatch):
@@ -1848,9 +1861,9 @@ def test_all_invalid_in_the_last_rung_falls_back_to_the_one_before(tmp_path, mon
     assert converge(tmp_path, {**late, SIX[2]: 0.3})[0] == {"loss": SIX[2]}
 
 
-def test_no_valid_converged_training_at_all(tmp_path, capsys):
+def test_no_valid_long_training_at_all(tmp_path, capsys):
     class Never(ToyTask):
-        def retrain(self, losses, seed, picture=None, checkpoint=None):
+        def retrain(self, losses, seed, share=1.0, picture=None, checkpoint=None):
             if losses != "ce":
                 raise InvalidLoss("step 9")
             return super().retrain(losses, seed)
@@ -1859,7 +1872,7 @@ def test_no_valid_converged_training_at_all(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "no valid loss was found" in printed and "take the found loss" not in printed and "best_loss" not in printed
     assert result_of(directory)["losses"] == {} and result_of(directory)["test"]["found"] == {}
-    assert "converged, seed 0: toy invalid" in printed
+    assert "long training, seed 0: toy invalid" in printed
 
 
 LONG = "Neg(Mul(Add(y, Mul(1, MeanC(1))), Log(p)))"
@@ -1927,16 +1940,16 @@ def test_finalists_are_no_relatives():
     assert finalists(equal, 0.0) == [names[k] for k in (0, 3, 2)], "equal scores: equivalent losses"
 
 
-def test_converged_scores_are_means_over_seeds_on_the_search_validation_split():
+def test_long_scores_are_means_over_seeds_on_the_search_validation_split():
     state = begin(ToyTask())
     for text, seed, val, test in (("p", 0, 0.9, 0.1), ("p", 1, 0.1, 0.9), ("y", 0, 0.6, 0.2), ("y", 1, None, 0)):
         scores = None if val is None else {"val": {"toy": val}, "test": {"toy": test}}
         state.absorb(STAMP | {"retrained": {"loss": text}, "seed": seed, "scores": scores})
-    assert state.converged("p") == pytest.approx(0.5) and state.converged("p", range(1)) == 0.9
-    assert state.converged("y") == -math.inf and state.converged("1") is None
-    assert state.converged("y", range(1)) == 0.6
+    assert state.long_score("p") == pytest.approx(0.5) and state.long_score("p", range(1)) == 0.9
+    assert state.long_score("y") == -math.inf and state.long_score("1") is None
+    assert state.long_score("y", range(1)) == 0.6
     again(state, "p", 0.0, first=state.table)
-    assert state.converged("p") == pytest.approx(0.5), "nothing is selected by the seeds of the closing table"
+    assert state.long_score("p") == pytest.approx(0.5), "nothing is selected by the seeds of the closing table"
 
 
 def runs_of(*values):
@@ -2014,7 +2027,7 @@ def test_files_of_a_run(tmp_path, short):
     gaps = [f - b for f, b in zip(result["test"]["found"]["toy"], result["test"]["baseline"]["toy"])]
     assert mean == pytest.approx(sum(gaps) / 2) and error == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
     head, first, *_ = (directory / "hall_of_fame.csv").read_text().splitlines()
-    assert head == "rank,proxy_toy,converged_toy,seeds,gain,loss" and first.startswith("1,")
+    assert head == "rank,proxy_toy,long_toy,seeds,gain,loss" and first.startswith("1,")
     assert evolve.read_found(directory, ToyTask, "--loss") == {k: parse(v) for k, v in result["losses"].items()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import evolve
+from data import shapes
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in REPOSITORY.glob("search_*.py"))
@@ -144,6 +145,22 @@ def test_main_has_one_shape(one, other):
         statements = [ast.unparse(statement) for statement in main.body]
         shapes.append([re.sub(r"\w+Task", "Task", line) for line in statements])
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    "name, task", [("search_seg", "SegTask"), ("search_det", "DetTask"), ("search_pose", "PoseTask")]
+)
+def test_long_trainings_have_a_share_of_the_steps(name, task, tmp_path, monkeypatch):
+    script, steps = importlib.import_module(name), []
+    root = shapes.write_shapes(tmp_path / "shapes", splits={"train": 20, "val": 6, "test": 6})
+    args = script.parse_arguments(["--data-root", str(root), "--retrain-steps", "40", "--device", "cpu"])
+    task = getattr(script, task)(args)
+    task.load()
+    monkeypatch.setattr(script, "train_network", lambda net, losses, data, plan, **_: steps.append(plan.steps) or [])
+    monkeypatch.setattr(type(task), "test", lambda self, *_: {})
+    task.retrain(script.BASELINE, 0)
+    task.retrain(script.BASELINE, 0, task.long)
+    assert steps == [40, round(40 * script.LONG)] and task.long == script.LONG < 1 and not task.whole
 
 
 @pytest.mark.parametrize("one, other", PAIRS)

@@ -906,7 +906,7 @@ def test_a_prediction_depends_on_its_picture_alone(task):
 
 
 def test_a_picture_changes_nothing(task, tmp_path):
-    drawn = task.retrain("mse", 0, tmp_path / "p.png")
+    drawn = task.retrain("mse", 0, picture=tmp_path / "p.png")
     assert drawn == task.retrain("mse", 0)
     height, width = cv2.imread(str(tmp_path / "p.png")).shape[:2]
     assert height > 2 * 256 and width > 2 * 192

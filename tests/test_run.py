@@ -95,11 +95,11 @@ def test_run_writes_what_it_promises(finished):
     assert ">>>>" in printed and str(directory) in printed
     assert printed.count("training the base network: 2 steps of ce\n") == 1
     result = json.loads((directory / "result.json").read_text())
-    told = "task metric losses explored evaluated gates seconds converged test difference"
+    told = "task metric losses explored evaluated gates seconds whole_schedule test difference"
     assert set(result) == set(told.split())
     assert (result["task"], result["metric"], result["evaluated"]) == ("seg", "macc", 6)
     assert set(result["gates"]) == {"dead", "seen", "gradient", "equivalent", "surrogate", "rejected", "invalid"}
-    assert result["converged"] is False and "2 fresh seeds, not converged" in printed
+    assert result["whole_schedule"] is False and "2 fresh seeds, shortened schedule" in printed
     assert set(result["difference"]) == set(search_seg.METRICS)
     assert re.search(r"(ahead of|nothing better than) ce\b.*: macc [+-]\d\.\d+ \(\d", printed), "in plain words"
     for side in ("found", "baseline"):
@@ -537,7 +537,7 @@ READERS = {  # of the files of a run directory, and which damages they cannot se
     ),
     "result.json": (
         lambda path: search_seg.read_loss(str(path.parent), "--loss"),
-        r"(metric|explored|evaluated|gates|seconds|converged|test|difference)\b.*",
+        r"(metric|explored|evaluated|gates|seconds|whole_schedule|test|difference)\b.*",
     ),
     "workers/finalists-6.json": (
         lambda path: evolve.read_agreed(path, "finalists", search_seg.SegTask),

@@ -814,7 +814,7 @@ def test_a_prediction_depends_on_its_picture_alone(task):
 
 
 def test_a_picture_changes_nothing(task, tmp_path):
-    drawn = task.retrain("ce", 0, tmp_path / "p.png")
+    drawn = task.retrain("ce", 0, picture=tmp_path / "p.png")
     assert drawn == task.retrain("ce", 0) and (tmp_path / "p.png").exists()
 
 
@@ -921,7 +921,7 @@ def test_flags_change_a_schedule(root, data):
     assert small.steps == plan().steps and plan("--model", "r50-psp").optimizer == plan().optimizer
 
 
-@pytest.mark.parametrize("data, first, highest", [("shapes", 1 / 181, 180), ("voc", 1, 0)])
+@pytest.mark.parametrize("data, first, highest", [("shapes", 1 / 721, 720), ("voc", 1, 0)])
 def test_learning_rates_rise_and_fall(data, first, highest):
     plan = search_seg.RETRAIN[data]
     optimizer, schedule = search_seg.make_optimizer(search_seg.build_model("small", 7), plan)

@@ -220,7 +220,7 @@ def main() -> None:
             cells = "".join(f"{row[1]:>9.3f}" for row in rows[kind].values())
             print(f"{kind:<12}{'median':>5}{cells}", flush=True)
         if args.picture and metric == args.metrics.split(",")[0]:
-            draw(rows, args.picture, f"{metric} of the best loss so far, trained to convergence", baseline)
+            draw(rows, args.picture, f"{metric} of the best loss so far, after a long training", baseline)
 
 
 if __name__ == "__main__":

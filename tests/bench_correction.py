@@ -2,7 +2,7 @@
 
     python tests/bench_correction.py RUN_DIR RUN_DIR ... --scores FILE    # runs of search_seg.py on the embedded data
 
-Every loss that the runs have trained to convergence is trained by one proxy (that of --seed 0); FILE keeps what that
+Every loss that the runs have had long trainings of is trained by one proxy (that of --seed 0); FILE keeps what that
 measured. Of the losses with the better 60 % of proxy scores, as a search meets them, so many at random teach
 `Surrogate.corrected` what their long trainings have added to cross entropy's. Shown: Spearman's correlation, over
 the others, of proxy scores and of corrected ones with a long training's; the mean over 200 draws.

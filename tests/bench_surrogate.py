@@ -4,7 +4,7 @@
 
 Within one search most losses are relatives, and any model foretells them. What a search lives by is what it expects of
 strangers. So, for every run, the surrogate learns its first 40, 80 and 130 trainings and is asked about losses of other
-runs: those that were trained to convergence, good ones mostly (their worth: what they added to cross entropy with the
+runs: those that had long trainings, good ones mostly (their worth: what they added to cross entropy with the
 same seeds), and as many that were bad in searches for the same metric (a proxy score .03 below the baseline's).
 
 Bad: how many of the ten most promising are bad. Ten: where these ten stand among the good ones, from 0 to 1, the bad at
@@ -12,7 +12,7 @@ Bad: how many of the ten most promising are bad. Ten: where these ten stand amon
 be 5.0, .25, .50 and 0. Nothing is trained.
 
 Measured on thirteen searches (BF1, seeds 0 to 3 and 3 again; BIoU, seeds 0, 1 and 0 again; mAcc, seeds 0 and 1; FWIoU;
-mIoU twice; the mean over those that went so far), 208 losses trained to convergence:
+mIoU twice; the mean over those that went so far), 208 losses with long trainings:
 
                            after    bad    ten   good   rank
     scores as they are        40   1.83   0.47   0.55   0.06
@@ -205,7 +205,7 @@ def main() -> None:
             if rows:
                 numbers = "".join(f"{statistics.fmean(column):>7.2f}" for column in zip(*rows))
                 print(f"{kind:<22}{number:>6}{numbers}", flush=True)
-    print(f"{len(worlds)} searches, {len(again)} losses trained to convergence")
+    print(f"{len(worlds)} searches, {len(again)} losses with long trainings")
 
 
 if __name__ == "__main__":

@@ -780,7 +780,7 @@ RELATIVES += ["Neg(Mul(Sqrt(y), MinPool3(p)))"]
 
 
 def test_surrogate_learns_from_long_trainings():
-    """A family leads by the proxy; once some of it have trained badly to convergence, all of it falls behind."""
+    """A family leads by the proxy; once some of it did badly in long trainings, all of it falls behind."""
     task, known, _ = spread(60)
     known = {text: min(score, 0.8) for text, score in known.items()}
     state, guide = guided(task, {**known, **dict(zip(RELATIVES, (0.95, 0.94, 0.96)))})
@@ -1933,7 +1933,7 @@ def test_finalists_are_no_relatives():
     again(state, names[0], 0.55)
     chosen = [losses["loss"] for losses in evolve.select_finalists(state)]
     assert chosen == [names[k] for k in (1, 2, 3, 0)], (
-        "who lost to the baseline at convergence comes last, its relative not"
+        "who lost to the baseline in a long training comes last, its relative not"
     )
     assert finalists({}, 0.5) == [] == finalists({names[0]: None}, 0.5)
     equal = dict(zip((names[0], names[2], names[3]), (0.9, 0.9, 0.8)))
@@ -2073,7 +2073,7 @@ def test_an_unfinished_run_gives_its_best_so_far(tmp_path, short):
     proven = STAMP | {"retrained": first["losses"], "seed": 0, "scores": {k: {"toy": 0.1} for k in ("val", "test")}}
     with path.open("a") as file:
         file.write(json.dumps(proven) + "\n")
-    assert evolve.texts(evolve.read_found(directory, ToyTask, "--loss")) == first["losses"], "proven by convergence"
+    assert evolve.texts(evolve.read_found(directory, ToyTask, "--loss")) == first["losses"], "proven by a long training"
 
 
 def test_only_searching_takes_from_the_minutes(tmp_path, short):

@@ -6,7 +6,7 @@
         child   <- mutate(parent), again and again until one passes the gates
         score   <- proxy training with the child, stopped at the first invalid value
         journal <- child, score;    population <- the newest P of population + child
-    closing round: long trainings of the best, by successive halving; the last one is the found loss
+    closing round: the best are trained with all steps, by successive halving; the last one is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
 With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
@@ -79,11 +79,12 @@ ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, 
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
 LEADER_EVERY = 10  # [D] of the surrogate's choices between two long trainings of the most promising candidate
-RUNGS = ((6, 1), (3, 3))  # [D] closing round: so many finalists with so many seeds, then the better ones
+RUNGS = ((6, 1),)  # [D] closing round: so many finalists with so many seeds; then of these the better ones with more
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
-TABLE_SEEDS = 100  # [D] the closing table has seeds from here on, by which nothing was selected
+WHOLE_SEEDS = 50  # [D] from here on seeds are those of trainings with all steps, and the closing table has ...
+TABLE_SEEDS = 100  # [D] ... those from here on, by which nothing was selected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1104,7 +1105,7 @@ class State:
     baseline: float | None = None  # its proxy score
     baseline_metrics: dict[str, float] = field(default_factory=dict)  # all that its proxy training has measured
     simulated: float | None = None  # its score in the short training of CSE
-    table: float = math.inf  # the first seed of the closing table
+    whole: int = WHOLE_SEEDS  # trainings with seeds from this one on have all steps, others are long ones
     guided: int = 0  # proxy trainings that the surrogate has chosen
     leaders: int = 0  # long trainings in the middle of the search
     broken: int = 0  # lines of the journal that could not be read
@@ -1219,13 +1220,17 @@ class State:
         self.results.setdefault(member.text, member)
         self.programs.update(record["programs"])
 
-    def chosen_by(self, text: str) -> dict[int, dict | None]:
-        """Its long trainings by seed: those of the closing table do not count, nothing is ever selected by them."""
-        return {seed: run for seed, run in self.again.get(text, {}).items() if seed < self.table}
+    def long_score(self, text: str) -> float | None:
+        """What its long trainings score, see `mean_score`."""
+        return self.mean_score(text, range(self.whole))
 
-    def long_score(self, text: str, seeds: Sequence[int] | None = None) -> float | None:
-        """The mean over its long trainings, search-validation split: None without any, -inf if one was invalid."""
-        runs = [run for seed, run in self.chosen_by(text).items() if seeds is None or seed in seeds]
+    def whole_score(self, text: str) -> float | None:
+        """The same of trainings with all steps, but for those of the closing table: nothing is selected by them."""
+        return self.mean_score(text, range(self.whole, self.whole + TABLE_SEEDS - WHOLE_SEEDS))
+
+    def mean_score(self, text: str, seeds: Sequence[int]) -> float | None:
+        """The mean over its trainings with these seeds on search-validation: None without, -inf if one was invalid."""
+        runs = [run for seed, run in self.again.get(text, {}).items() if seed in seeds]
         if not runs:
             return None
         return -math.inf if None in runs else sum(run["val"][self.metric] for run in runs) / len(runs)
@@ -1243,11 +1248,12 @@ class State:
         return sorted(self.valid(), key=lambda result: -self.merit(result))
 
     def hall_of_fame(self) -> list[Member]:
-        """The same by what they have shown: long trainings, then proxy scores; what became invalid comes last."""
+        """The same by what they have shown: with all steps, else in long trainings, else by proxy; the invalid last."""
 
         def key(result: Member):
-            again = self.long_score(result.text)
-            return again == -math.inf, again is None, -(result.score if again in (None, -math.inf) else again)
+            scores = self.whole_score(result.text), self.long_score(result.text), result.score
+            shown = next(score for score in scores if score not in (None, -math.inf))
+            return -math.inf in scores, [score is None for score in scores], -shown
 
         return sorted(self.valid(), key=key)
 
@@ -1382,30 +1388,27 @@ def best_trials_together(state: State, at_work: Sequence[dict]) -> Child | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Closing round: successive halving by long trainings, a short formula, the table of re-trainings
+# Closing round: successive halving on the whole schedule, a short formula, the table
 
 
 def close(state: State, worker: "Worker", args) -> None:
     """One worker's part of the closing round. What is decided is decided once, in a file that all of them read."""
     task = state.task
 
-    def score(losses: dict, seeds: int) -> float:  # a resumed round may know more seeds already
-        return state.long_score(losses_text(losses), range(args.seed, args.seed + seeds))
+    def score(losses: dict, seeds: Sequence[int]) -> float:  # a resumed round may know other seeds, too
+        return state.mean_score(losses_text(losses), seeds)
 
     worker.wait_for_searching(state)
     finalists = worker.agree("finalists", state, lambda: select_finalists(state))
-    for number, seeds in RUNGS:
-        seeds = min(seeds, 2 * args.seeds)
-        worker.serve(state, [(losses, args.seed + k) for k in range(seeds) for losses in finalists[:number]])
-        best_first = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
-        finalists = best_first + finalists[number:]
+    for number, several in RUNGS:
+        seeds = range(state.whole, state.whole + min(several, 2 * args.seeds))
+        worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]])
+        finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", state, lambda: found and shorten(task, found))
     if short != found:
-        worker.serve(state, [(short, args.seed)])
-        again = state.again[losses_text(found)]
-        worst = min(run["val"][state.metric] for seed, run in again.items() if seed < args.seed + seeds)
-        found = short if score(short, 1) >= worst else found
+        worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)])
+        found = short if score(short, seeds) >= score(found, seeds) else found
     found = worker.agree("found", state, lambda: found)
     if found and (picture := draw_gradients(task, found)):
         write_atomically(worker.directory / "gradients.png", picture)
@@ -1440,7 +1443,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
         score, bar = state.long_score(result.text), state.long_score(state.task.baseline)
         if score is None:  # the proxy has to do
             score, bar = result.score, state.baseline
-        worse = score == -math.inf or (bar is not None and score < bar)
+        worse = -math.inf in (score, state.whole_score(result.text)) or (bar is not None and score < bar)
         if related or worse or result.score == last:
             others.append(texts(result.losses))
         else:
@@ -1787,7 +1790,7 @@ class Worker(Journal):
     def serve(self, state: State, jobs: list[tuple]) -> None:
         """Trainings (losses, seed[, picture]) that nobody else has claimed, until all are done.
 
-        Those with a seed of the closing table have all steps of the schedule, others are long trainings.
+        Those with seeds from `State.whole` on have all steps of the schedule, others are long trainings.
         """
         while True:
             self.hear(state)
@@ -1795,7 +1798,7 @@ class Worker(Journal):
             mine = next((job for job in left if self.claim(f"{losses_text(job[0])} {job[1]}")), None)
             if mine:
                 losses, seed, *picture = mine
-                share = state.task.long if seed < state.table else 1.0
+                share = state.task.long if seed < state.whole else 1.0
                 self.tell(retraining(state.task, self, state.task.read_losses(losses), seed, share, *picture))
             elif left:
                 time.sleep(0.1)
@@ -1928,7 +1931,7 @@ class Reporter:
     def tell_retrained(self, record: dict) -> None:
         text, scores, metric = losses_text(record["retrained"]), record["scores"], self.args.metric
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
-        kind = "long training" if record["seed"] < self.state.table else "re-training"
+        kind = "long training" if record["seed"] < self.state.whole else "re-training"
         print(f"{kind}, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
         baseline = self.state.long_score(self.task.baseline)
         if scores and record.get("leader") and text != self.task.baseline and baseline is not None:
@@ -1948,11 +1951,20 @@ class Reporter:
     def write_hall_of_fame(self) -> None:
         state, table = self.state, io.StringIO()
         writer = csv.writer(table)
-        writer.writerow(["rank", f"proxy_{self.args.metric}", f"long_{self.args.metric}", "seeds", "gain", "loss"])
+        writer.writerow(
+            [
+                "rank",
+                f"proxy_{self.args.metric}",
+                f"long_{self.args.metric}",
+                f"whole_{self.args.metric}",
+                "gain",
+                "loss",
+            ]
+        )
         for rank, result in enumerate(state.hall_of_fame()[:50], 1):
-            again = state.long_score(result.text)  # None is written as nothing
-            again = "invalid" if again == -math.inf else again and round(again, 6)
-            writer.writerow([rank, result.score, again, len(state.chosen_by(result.text)), result.gain, result.text])
+            scores = state.long_score(result.text), state.whole_score(result.text)  # None is written as nothing
+            scores = ["invalid" if score == -math.inf else score and round(score, 6) for score in scores]
+            writer.writerow([rank, result.score, *scores, result.gain, result.text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
 
     def found(self) -> tuple[dict[str, str] | None, dict[str, list]] | None:
@@ -1996,14 +2008,14 @@ class Reporter:
     def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
         args, task, state = self.args, self.task, self.state
         text = losses_text(losses) if losses else None
-        print(f"\n        proxy       long  seeds  loss ({args.metric} on the search-validation split)")
+        print(f"\n        proxy    long   whole  loss ({args.metric} on the search-validation split)")
         rows = {result.text: shown(result.score) for result in state.hall_of_fame()[:8]}
         if text:  # leaders with one lucky seed may be before it; a formula in short had no proxy training
             rows.setdefault(text, shown(state.results[text].score) if text in state.results else "")
         for name, proxy in rows.items():
             mark, note = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"
-            again, number = shown(state.long_score(name)), len(state.chosen_by(name))
-            print(f"{mark}  {proxy:>7} {again:>10} {number:>6}  {name}{note}")
+            long, whole = shown(state.long_score(name)), shown(state.whole_score(name))
+            print(f"{mark}  {proxy:>7} {long:>7} {whole:>7}  {name}{note}")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
         show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.whole else ", shortened schedule")
         invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
@@ -2233,7 +2245,7 @@ def make_state(args, task: Task) -> State:
     gates = frozenset(method.gates) - set(args.without)
     sampler = task.samplers[args.search]() if args.search in task.samplers else None
     surrogate = Surrogate() if "surrogate" in gates else None
-    return State(task, method, args.metric, gates, surrogate, sampler, table=args.seed + TABLE_SEEDS)
+    return State(task, method, args.metric, gates, surrogate, sampler, whole=args.seed + WHOLE_SEEDS)
 
 
 def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda: None) -> None:
@@ -2525,7 +2537,7 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
         losses = read_json(result, RESULT, "remove it: then the best loss of the journal counts")["losses"]
     elif about.is_file():
         known = read_json(about, {"arguments": {"metric": str, "seed": int}}, "mend it")["arguments"]
-        state = State(task, METHODS["evolve"], known["metric"], table=known["seed"] + TABLE_SEEDS)
+        state = State(task, METHODS["evolve"], known["metric"], whole=known["seed"] + WHOLE_SEEDS)
         try:
             Journal(directory).hear(state)
         except OSError as error:

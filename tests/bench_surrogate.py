@@ -125,7 +125,7 @@ def long_scores(runs: list[list[dict]]) -> dict[str, dict[str, float]]:
     """What long trainings of losses have added to those of cross entropy with the same seed: mean by metric."""
     found, baseline = collections.defaultdict(dict), {}
     for record in (record for run in runs for record in run if record.get("scores")):
-        if record["seed"] >= evolve.TABLE_SEEDS:  # a whole re-training
+        if record["seed"] >= evolve.WHOLE_SEEDS:  # a whole re-training
             continue
         if record["retrained"] == "ce":
             baseline[record["seed"]] = record["scores"]
@@ -169,7 +169,7 @@ class World:
         """What the surrogate makes of the first trainings, and of these strangers after them."""
         state = evolve.make_state(self.args, self.task)
         for record in self.records:
-            if state.evaluated < number and record.get("seed", 0) < state.table:
+            if state.evaluated < number and record.get("seed", 0) < state.whole:
                 state.absorb(record)
         guide.fit(state, [], whole=True)
         mean, deviation = guide.predict(torch.stack([self.point(guide, text) for text in (*good, *bad)]), late=0.0)

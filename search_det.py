@@ -14,7 +14,7 @@ The whole task is in this file: arguments, data, networks, metric, hand-made los
 
 Measured (`--metric bbox`, sixteen minutes of two cores of an AMD EPYC, torch 2.14.1): 167 losses trained; AP on test
 after 1,200 steps .435, cross entropy and L1 .425, the difference over three paired seeds +.010 (standard error .003);
-with `--seed 1` +.004 (.008). tests/RESULTS.md has the other searches.
+with `--seed 1` +.004 (.008), both before the table had 2,400 steps. tests/RESULTS.md has the other searches.
 """
 
 import argparse

@@ -79,7 +79,7 @@ ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, 
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
 LEADER_EVERY = 10  # [D] of the surrogate's choices between two long trainings of the most promising candidate
-RUNGS = ((6, 1),)  # [D] closing round: so many finalists with so many seeds; then of these the better ones with more
+RUNGS = ((4, 1),)  # [D] closing round: so many finalists with so many seeds; then of these the better ones with more
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
@@ -2408,7 +2408,7 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     return flag
 
 
-def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 9.0) -> None:
+def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 9.5) -> None:
     """The flags of the search itself, the same in every script but for the task's `own` kinds and its budget."""
     kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
     flag = flags(parser, "search")

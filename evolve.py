@@ -80,7 +80,8 @@ ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
 LEADER_EVERY = 10  # [D] of the surrogate's choices between two long trainings of the most promising candidate
 RUNGS = ((4, 1),)  # [D] closing round: so many finalists with so many seeds; then of these the better ones with more
-RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
+RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent ...
+DISTINCT = 0.85  # [D] ... and of losses nearer than this one alone a finalist: families differ most in how they last
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
 WHOLE_SEEDS = 50  # [D] from here on seeds are those of trainings with all steps, and the closing table has ...
@@ -1439,7 +1440,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []
-        related = any((own - other).square().sum(1).mean() < 2 - 2 * RELATED for own in point for other in points)
+        related = any((own - other).square().sum(1).mean() < 2 - 2 * DISTINCT for own in point for other in points)
         score, bar = state.long_score(result.text), state.long_score(state.task.baseline)
         if score is None:  # the proxy has to do
             score, bar = result.score, state.baseline

@@ -1364,9 +1364,9 @@ def test_bad_flags(monkeypatch, capsys, argv, words):
     assert all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("data, steps", [("shapes", 10), ("coco", 500)])
-def test_learning_rates_rise_and_fall(data, steps):
-    for plan in (search_det.PROXY[data], search_det.RETRAIN[data]):
+@pytest.mark.parametrize("data, proxy, retraining", [("shapes", 10, 20), ("coco", 500, 500)])
+def test_learning_rates_rise_and_fall(data, proxy, retraining):
+    for plan, steps in ((search_det.PROXY[data], proxy), (search_det.RETRAIN[data], retraining)):
         optimizer, schedule = search_det.make_optimizer(torch.nn.Linear(2, 1), plan)
         rates = [schedule.lr_lambdas[0](step) for step in range(plan.steps)]
         assert optimizer.param_groups[0]["lr"] == pytest.approx(plan.lr * rates[0])

@@ -1919,7 +1919,7 @@ def test_finalists_are_no_relatives():
     task = ToyTask()
     names = ["Neg(Mul(y, Log(p)))", "Neg(Mul(y, Log(Tanh(p))))", "Neg(Mul(y, MaxPool3(p)))", "Mul(y, MinPool3(p))"]
     points = [Surrogate().point(task, {"loss": parse(text)}) for text in names]
-    near = [[(one - two).square().sum().item() / 2 < 1 - evolve.RELATED for one in points] for two in points]
+    near = [[(one - two).square().sum().item() / 2 < 1 - evolve.DISTINCT for one in points] for two in points]
     assert near == [[j == k or j + k == 1 for j in range(4)] for k in range(4)], "the first two are alike"
 
     def finalists(scores, baseline, number=4):

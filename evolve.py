@@ -191,7 +191,8 @@ def retraining(
     except InvalidLoss:
         scores = None
     seconds = round(time.time() - start, 3)
-    return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds, "leader": leader}
+    told = {"retrained": texts(losses), "seed": seed, "share": share, "scores": scores}
+    return {**told, "seconds": seconds, "leader": leader}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1188,7 +1189,8 @@ class State:
             if scores is not None:
                 checked(scores, dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), "scores")
             self.leaders += record["leader"]
-            self.again.setdefault(key, {})[record["seed"]] = scores
+            if record["seed"] < self.whole or record["share"] == 1:  # closing trainings were shorter once
+                self.again.setdefault(key, {})[record["seed"]] = scores
         else:
             self.absorb_evaluation(record)
         self.elapsed = max(self.elapsed, record["elapsed"])
@@ -1476,7 +1478,7 @@ TRAINING = {**AGAIN, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
 RECORDS = {  # the lines of a journal, by the key that tells their kind
     "baseline": {**STAMP, "baseline": (float, None), "metrics": {str: float}},
-    "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str), "leader": bool},
+    "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str), "share": float, "leader": bool},
     "losses": {
         **STAMP,
         "turn": int,
@@ -1498,7 +1500,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "seconds": float,
     },
 }
-UNSAID = {"leader": False, "programs": {}, "metrics": {}}
+UNSAID = {"leader": False, "share": 0.0, "programs": {}, "metrics": {}}  # by earlier versions
 ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
 RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
 ALIVE = {"losses": (TREES, str, None), "leader": bool, "searching": bool}  # a worker's sign of life

@@ -186,7 +186,7 @@ def again(state, text, *values, first=0):
     for k, value in enumerate(values):
         scores = value if value is None else {split: {"toy": value} for split in ("val", "test")}
         named = text if text == "ce" else {"loss": text}
-        state.absorb(STAMP | {"retrained": named, "seed": first + k, "scores": scores})
+        state.absorb(STAMP | {"retrained": named, "seed": first + k, "share": 1.0, "scores": scores})
 
 
 # Trees and mutations
@@ -1955,6 +1955,14 @@ def test_long_scores_are_means_over_seeds_on_the_search_validation_split():
     again(state, "p", 0.0, first=evolve.TABLE_SEEDS)
     assert state.long_score("p") == pytest.approx(0.5)
     assert state.whole_score("p") == 0.3, "nothing is selected by the seeds of the closing table"
+
+
+def test_closing_trainings_of_earlier_versions_were_shorter_and_do_not_count():
+    state = begin(ToyTask())
+    scores = {split: {"toy": 0.7} for split in ("val", "test")}
+    for seed in (0, evolve.WHOLE_SEEDS, evolve.TABLE_SEEDS):
+        state.absorb(STAMP | {"retrained": "ce", "seed": seed, "scores": scores})
+    assert state.again == {"ce": {0: scores}} and state.whole_score("ce") is None
 
 
 def test_who_was_trained_with_all_steps_leads_the_hall_of_fame():

@@ -6,7 +6,7 @@
         child   <- mutate(parent), again and again until one passes the gates
         score   <- proxy training with the child, stopped at the first invalid value
         journal <- child, score;    population <- the newest P of population + child
-    closing round: the best are trained with all steps, by successive halving; the last one is the found loss
+    closing round: the best few are trained with all steps; the best of these is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
 With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
@@ -79,7 +79,7 @@ ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, 
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
 LEADER_EVERY = 10  # [D] of the surrogate's choices between two long trainings of the most promising candidate
-RUNGS = ((4, 1),)  # [D] closing round: so many finalists with so many seeds; then of these the better ones with more
+RUNGS = ((4, 1),)  # [D] closing round: so many finalists with so many seeds; more rungs would halve them successively
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent ...
 DISTINCT = 0.85  # [D] ... and of losses nearer than this one alone a finalist: families differ most in how they last
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
@@ -1107,7 +1107,7 @@ class State:
     baseline: float | None = None  # its proxy score
     baseline_metrics: dict[str, float] = field(default_factory=dict)  # all that its proxy training has measured
     simulated: float | None = None  # its score in the short training of CSE
-    whole: int = WHOLE_SEEDS  # trainings with seeds from this one on have all steps, others are long ones
+    whole_from: int = WHOLE_SEEDS  # trainings with seeds from this one on have all steps, others are long ones
     guided: int = 0  # proxy trainings that the surrogate has chosen
     leaders: int = 0  # long trainings in the middle of the search
     broken: int = 0  # lines of the journal that could not be read
@@ -1189,7 +1189,7 @@ class State:
             if scores is not None:
                 checked(scores, dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), "scores")
             self.leaders += record["leader"]
-            if record["seed"] < self.whole or record["share"] == 1:  # closing trainings were shorter once
+            if record["seed"] < self.whole_from or record["share"] == 1:  # closing trainings were shorter once
                 self.again.setdefault(key, {})[record["seed"]] = scores
         else:
             self.absorb_evaluation(record)
@@ -1225,11 +1225,11 @@ class State:
 
     def long_score(self, text: str) -> float | None:
         """What its long trainings score, see `mean_score`."""
-        return self.mean_score(text, range(self.whole))
+        return self.mean_score(text, range(self.whole_from))
 
     def whole_score(self, text: str) -> float | None:
         """The same of trainings with all steps, but for those of the closing table: nothing is selected by them."""
-        return self.mean_score(text, range(self.whole, self.whole + TABLE_SEEDS - WHOLE_SEEDS))
+        return self.mean_score(text, range(self.whole_from, self.whole_from + TABLE_SEEDS - WHOLE_SEEDS))
 
     def mean_score(self, text: str, seeds: Sequence[int]) -> float | None:
         """The mean over its trainings with these seeds on search-validation: None without, -inf if one was invalid."""
@@ -1391,7 +1391,7 @@ def best_trials_together(state: State, at_work: Sequence[dict]) -> Child | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Closing round: successive halving on the whole schedule, a short formula, the table
+# Closing round: finalists with all steps, a short formula, the table
 
 
 def close(state: State, worker: "Worker", args) -> None:
@@ -1404,7 +1404,7 @@ def close(state: State, worker: "Worker", args) -> None:
     worker.wait_for_searching(state)
     finalists = worker.agree("finalists", state, lambda: select_finalists(state))
     for number, several in RUNGS:
-        seeds = range(state.whole, state.whole + min(several, 2 * args.seeds))
+        seeds = range(state.whole_from, state.whole_from + min(several, 2 * args.seeds))
         worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]])
         finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
@@ -1793,7 +1793,7 @@ class Worker(Journal):
     def serve(self, state: State, jobs: list[tuple]) -> None:
         """Trainings (losses, seed[, picture]) that nobody else has claimed, until all are done.
 
-        Those with seeds from `State.whole` on have all steps of the schedule, others are long trainings.
+        Those with seeds from `State.whole_from` on have all steps of the schedule, others are long trainings.
         """
         while True:
             self.hear(state)
@@ -1801,7 +1801,7 @@ class Worker(Journal):
             mine = next((job for job in left if self.claim(f"{losses_text(job[0])} {job[1]}")), None)
             if mine:
                 losses, seed, *picture = mine
-                share = state.task.long if seed < state.whole else 1.0
+                share = state.task.long if seed < state.whole_from else 1.0
                 self.tell(retraining(state.task, self, state.task.read_losses(losses), seed, share, *picture))
             elif left:
                 time.sleep(0.1)
@@ -1934,7 +1934,7 @@ class Reporter:
     def tell_retrained(self, record: dict) -> None:
         text, scores, metric = losses_text(record["retrained"]), record["scores"], self.args.metric
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
-        kind = "long training" if record["seed"] < self.state.whole else "re-training"
+        kind = "long training" if record["seed"] < self.state.whole_from else "re-training"
         print(f"{kind}, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
         baseline = self.state.long_score(self.task.baseline)
         if scores and record.get("leader") and text != self.task.baseline and baseline is not None:
@@ -2248,7 +2248,7 @@ def make_state(args, task: Task) -> State:
     gates = frozenset(method.gates) - set(args.without)
     sampler = task.samplers[args.search]() if args.search in task.samplers else None
     surrogate = Surrogate() if "surrogate" in gates else None
-    return State(task, method, args.metric, gates, surrogate, sampler, whole=args.seed + WHOLE_SEEDS)
+    return State(task, method, args.metric, gates, surrogate, sampler, whole_from=args.seed + WHOLE_SEEDS)
 
 
 def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda: None) -> None:
@@ -2540,7 +2540,7 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
         losses = read_json(result, RESULT, "remove it: then the best loss of the journal counts")["losses"]
     elif about.is_file():
         known = read_json(about, {"arguments": {"metric": str, "seed": int}}, "mend it")["arguments"]
-        state = State(task, METHODS["evolve"], known["metric"], whole=known["seed"] + WHOLE_SEEDS)
+        state = State(task, METHODS["evolve"], known["metric"], whole_from=known["seed"] + WHOLE_SEEDS)
         try:
             Journal(directory).hear(state)
         except OSError as error:

@@ -169,7 +169,7 @@ class World:
         """What the surrogate makes of the first trainings, and of these strangers after them."""
         state = evolve.make_state(self.args, self.task)
         for record in self.records:
-            if state.evaluated < number and record.get("seed", 0) < state.whole:
+            if state.evaluated < number and record.get("seed", 0) < state.whole_from:
                 state.absorb(record)
         guide.fit(state, [], whole=True)
         mean, deviation = guide.predict(torch.stack([self.point(guide, text) for text in (*good, *bad)]), late=0.0)

@@ -1796,7 +1796,7 @@ def converge(tmp_path, scores, *argv):
     worker = Worker(tmp_path)
     scored(state, {text: 0.9 - 0.01 * k for k, text in enumerate(scores)})
     args = arguments(tmp_path, *argv)
-    state.whole = args.seed + evolve.WHOLE_SEEDS
+    state.whole_from = args.seed + evolve.WHOLE_SEEDS
     evolve.close(state, worker, args)
     worker.leave()
     return json.loads((tmp_path / "workers" / f"found-{state.evaluated}.json").read_text()), trained
@@ -1951,7 +1951,7 @@ def test_long_scores_are_means_over_seeds_on_the_search_validation_split():
     assert state.long_score("p") == pytest.approx(0.5) and state.mean_score("p", range(1)) == 0.9
     assert state.long_score("y") == -math.inf and state.long_score("1") is None
     assert state.mean_score("y", range(1)) == 0.6
-    again(state, "p", 0.3, first=state.whole)
+    again(state, "p", 0.3, first=state.whole_from)
     again(state, "p", 0.0, first=evolve.TABLE_SEEDS)
     assert state.long_score("p") == pytest.approx(0.5)
     assert state.whole_score("p") == 0.3, "nothing is selected by the seeds of the closing table"
@@ -1970,8 +1970,8 @@ def test_who_was_trained_with_all_steps_leads_the_hall_of_fame():
     scored(state, {text: 0.9 - 0.1 * k for k, text in enumerate(SIX)})
     again(state, SIX[1], 0.6)
     again(state, SIX[2], 0.7)
-    again(state, SIX[3], 0.2, first=state.whole)
-    again(state, SIX[4], None, first=state.whole)
+    again(state, SIX[3], 0.2, first=state.whole_from)
+    again(state, SIX[4], None, first=state.whole_from)
     assert [result.text for result in state.hall_of_fame()] == [SIX[k] for k in (3, 2, 1, 0, 5, 4)]
 
 

@@ -11,9 +11,9 @@
 AutoLoss-Zero, arXiv 2103.14026 (marks [P]); published Auto Seg-Loss configs (marks [A]); own choices [D].
 The whole task is in this file: arguments, data, networks, metrics, hand-made losses, training, what the search needs.
 
-Measured (the first command, a quarter of an hour of two cores of an AMD EPYC, torch 2.14.1): 89,654 losses explored,
-264 of them trained; after 2,400 steps each mIoU on test .788, cross entropy .773, the difference over three paired
-seeds +.015 (standard error .002). Runs of earlier versions had +.001 to +.020 (tests/RESULTS.md).
+Measured (the first command, a quarter of an hour of two cores of an AMD EPYC, torch 2.14.1): 82,803 losses explored,
+268 of them trained; after 2,400 steps each mIoU on test .787, cross entropy .773, the difference over three paired
+seeds +.014 (standard error .003). Runs of earlier versions had +.001 to +.020 (tests/RESULTS.md).
 """
 
 import argparse

@@ -1938,7 +1938,15 @@ def test_finalists_are_no_relatives():
     assert chosen == [names[k] for k in (1, 2, 3, 0)], (
         "who lost to the baseline in a long training comes last, its relative not"
     )
+    again(state, names[1], None, first=state.whole_from)
+    chosen = [losses["loss"] for losses in evolve.select_finalists(state)]
+    assert chosen == [names[k] for k in (2, 3, 0, 1)], "who became invalid with all steps waits, too"
     assert finalists({}, 0.5) == [] == finalists({names[0]: None}, 0.5)
+    cousin, other = "Neg(Mul(y, Add(Add(p, p), MaxPool3(p))))", "Neg(Mul(y, MaxPool3(p)))"
+    one, two = (Surrogate().point(task, {"loss": parse(text)}) for text in ("Neg(Mul(y, p))", cousin))
+    assert evolve.DISTINCT < 1 - (one - two).square().sum().item() / 2 < evolve.RELATED
+    family = {"Neg(Mul(y, p))": 0.9, cousin: 0.8, other: 0.7}
+    assert finalists(family, 0.5) == ["Neg(Mul(y, p))", other, cousin], "cousins wait, too"
     equal = dict(zip((names[0], names[2], names[3]), (0.9, 0.9, 0.8)))
     assert finalists(equal, 0.0) == [names[k] for k in (0, 3, 2)], "equal scores: equivalent losses"
 
@@ -2051,6 +2059,7 @@ def test_files_of_a_run(tmp_path, short):
     assert mean == pytest.approx(sum(gaps) / 2) and error == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
     head, first, *_ = (directory / "hall_of_fame.csv").read_text().splitlines()
     assert head == "rank,proxy_toy,long_toy,whole_toy,gain,loss" and first.startswith("1,")
+    assert first.split(",")[2] == "" and float(first.split(",")[3]) > 0.9, "no long training in so short a search"
     assert evolve.read_found(directory, ToyTask, "--loss") == {k: parse(v) for k, v in result["losses"].items()}
 
 

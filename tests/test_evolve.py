@@ -1812,7 +1812,7 @@ SIX = [
 ]
 
 
-def test_a_search_chooses_by_long_trainings_and_the_end_has_the_whole_schedule(tmp_path, monkeypatch):
+def test_a_search_chooses_by_long_trainings_and_the_end_has_the_whole_schedule(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ToyTask, "long", 0.25)
     monkeypatch.setattr(evolve, "LEADER_EVERY", 3)
     task = ToyTask()
@@ -1820,6 +1820,8 @@ def test_a_search_chooses_by_long_trainings_and_the_end_has_the_whole_schedule(t
     shares = collections.Counter((seed, share) for (_, seed), share in task.shares.items())
     assert shares.pop((0, 0.25)) >= 3 and ("ce", 0) in task.shares
     assert shares == {(50, 1.0): evolve.RUNGS[0][0], (100, 1.0): 2, (101, 1.0): 2}
+    printed = capsys.readouterr().out
+    assert "\nlong training, seed 0:" in printed and "\nre-training, seed 100:" in printed
 
 
 def test_halving_keeps_the_better_ones(tmp_path, monkeypatch):

@@ -78,14 +78,12 @@ UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: fe
 ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, which chooses after ...
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
-LEADER_EVERY = 10  # [D] of the surrogate's choices between two long trainings of the most promising candidate
-RUNGS = ((4, 1),)  # [D] closing round: so many finalists with so many seeds; more rungs would halve them successively
-RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent ...
-DISTINCT = 0.85  # [D] ... and of losses nearer than this one alone a finalist: families differ most in how they last
+RUNGS = ((6, 1),)  # [D] closing round: so many finalists with so many seeds; more rungs would halve them successively
+RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
-WHOLE_SEEDS = 50  # [D] from here on seeds are those of trainings with all steps, and the closing table has ...
-TABLE_SEEDS = 100  # [D] ... those from here on, by which nothing was selected
+CHOICE_SEEDS = 50  # [D] seeds of the re-trainings by which losses are chosen; the closing table has ...
+TABLE_SEEDS = 100  # [D] ... those from here on, by which nothing was chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,9 +104,6 @@ def search(state: "State", worker: "Worker", args) -> None:
         rng = Random(f"{args.seed}/{worker.rank}/{turn}")
         at_work = worker.others_at_work(state)
         guide = state.surrogate.fit(state, at_work) if state.surrogate else None
-        if guide and (leader := next_leader(state, guide, worker, args.seed)):
-            worker.tell(retraining(state.task, worker, leader, args.seed, state.task.long, leader=True))
-            continue
         child = next_child(state, rng, guide, deadline, at_work)
         if child is None:  # the deadline came first
             return
@@ -154,7 +149,6 @@ def proxy_training(task: "Task", worker: "Worker", child: "Child") -> dict:
         "losses": texts(child.losses),
         "parent": texts(child.parent),
         "score": score,
-        "metrics": measured(task),
         "gain": {tree.branch: tree.gain for tree in child.trees},
         "identity": child.identity,
         "predicted": child.predicted,
@@ -167,7 +161,6 @@ def proxy_training(task: "Task", worker: "Worker", child: "Child") -> dict:
 
 def proxy_score(task: "Task", losses) -> float | None:
     """What a proxy training of losses scores; None where that is no number, or the training became invalid."""
-    task.measured = {}
     try:
         score = float(task.train(losses))
     except InvalidLoss:
@@ -175,24 +168,16 @@ def proxy_score(task: "Task", losses) -> float | None:
     return score if math.isfinite(score) else None
 
 
-def measured(task: "Task") -> dict[str, float]:
-    """All that the latest proxy training has measured; nothing where it became invalid."""
-    return {name: round(value, 6) for name, value in task.measured.items() if math.isfinite(value)}
-
-
-def retraining(
-    task: "Task", worker: "Worker", losses, seed: int, share: float, picture: Path | None = None, leader: bool = False
-) -> dict:
+def retraining(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None) -> dict:
     """A training of losses, or of the baseline by its name, from fresh weights, as its record in the journal."""
     start = time.time()
-    worker.works_on(losses, leader)
+    worker.works_on(losses)
     try:
-        scores = task.retrain(losses, seed, share, picture)
+        scores = task.retrain(losses, seed, picture)
     except InvalidLoss:
         scores = None
     seconds = round(time.time() - start, 3)
-    told = {"retrained": texts(losses), "seed": seed, "share": share, "scores": scores}
-    return {**told, "seconds": seconds, "leader": leader}
+    return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,12 +243,10 @@ class Task:
     metrics: tuple[str, ...]
     symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
-    long = 1.0  # share of a re-training's steps in the long trainings by which a search chooses [D]
     whole = True  # whether `retrain` has all the steps of its schedule, and not fewer by --retrain-steps
     ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on
     curve: list[tuple[int, float]] = []  # (step, loss) of the latest training
-    measured: dict[str, float] = {}  # all metrics after the latest proxy training, where there are several
 
     def load(self) -> None:
         """Load the data, once. Raises DataError."""
@@ -277,9 +260,9 @@ class Task:
         raise NotImplementedError
 
     def retrain(
-        self, losses: dict[str, Expr] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
-        """From fresh weights, with that share of the steps: all metrics on `val` and `test`; predictions as `picture`.
+        """From fresh weights: all metrics on `val` and `test`; some predictions as `picture`.
 
         With a `Checkpoint` it goes on from there, and is shared by all processes under torchrun. Raises InvalidLoss.
         """
@@ -699,30 +682,24 @@ COUNTERS = (*CHEAP, "surrogate", *DEAR)
 
 
 class Surrogate:
-    """A Gaussian process over the gradients of losses that predicts what a long training would score.
+    """A Gaussian process over the gradients of losses that predicts the score of a proxy training.
 
     A score is modelled as the baseline's, plus a linear function of where the gradient lies, seen from the baseline's,
     plus a smooth function of it. Hence the covariance of two candidates, averaged over branches:
     trend * <g - b, g' - b> + exp(-|g - g'|^2 / length^2), where g and g' are their unit gradients and b the baseline's,
     over samples and states [D]. The linear part sees beyond the families that were tried: what helped a little may help
-    a lot.
-
-    It learns from proxy scores, `corrected` by all else that proxy trainings measure, and from long ones: the
-    score of a long one is the proxy score plus a drift, a process of the same kind with `drift` times the variance. The
-    baseline, which is trained anyway, is part of what it learns from, and the drift is measured from the baseline's
-    own: a family of losses that starts fast and does not last is no better than it is. Length, noise, trend and drift
-    are chosen by their marginal likelihood, one after another, twice; the best variance is known in closed form.
+    a lot. The baseline, which is trained anyway, is part of what it learns from. Length, noise and trend are chosen by
+    their marginal likelihood, one after another, twice; the best variance is known in closed form.
     """
 
     ROWS = 400  # candidates it learns from: the best of all and the newest, half and half
     LENGTHS, NOISES = (0.1, 0.2, 0.4, 0.7, 1.2), (0.001, 0.005, 0.02, 0.1)
-    TRENDS, DRIFTS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.5)
+    TRENDS = (0.1, 0.3, 1.0, 3.0, 10.0)
     KNEE = 0.3  # scale on which bad scores are `compressed`: this much of the best one's lead
-    RIDGE, OUTLYING = 10.0, 3.0  # of the regression in `corrected`; see tests/bench_correction.py
 
     def __init__(self):
         self.known: dict[str, Tensor] = {}  # points of what was trained, by text
-        self.merits: dict[tuple[str, ...], float] = {}  # predicted scores of long trainings, by identity
+        self.merits: dict[tuple[str, ...], float] = {}  # expected scores, by identity
         self.niches: dict[tuple[str, ...], set] = {}  # see `niche_bests`, by branches
 
     def fit(self, state: "State", at_work: list[dict[str, Expr]], whole: bool = False) -> "Surrogate | None":
@@ -734,7 +711,7 @@ class Surrogate:
         if len(members) < state.initial:
             return None
         self.learn(state, members)
-        choices_of = self.LENGTHS, self.NOISES, self.TRENDS, self.DRIFTS
+        choices_of = self.LENGTHS, self.NOISES, self.TRENDS
         setting = [choices[len(choices) // 2] for choices in choices_of]
         for k, choices in [*enumerate(choices_of)] * 2:
             setting = max(([*setting[:k], value, *setting[k + 1 :]] for value in choices), key=self.evidence)
@@ -742,72 +719,30 @@ class Surrogate:
         points = self.points
         for those in at_work:
             self.expect(self.point(state.task, those))
-        mean, deviation = self.predict(points, late=1.0)
+        mean, _ = self.predict(points)
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
-        self.promise = expected_improvement(mean, UPWARDS * deviation, self.best).tolist()
         self.ranking = mean[: len(self.rows)].argsort(descending=True).tolist()
         self.names, self.niches = list(state.task.branches), {}
         return self
 
     def learn(self, state: "State", members: list["Member"]) -> None:
-        """What there is to learn from: `rows` of candidates, the `points` of these and of the baseline, and its scores.
-
-        Of each score `values` has what it is worth, `index` the row of its point, `late` 1 after a long training.
-        """
+        """What there is to learn from: `rows` of candidates, `points` and `values` of these and of the baseline."""
         task = state.task
         half, ranking = self.ROWS // 2, sorted(members, key=lambda member: member.score or 0.0)
         self.rows = list({member.text: member for member in ranking[-half:] + members[-half:]}.values())
-        losses, proxy = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows]
-        again = {}  # scores of long trainings by row, as far ahead of the baseline's proxy score as of its long one
+        losses, scores = [row.losses for row in self.rows], [row.score or 0.0 for row in self.rows]
         if state.baseline is not None:
-            losses, proxy, anchor = [*losses, {}], [*proxy, state.baseline], state.long_score(task.baseline)
-            if anchor not in (None, -math.inf):
-                late = [*(state.long_score(row.text) for row in self.rows), anchor]
-                again = {k: score - anchor + state.baseline for k, score in enumerate(late) if score is not None}
-                shown = {text: state.long_score(text) for text in state.again}
-                shown = {text: score for text, score in shown.items() if score not in (None, -math.inf)}
-                taught = [state.results[text] for text in shown if text in state.results]
-                taught = [member for member in taught if member.score is not None]
-                missed = [shown[member.text] - anchor - (member.score - state.baseline) for member in taught]
-                metrics = [*(row.metrics for row in self.rows), state.baseline_metrics]
-                proxy = self.corrected(proxy, metrics, missed, [member.metrics for member in taught])
-        values = torch.tensor([*proxy, *again.values()], dtype=torch.float64).clamp(min=min(proxy))
+            losses, scores = [*losses, {}], [*scores, state.baseline]
+        values = torch.tensor(scores, dtype=torch.float64)
         knee = min(values.median().item(), math.inf if state.baseline is None else state.baseline)
         values = compressed(values, knee, max(self.KNEE * (values.max().item() - knee), 1e-3))
         self.centre = values.mean().item() if state.baseline is None else values[len(self.rows)].item()
         self.spread = max(values.std().item(), 1e-6)
         self.values = (values - self.centre) / self.spread
-        self.index = torch.tensor([*range(len(losses)), *again])  # row of each value
-        self.late = torch.tensor([0.0] * len(losses) + [1.0] * len(again), dtype=torch.float64)
         self.points = torch.stack([self.point(task, those) for those in losses])
         self.origin = self.point(task, {})[None]
         self.pairs = self.compare(self.points, self.points)
-
-    def corrected(
-        self, proxy: list[float], metrics: list[dict], missed: list[float], taught: list[dict]
-    ) -> list[float]:
-        """Proxy scores, corrected by all `metrics` that the proxy trainings have measured, the baseline's last [D].
-
-        What a proxy score has `missed` of the long training's, on whatever island, is learned by ridge regression as a
-        linear function of the metrics measured there (`taught`): of their differences from the baseline's, in units of
-        the median one. It tells a loss that has bought its score too dearly from one that has not.
-        """
-        own = metrics[-1]
-        if not own or not taught:
-            return proxy
-        table, known = (
-            torch.tensor(
-                [[row.get(name, base) - base for name, base in own.items()] for row in rows], dtype=torch.float64
-            )
-            for rows in (metrics, taught)
-        )
-        unit = table.abs().quantile(0.5, 0).clamp(min=1e-6)
-        table, known = ((each / unit).clamp(-self.OUTLYING, self.OUTLYING) for each in (table, known))
-        scores, wanted = (torch.tensor(each, dtype=torch.float64) for each in (proxy, missed))
-        most = self.OUTLYING * wanted.abs().quantile(0.5)  # a few that were lost altogether shall not decide
-        square = known.mT @ known + self.RIDGE * torch.eye(len(own), dtype=torch.float64)
-        return (scores + table @ torch.linalg.solve(square, known.mT @ wanted.clamp(-most, most))).tolist()
 
     def niche_bests(self, branches: Sequence[str]) -> set[tuple[str, ...]]:
         """The best candidates with a tree in each of these branches, by identity, of which no two are near relatives.
@@ -854,15 +789,14 @@ class Surrogate:
         from_one, from_other = squared_distances(one, self.origin), squared_distances(other, self.origin)
         return torch.stack([squared, (from_one + from_other.mT - squared) / 2])
 
-    def covariance(self, pairs: Tensor, late: Tensor, other_late: Tensor) -> Tensor:
-        """(n, m) of two lots of scores: what `compare` says of their points, and which are late (n,) and (m,)."""
+    def covariance(self, pairs: Tensor) -> Tensor:
+        """(n, m) of two lots of scores, by what `compare` says of their points."""
         squared, inner = pairs
-        alike = (-squared / self.length**2).exp() + self.trend * inner
-        return alike.mean(0) * (1 + self.drift * late[:, None] * other_late)
+        return ((-squared / self.length**2).exp() + self.trend * inner).mean(0)
 
-    def solve(self, length: float, noise: float, trend: float, drift: float) -> None:
-        self.length, self.noise, self.trend, self.drift = length, noise, trend, drift
-        matrix = self.covariance(self.pairs[:, :, self.index][..., self.index], self.late, self.late)
+    def solve(self, length: float, noise: float, trend: float) -> None:
+        self.length, self.noise, self.trend = length, noise, trend
+        matrix = self.covariance(self.pairs)
         self.factor = torch.linalg.cholesky(matrix + noise * torch.eye(len(matrix), dtype=torch.float64))
         self.weights = torch.cholesky_solve(self.values[:, None], self.factor)[:, 0]
         self.variance = (self.values @ self.weights / len(self.values)).clamp(min=1e-12)
@@ -876,29 +810,18 @@ class Surrogate:
         return -(len(self.values) / 2 * self.variance.log() + self.factor.diagonal().log().sum()).item()
 
     def expect(self, point: Tensor) -> None:
-        """Add a proxy score that is yet to come, at its expectation."""
-        early = torch.zeros(1, dtype=torch.float64)
-        mean = self.covariance(self.compare(point[None], self.points)[..., self.index], early, self.late) @ self.weights
+        """Add a score that is yet to come, at its expectation."""
+        self.values = torch.cat([self.values, self.predict(point[None])[0]])
         self.points = torch.cat([self.points, point[None]])
-        self.index = torch.cat([self.index, torch.tensor([len(self.points) - 1])])
-        self.late = torch.cat([self.late, torch.zeros(1, dtype=torch.float64)])
-        self.values = torch.cat([self.values, mean])
         self.pairs = self.compare(self.points, self.points)
-        self.solve(self.length, self.noise, self.trend, self.drift)
+        self.solve(self.length, self.noise, self.trend)
 
-    def predict(self, points: Tensor, late: float) -> tuple[Tensor, Tensor]:
-        """What long trainings are expected to score, in the units of `self.values`, and how uncertain that is.
-
-        The deviation is that of a long training (`late` 1), or (0) of what a proxy training could still tell of it:
-        little, next to a candidate that had one.
-        """
-        pairs = self.compare(points, self.points)[..., self.index]
-        last, kind = torch.ones(len(points), dtype=torch.float64), torch.full((len(points),), late, dtype=torch.float64)
-        mean = self.covariance(pairs, last, self.late) @ self.weights
+    def predict(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """What losses are expected to score, in the units of `self.values`, and how uncertain that is."""
+        known = self.covariance(self.compare(points, self.points))
         prior = 1 + self.trend * squared_distances(points, self.origin)[:, :, 0].mean(0)
-        known = torch.linalg.solve_triangular(self.factor, self.covariance(pairs, kind, self.late).T, upper=False)
-        variance = self.variance * (prior * (1 + self.drift * late) - known.square().sum(0)).clamp(min=1e-12)
-        return mean, variance.sqrt()
+        told = torch.linalg.solve_triangular(self.factor, known.T, upper=False).square().sum(0)
+        return known @ self.weights, (self.variance * (prior - told).clamp(min=1e-12)).sqrt()
 
     def scores(self, values: Tensor) -> list[float]:
         return (values * self.spread + self.centre).tolist()
@@ -910,7 +833,7 @@ class Surrogate:
         """
         if not children:
             return []
-        mean, deviation = self.predict(torch.stack([self.point(task, c.losses, c.trees) for c in children]), late=0.0)
+        mean, deviation = self.predict(torch.stack([self.point(task, c.losses, c.trees) for c in children]))
         for child, m, d in zip(children, self.scores(mean), deviation.tolist()):
             child.predicted = [round(m, 4), round(d * self.spread, 4)]
         sizes = [sum(len(nodes(expr)) for expr in child.losses.values()) for child in children]
@@ -1033,31 +956,6 @@ def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tenso
     return deviation * (z * torch.special.ndtr(z) + density)
 
 
-def next_leader(state: "State", guide: Surrogate, worker: "Worker", seed: int) -> dict | str | None:
-    """What has a long training in the middle of a search, where one is due: the most promising one so far.
-
-    It is due once the surrogate has chosen LEADER_EVERY more proxy trainings. A proxy is one thing, what it stands for
-    another: the surrogate learns from both. The baseline comes first, to measure the others by; no twin of what was
-    trained so is.
-    """
-    others = worker.others().values()
-    busy = [losses_text(other["losses"] or {}) for other in others]
-    due = 1 + state.guided // LEADER_EVERY
-    if due <= state.leaders + sum(other["leader"] for other in others):
-        return None
-    proven = [k for k, row in enumerate(guide.rows) if state.long_score(row.text) is not None]
-    twins = (guide.pairs[0].amax(0)[:, proven] < 2 - 2 * TWINS).any(1).tolist()
-    able = [
-        (not twin, promise, row.losses)
-        for twin, promise, row in zip(twins, guide.promise, guide.rows)
-        if row.score is not None and state.long_score(row.text) is None and row.text not in busy
-    ]
-    ranked = [losses for *_, losses in sorted(able, key=lambda each: each[:2], reverse=True)]
-    if state.long_score(state.task.baseline) is None:
-        ranked.insert(0, state.task.baseline)
-    return next((losses for losses in ranked if worker.claim(f"{losses_text(losses)} {seed}")), None)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # State: a fold over the records
 
@@ -1071,7 +969,6 @@ class Member(NamedTuple):
     text: str = ""
     gain: float | None = None
     parent: str | None = None  # its text
-    metrics: dict[str, float] = {}  # all that its proxy training has measured
 
 
 class Recent(dict):
@@ -1105,11 +1002,8 @@ class State:
     turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
     programs: dict[str, list] = field(default_factory=dict)  # by branch and tree, the latest that computes it
     baseline: float | None = None  # its proxy score
-    baseline_metrics: dict[str, float] = field(default_factory=dict)  # all that its proxy training has measured
     simulated: float | None = None  # its score in the short training of CSE
-    whole_from: int = WHOLE_SEEDS  # trainings with seeds from this one on have all steps, others are long ones
-    guided: int = 0  # proxy trainings that the surrogate has chosen
-    leaders: int = 0  # long trainings in the middle of the search
+    choice_seeds: Sequence[int] = range(CHOICE_SEEDS, TABLE_SEEDS)  # of the re-trainings by which losses are chosen
     broken: int = 0  # lines of the journal that could not be read
     elapsed: float = 0.0  # seconds
     searched: float = 0.0  # of these before the closing round
@@ -1183,18 +1077,16 @@ class State:
         kind, record = next((kind for kind in RECORDS if kind in record), "losses"), UNSAID | record
         checked(record, RECORDS[kind])
         if kind == "baseline":
-            self.baseline, self.baseline_metrics = record["baseline"], record["metrics"]
+            self.baseline = record["baseline"]
         elif kind == "retrained":
             key, scores = losses_text(self.task.read_losses(record["retrained"])), record["scores"]
             if scores is not None:
                 checked(scores, dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), "scores")
-            self.leaders += record["leader"]
-            if record["seed"] < self.whole_from or record["share"] == 1:  # closing trainings were shorter once
-                self.again.setdefault(key, {})[record["seed"]] = scores
+            self.again.setdefault(key, {})[record["seed"]] = scores
         else:
             self.absorb_evaluation(record)
         self.elapsed = max(self.elapsed, record["elapsed"])
-        if kind != "retrained" or record["leader"]:
+        if kind != "retrained":
             self.searched = max(self.searched, record["elapsed"])
 
     def absorb_evaluation(self, record: dict) -> None:
@@ -1210,7 +1102,6 @@ class State:
         self.turns[worker].add(turn)
         self.counts.update(tried["counts"])
         self.counts["invalid"] += score is None
-        self.guided += record["predicted"] is not None
         for branch, tree, *verdict in tried["verdicts"]:
             self.learn(branch, tree, *verdict)
         self.failed |= {tuple(known) for known in tried["failed"]}
@@ -1218,28 +1109,23 @@ class State:
         for child, known in reused:
             self.population.append(Member(child, self.scores.get(known), known))
         parent = record["parent"] and losses_text(record["parent"])
-        member = Member(losses, score, identity, losses_text(losses), gain, parent, record["metrics"])
+        member = Member(losses, score, identity, losses_text(losses), gain, parent)
         self.population.append(member)
         self.results.setdefault(member.text, member)
         self.programs.update(record["programs"])
 
-    def long_score(self, text: str) -> float | None:
-        """What its long trainings score, see `mean_score`."""
-        return self.mean_score(text, range(self.whole_from))
+    def full_score(self, text: str, seeds: Sequence[int] = ()) -> float | None:
+        """The mean over its re-trainings with these seeds on search-validation: None without, -inf if one was invalid.
 
-    def whole_score(self, text: str) -> float | None:
-        """The same of trainings with all steps, but for those of the closing table: nothing is selected by them."""
-        return self.mean_score(text, range(self.whole_from, self.whole_from + TABLE_SEEDS - WHOLE_SEEDS))
-
-    def mean_score(self, text: str, seeds: Sequence[int]) -> float | None:
-        """The mean over its trainings with these seeds on search-validation: None without, -inf if one was invalid."""
-        runs = [run for seed, run in self.again.get(text, {}).items() if seed in seeds]
+        Unless seeds are given these are all by which losses are chosen, and not those of the closing table.
+        """
+        runs = [run for seed, run in self.again.get(text, {}).items() if seed in (seeds or self.choice_seeds)]
         if not runs:
             return None
         return -math.inf if None in runs else sum(run["val"][self.metric] for run in runs) / len(runs)
 
     def merit(self, member: Member) -> float:
-        """What a candidate is chosen by: what its long training is expected to score, else its proxy score."""
+        """What a candidate is chosen by: what it is expected to score, else its score."""
         return self.surrogate.merits.get(member.identity, member.score) if self.surrogate else member.score
 
     def valid(self) -> list[Member]:
@@ -1251,12 +1137,11 @@ class State:
         return sorted(self.valid(), key=lambda result: -self.merit(result))
 
     def hall_of_fame(self) -> list[Member]:
-        """The same by what they have shown: with all steps, else in long trainings, else by proxy; the invalid last."""
+        """The same by what they have shown: in re-trainings, else by proxy; what was invalid there comes last."""
 
         def key(result: Member):
-            scores = self.whole_score(result.text), self.long_score(result.text), result.score
-            shown = next(score for score in scores if score not in (None, -math.inf))
-            return -math.inf in scores, [score is None for score in scores], -shown
+            score = self.full_score(result.text)
+            return score == -math.inf, score is None, -(result.score if score in (None, -math.inf) else score)
 
         return sorted(self.valid(), key=key)
 
@@ -1399,12 +1284,12 @@ def close(state: State, worker: "Worker", args) -> None:
     task = state.task
 
     def score(losses: dict, seeds: Sequence[int]) -> float:  # a resumed round may know other seeds, too
-        return state.mean_score(losses_text(losses), seeds)
+        return state.full_score(losses_text(losses), seeds)
 
     worker.wait_for_searching(state)
     finalists = worker.agree("finalists", state, lambda: select_finalists(state))
     for number, several in RUNGS:
-        seeds = range(state.whole_from, state.whole_from + min(several, 2 * args.seeds))
+        seeds = state.choice_seeds[: min(several, 2 * args.seeds)]
         worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]])
         finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
@@ -1431,22 +1316,22 @@ def predictions_of(directory: Path, losses: dict[str, str] | str) -> Path:
 def select_finalists(state: State) -> list[dict[str, str]]:
     """The best few, no two with nearly the same gradient as long as others beat the baseline [D].
 
-    First come those that have shown it in a long training, for half of the places, then those that promise it.
+    First come those that have shown it in a re-training, for half of the places, then those that promise it.
     Near relatives train alike: a few of them would be one candidate, trained a few times. Equal proxy scores are taken
     for those of equivalent losses.
     """
     number, chosen, others, points, last = RUNGS[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
-    proven = [result for result in state.hall_of_fame() if state.long_score(result.text) not in (None, -math.inf)]
+    proven = [result for result in state.hall_of_fame() if state.full_score(result.text) not in (None, -math.inf)]
     candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []
-        related = any((own - other).square().sum(1).mean() < 2 - 2 * DISTINCT for own in point for other in points)
-        score, bar = state.long_score(result.text), state.long_score(state.task.baseline)
+        related = any((own - other).square().sum(1).mean() < 2 - 2 * RELATED for own in point for other in points)
+        score, bar = state.full_score(result.text), state.full_score(state.task.baseline)
         if score is None:  # the proxy has to do
             score, bar = result.score, state.baseline
-        worse = -math.inf in (score, state.whole_score(result.text)) or (bar is not None and score < bar)
+        worse = score == -math.inf or (bar is not None and score < bar)
         if related or worse or result.score == last:
             others.append(texts(result.losses))
         else:
@@ -1477,15 +1362,14 @@ AGAIN = {"seed": int, "scores": (SCORES, None), "seconds": float}  # a training 
 TRAINING = {**AGAIN, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
 RECORDS = {  # the lines of a journal, by the key that tells their kind
-    "baseline": {**STAMP, "baseline": (float, None), "metrics": {str: float}},
-    "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str), "share": float, "leader": bool},
+    "baseline": {**STAMP, "baseline": (float, None)},
+    "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str)},
     "losses": {
         **STAMP,
         "turn": int,
         "losses": TREES,
         "parent": (TREES, None),
         "score": (float, None),
-        "metrics": {str: float},
         "gain": {str: (float, None)},
         "identity": [str],
         "predicted": ([float, float], None),
@@ -1500,10 +1384,10 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "seconds": float,
     },
 }
-UNSAID = {"leader": False, "share": 0.0, "programs": {}, "metrics": {}}  # by earlier versions
+UNSAID = {"programs": {}}  # by earlier versions
 ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
 RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
-ALIVE = {"losses": (TREES, str, None), "leader": bool, "searching": bool}  # a worker's sign of life
+ALIVE = {"losses": (TREES, str, None), "searching": bool}  # a worker's sign of life
 AGREED = {"finalists": [TREES], "short": (TREES, None), "found": (TREES, None)}  # by the workers in the closing round
 
 
@@ -1753,9 +1637,8 @@ class Worker(Journal):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
         self.works_on(None)
 
-    def works_on(self, losses: dict | str | None, leader: bool = False) -> None:
-        doing = {"losses": texts(losses), "leader": leader, "searching": self.searching}
-        write_atomically(self.sign, json.dumps(doing))
+    def works_on(self, losses: dict | str | None) -> None:
+        write_atomically(self.sign, json.dumps({"losses": texts(losses), "searching": self.searching}))
 
     def others(self) -> dict[str, dict]:
         """What the other living workers are doing, by their life."""
@@ -1791,18 +1674,14 @@ class Worker(Journal):
         return read_agreed(path, name, state.task)
 
     def serve(self, state: State, jobs: list[tuple]) -> None:
-        """Trainings (losses, seed[, picture]) that nobody else has claimed, until all are done.
-
-        Those with seeds from `State.whole_from` on have all steps of the schedule, others are long trainings.
-        """
+        """Re-trainings (losses, seed[, picture]) that nobody else has claimed, until all are done."""
         while True:
             self.hear(state)
             left = [job for job in jobs if job[1] not in state.again.get(losses_text(job[0]), {})]
             mine = next((job for job in left if self.claim(f"{losses_text(job[0])} {job[1]}")), None)
             if mine:
                 losses, seed, *picture = mine
-                share = state.task.long if seed < state.whole_from else 1.0
-                self.tell(retraining(state.task, self, state.task.read_losses(losses), seed, share, *picture))
+                self.tell(retraining(state.task, self, state.task.read_losses(losses), seed, *picture))
             elif left:
                 time.sleep(0.1)
             else:
@@ -1851,9 +1730,9 @@ class Reporter:
 
     def lineage(self, text: str) -> str:
         """A candidate and its ancestors, the newest first, with their scores."""
-        lines = ["```", " proxy       long  loss"]
+        lines = ["```", " proxy re-trained  loss"]
         while text in self.state.results and len(lines) < 100:  # two workers may have made each other's children
-            score, again = shown(self.state.results[text].score), shown(self.state.long_score(text))
+            score, again = shown(self.state.results[text].score), shown(self.state.full_score(text))
             lines.append(f"{score:>6} {again:>10}  {text}")
             text = self.state.results[text].parent
         return "\n".join([*lines, "```"])
@@ -1934,11 +1813,7 @@ class Reporter:
     def tell_retrained(self, record: dict) -> None:
         text, scores, metric = losses_text(record["retrained"]), record["scores"], self.args.metric
         numbers = "invalid" if scores is None else " ".join(f"{k} {v[metric]:.3f}" for k, v in scores.items())
-        kind = "long training" if record["seed"] < self.state.whole_from else "re-training"
-        print(f"{kind}, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
-        baseline = self.state.long_score(self.task.baseline)
-        if scores and record.get("leader") and text != self.task.baseline and baseline is not None:
-            self.board.add_scalar("found/ahead", scores["val"][metric] - baseline, self.state.explored)
+        print(f"re-training, seed {record['seed']}: {metric} {numbers}  {record['seconds']:.1f} s  {text}", flush=True)
 
     def export(self, losses: dict[str, object], score: str) -> None:
         """The best so far as formulas in TensorBoard and as best_loss.py."""
@@ -1954,20 +1829,11 @@ class Reporter:
     def write_hall_of_fame(self) -> None:
         state, table = self.state, io.StringIO()
         writer = csv.writer(table)
-        writer.writerow(
-            [
-                "rank",
-                f"proxy_{self.args.metric}",
-                f"long_{self.args.metric}",
-                f"whole_{self.args.metric}",
-                "gain",
-                "loss",
-            ]
-        )
+        writer.writerow(["rank", f"proxy_{self.args.metric}", f"retrained_{self.args.metric}", "gain", "loss"])
         for rank, result in enumerate(state.hall_of_fame()[:50], 1):
-            scores = state.long_score(result.text), state.whole_score(result.text)  # None is written as nothing
-            scores = ["invalid" if score == -math.inf else score and round(score, 6) for score in scores]
-            writer.writerow([rank, result.score, *scores, result.gain, result.text])
+            again = state.full_score(result.text)  # None is written as nothing
+            again = "invalid" if again == -math.inf else again and round(again, 6)
+            writer.writerow([rank, result.score, again, result.gain, result.text])
         write_atomically(self.directory / "hall_of_fame.csv", table.getvalue())
 
     def found(self) -> tuple[dict[str, str] | None, dict[str, list]] | None:
@@ -2011,14 +1877,13 @@ class Reporter:
     def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
         args, task, state = self.args, self.task, self.state
         text = losses_text(losses) if losses else None
-        print(f"\n        proxy    long   whole  loss ({args.metric} on the search-validation split)")
+        print(f"\n        proxy  re-trained  loss ({args.metric} on the search-validation split)")
         rows = {result.text: shown(result.score) for result in state.hall_of_fame()[:8]}
         if text:  # leaders with one lucky seed may be before it; a formula in short had no proxy training
             rows.setdefault(text, shown(state.results[text].score) if text in state.results else "")
         for name, proxy in rows.items():
             mark, note = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"
-            long, whole = shown(state.long_score(name)), shown(state.whole_score(name))
-            print(f"{mark}  {proxy:>7} {long:>7} {whole:>7}  {name}{note}")
+            print(f"{mark}  {proxy:>7}  {shown(state.full_score(name)):>10}  {name}{note}")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
         show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.whole else ", shortened schedule")
         invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
@@ -2243,12 +2108,17 @@ def hold(file) -> bool:
     return True
 
 
+def choice_seeds(seed: int) -> range:
+    """Seeds of the re-trainings by which a search with this seed chooses its losses."""
+    return range(seed + CHOICE_SEEDS, seed + TABLE_SEEDS)
+
+
 def make_state(args, task: Task) -> State:
     method = METHODS.get(args.search) or Method("the task's own", ())
     gates = frozenset(method.gates) - set(args.without)
     sampler = task.samplers[args.search]() if args.search in task.samplers else None
     surrogate = Surrogate() if "surrogate" in gates else None
-    return State(task, method, args.metric, gates, surrogate, sampler, whole_from=args.seed + WHOLE_SEEDS)
+    return State(task, method, args.metric, gates, surrogate, sampler, choice_seeds=choice_seeds(args.seed))
 
 
 def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda: None) -> None:
@@ -2261,7 +2131,7 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         worker.hear(state)
         worker.start = time.time() - state.searched
         if state.baseline is None and worker.claim("baseline"):
-            worker.tell({"baseline": proxy_score(task, task.baseline), "metrics": measured(task)})
+            worker.tell({"baseline": proxy_score(task, task.baseline)})
         search(state, worker, args)
         close(state, worker, args)
     finally:
@@ -2411,7 +2281,7 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     return flag
 
 
-def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 9.5) -> None:
+def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 8.5) -> None:
     """The flags of the search itself, the same in every script but for the task's `own` kinds and its budget."""
     kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
     flag = flags(parser, "search")
@@ -2540,7 +2410,7 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
         losses = read_json(result, RESULT, "remove it: then the best loss of the journal counts")["losses"]
     elif about.is_file():
         known = read_json(about, {"arguments": {"metric": str, "seed": int}}, "mend it")["arguments"]
-        state = State(task, METHODS["evolve"], known["metric"], whole_from=known["seed"] + WHOLE_SEEDS)
+        state = State(task, METHODS["evolve"], known["metric"], choice_seeds=choice_seeds(known["seed"]))
         try:
             Journal(directory).hear(state)
         except OSError as error:

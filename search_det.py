@@ -86,7 +86,8 @@ class Schedule(NamedTuple):
     weight_decay: float
     model: str = "small"
     warmup: float = 0.0  # share of the steps until the learning rate is reached
-    base: int = 0  # steps with the baseline's losses that go before
+    base: int = 0  # steps with the baseline's losses that go before ...
+    base_of: int = 1  # ... as the first ones of a training of so many
     clip: float = math.inf  # norm to which longer gradients are cut
 
 
@@ -102,7 +103,6 @@ RETRAIN = {
     "shapes": PROXY["shapes"]._replace(steps=2400, base=0, warmup=10 / 1200),
     "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 90_000, clip=35.0),
 }
-LONG = 0.5  # share of these steps in the long trainings by which a search chooses [D]
 
 
 # =====================================================================================================================
@@ -118,7 +118,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     about = "leave out annotations with an empty box or mask instead of complaining"
     flag("--skip-empty", None, about, action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
-    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}; in a search {LONG:g} times as many"
+    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}"
     flag("--retrain-steps", "N", about, evolve.at_least(1))
     about = "side of a training window, to which the longer side of a picture is scaled: "
     about += f"{evolve.told(PROXY, 'size')}; in re-training {evolve.told(RETRAIN, 'size')}"
@@ -2220,7 +2220,7 @@ def mask_score(logits: Tensor, target: Tensor) -> Tensor:
 class DetTask(evolve.Task):
     """What evolve.py needs to know of detection."""
 
-    name, baseline, long, metrics = "det", BASELINE, LONG, METRICS["bbox"]
+    name, baseline, metrics = "det", BASELINE, METRICS["bbox"]
     symbols = {branch: symbols for branch, (symbols, _) in BRANCHES.items()}
     export = staticmethod(export)
 
@@ -2279,7 +2279,7 @@ class DetTask(evolve.Task):
         return test_network(net, split, size or self.proxy.size, self.device)
 
     def prepare(self, base: Path) -> None:
-        """The base network: the baseline's losses for the first steps of a long training, by default none.
+        """The base network: the first steps of a training with the baseline's losses, by default none.
 
         Proxy trainings go on from it. The gates look at losses at the predictions of a random network alone: those of
         another state would be of other proposals, with targets of their own.
@@ -2288,7 +2288,7 @@ class DetTask(evolve.Task):
         self.branches = self.make_branches()
 
     def train_base(self) -> list[dict[str, Tensor]]:
-        plan = self.proxy._replace(steps=round(LONG * RETRAIN[self.args.data].steps))
+        plan = self.proxy._replace(steps=self.proxy.base_of)
         if plan.base:
             note(f"training the base network: {plan.base} steps of {BASELINE}")
         net = self.network(plan, self.args.seed)
@@ -2365,8 +2365,7 @@ class DetTask(evolve.Task):
         )
 
     def train(self, losses: dict[str, Expr | str] | str) -> float:
-        self.measured = self.proxy_scores(losses)
-        return round(self.measured[self.args.metric], 6)
+        return round(self.proxy_scores(losses)[self.args.metric], 6)
 
     def proxy_scores(self, losses: dict[str, Expr | str] | str) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""
@@ -2389,10 +2388,10 @@ class DetTask(evolve.Task):
         return self.test(net, few)[self.args.metric]
 
     def retrain(
-        self, losses: dict[str, Expr | str] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr | str] | str, seed: int, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        plan = self.retraining._replace(steps=max(1, round(share * self.retraining.steps)))
+        plan = self.retraining
         net = self.network(plan, own)
         self.curve = train_network(net, self.losses(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:

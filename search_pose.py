@@ -72,21 +72,21 @@ class Schedule(NamedTuple):
     rotation: float  # standard deviation of the random rotation in degrees, cut off at twice this
     lr: float  # decays to 0 as (1 - step / steps) ** 0.9 (poly)
     weight_decay: float = 5e-4
-    base: int = 0  # steps with the baseline's loss that go before
+    base: int = 0  # steps with the baseline's loss that go before ...
+    base_of: int = 1  # ... as the first ones of a training of so many
     clip: float = math.inf  # norm to which longer gradients are cut
 
 
 # The small network's learning rate is the best for squared error; tests/bench_pose.py says what its base is worth [D].
 # ResNet-50: crops, Gaussians, ranges of augmentation, batch and 140 epochs as published [S], the proxy a fiftieth [D].
 PROXY = {
-    "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=100),
-    "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=3200),
+    "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=100, base_of=1200),
+    "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=3200, base_of=80_000),
 }
 RETRAIN = {
     "small": PROXY["small"]._replace(steps=2400, base=0),
     "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=0),
 }
-LONG = 0.5  # share of these steps in the long trainings by which a search chooses [D]
 
 
 # =====================================================================================================================
@@ -102,7 +102,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     about = "average the heatmaps of each crop and of its mirror image before decoding"
     flag("--flip-test", None, about, action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
-    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}; in a search {LONG:g} times as many"
+    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}"
     flag("--retrain-steps", "N", about, evolve.at_least(1))
     flag("--crop", "PIXELS", f"height of a person's crop: {evolve.told(PROXY, 'crop')}", evolve.at_least(8, most=8192))
     flag("--aspect", "RATIO", "width of a crop by its height; 1 suits most animals", evolve.at_least(0.1, float), 0.75)
@@ -1905,7 +1905,7 @@ STATES = (0, 0.15, 1)  # shares of the base training after which the gates look 
 class PoseTask(evolve.Task):
     """What evolve.py needs to know of pose estimation."""
 
-    name, baseline, long, metrics = "pose", BASELINE, LONG, METRICS
+    name, baseline, metrics = "pose", BASELINE, METRICS
     symbols = {"loss": "yp1"}
     export = staticmethod(export)
 
@@ -1951,7 +1951,7 @@ class PoseTask(evolve.Task):
         return test_network(net, split, self.skeleton, self.size, self.device, self.args.flip_test)
 
     def prepare(self, base: Path) -> None:
-        """The base network: the baseline's loss for the first steps of a long training.
+        """The base network: the first steps of a training with the baseline's loss.
 
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
@@ -1959,7 +1959,7 @@ class PoseTask(evolve.Task):
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:
-        plan = self.proxy._replace(steps=round(LONG * RETRAIN[self.args.model].steps))
+        plan = self.proxy._replace(steps=self.proxy.base_of)
         if plan.base:
             note(f"training the base network: {plan.base} steps of {BASELINE}")
         steps = [round(plan.base * share) for share in STATES]
@@ -2021,8 +2021,7 @@ class PoseTask(evolve.Task):
         return ((off <= 1) & labelled).sum(-1) / labelled.sum(-1)
 
     def train(self, losses: dict[str, Expr] | str) -> float:
-        self.measured = self.proxy_scores(losses)
-        return round(self.measured[self.args.metric], 6)
+        return round(self.proxy_scores(losses)[self.args.metric], 6)
 
     def proxy_scores(self, losses: dict[str, Expr] | str) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""
@@ -2049,10 +2048,10 @@ class PoseTask(evolve.Task):
         return self.test(net, few)["pck"]
 
     def retrain(
-        self, losses: dict[str, Expr] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        plan = self.retraining._replace(steps=max(1, round(share * self.retraining.steps)))
+        plan = self.retraining
         net = self.network(plan, own)
         self.curve = train_network(net, self.loss(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:

@@ -76,7 +76,8 @@ class Schedule(NamedTuple):
     weight_decay: float = 5e-4
     model: str = "small"
     warmup: float = 0.0  # share of the steps until the learning rate is reached
-    base: int = 0  # steps with the baseline's loss that go before
+    base: int = 0  # steps with the baseline's loss that go before ...
+    base_of: int = 1  # ... as the first ones of a training of so many
     clip: float = math.inf  # norm to which longer gradients are cut
 
 
@@ -87,9 +88,9 @@ class Schedule(NamedTuple):
 # [A]; there a picture is brought to the size of a crop before it is scaled, here crops are of source pixels. That, the
 # base, and crops and batch of Cityscapes are ours [D].
 PROXY = {
-    "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, warmup=0.3, base=100),
-    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, model="r50-dlv3p"),
-    "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, model="r50-dlv3p"),
+    "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, warmup=0.3, base=250, base_of=600),
+    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, base_of=2500, model="r50-dlv3p"),
+    "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, base_of=2500, model="r50-dlv3p"),
 }
 PROXY["folder"] = PROXY["voc"]
 RETRAIN = {
@@ -98,7 +99,6 @@ RETRAIN = {
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }
 RETRAIN["folder"] = RETRAIN["voc"]
-LONG = 0.25  # share of these steps in the long trainings by which a search chooses [D]
 
 
 # =====================================================================================================================
@@ -113,7 +113,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--classes", "N", about, class_list)
     flag("--download", None, "fetch VOC 2012 into --data-root through torchvision", action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
-    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}; in a search {LONG:g} times as many"
+    about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}"
     flag("--retrain-steps", "N", about, evolve.at_least(1))
     about = f"side of a training window: {evolve.told(PROXY, 'crop')}; in re-training {evolve.told(RETRAIN, 'crop')}"
     flag("--crop", "PIXELS", about, evolve.at_least(8, most=8192))
@@ -2104,7 +2104,7 @@ def gate_window(label: Tensor, height: int, width: int) -> tuple[int, int, int, 
 class SegTask(evolve.Task):
     """What evolve.py needs to know of segmentation."""
 
-    name, baseline, long, metrics = "seg", BASELINE, LONG, METRICS
+    name, baseline, metrics = "seg", BASELINE, METRICS
     symbols = {"loss": "yp1"}
     export, read = staticmethod(export), staticmethod(read_searched)
 
@@ -2164,7 +2164,7 @@ class SegTask(evolve.Task):
         return test_network(net, split, self.num_classes, self.device)
 
     def prepare(self, base: Path) -> None:
-        """The base network: the baseline's loss for the first steps of a long training.
+        """The base network: the first steps of a training with the baseline's loss.
 
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
@@ -2172,7 +2172,7 @@ class SegTask(evolve.Task):
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:
-        plan = self.proxy._replace(steps=round(LONG * RETRAIN[self.args.data].steps))
+        plan = self.proxy._replace(steps=self.proxy.base_of)
         if plan.base:
             note(f"training the base network: {plan.base} steps of {BASELINE}")
         steps = [round(plan.base * share) for share in STATES]
@@ -2239,8 +2239,7 @@ class SegTask(evolve.Task):
         return metrics.compute()[self.args.metric].view(leading)
 
     def train(self, losses: dict[str, Expr] | str) -> float:
-        self.measured = self.proxy_scores(losses)
-        return round(self.measured[self.args.metric], 6)
+        return round(self.proxy_scores(losses)[self.args.metric], 6)
 
     def proxy_scores(self, losses: dict[str, Expr] | str) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""
@@ -2264,10 +2263,10 @@ class SegTask(evolve.Task):
         return self.test(net, few)[self.args.metric]
 
     def retrain(
-        self, losses: dict[str, Expr] | str, seed: int, share=1.0, picture: Path | None = None, checkpoint=None
+        self, losses: dict[str, Expr] | str, seed: int, picture: Path | None = None, checkpoint=None
     ) -> dict[str, dict[str, float]]:
         own = 1000 + seed  # never the seed of the proxy: the ranking must hold for other weights and other batches
-        plan = self.retraining._replace(steps=max(1, round(share * self.retraining.steps)))
+        plan = self.retraining
         net = self.network(plan, own)
         self.curve = train_network(net, self.loss(losses), self.batches(losses, plan, own), plan, checkpoint=checkpoint)
         if picture:

@@ -1,6 +1,6 @@
 """Detection: is the proxy's ranking worth something, where its seconds go, the loader, and AP against pycocotools.
 
-    python tests/bench_det.py [--proxies 0+150 150+100]
+    python tests/bench_det.py [--proxies 0+150 150/1200+100]
 
 Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by a
 long training (other weights, other batches), both scored on the search-validation split of the embedded data.
@@ -147,7 +147,9 @@ def show_seconds(task: search_det.DetTask) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     own = search_det.PROXY["shapes"]
-    parser.add_argument("--proxies", nargs="+", default=[f"{own.base}+{own.steps}"], metavar="BASE+STEPS")
+    parser.add_argument(
+        "--proxies", nargs="+", default=[f"{own.base}/{own.base_of}+{own.steps}"], metavar="BASE/OF+STEPS"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_det.DetTask(search_det.parse_arguments(["--device", "cpu"]))

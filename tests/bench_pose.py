@@ -1,6 +1,6 @@
 """Pose: is the proxy's ranking worth something, where its seconds go, and OKS AP against pycocotools.
 
-    python tests/bench_pose.py [--proxies 0+100 100+100]
+    python tests/bench_pose.py [--proxies 0+100 100/1200+100]
 
 Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by a
 long training (other weights, other batches), both scored on the search-validation split of the embedded data.
@@ -108,7 +108,9 @@ def show_seconds(task: search_pose.PoseTask) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     own = search_pose.PROXY["small"]
-    parser.add_argument("--proxies", nargs="+", default=[f"{own.base}+{own.steps}"], metavar="BASE+STEPS")
+    parser.add_argument(
+        "--proxies", nargs="+", default=[f"{own.base}/{own.base_of}+{own.steps}"], metavar="BASE/OF+STEPS"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_pose.PoseTask(search_pose.parse_arguments(["--device", "cpu"]))

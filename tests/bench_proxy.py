@@ -1,26 +1,12 @@
-"""How much is the proxy's ranking worth? Rank correlation of short trainings with long ones.
+"""How much is the proxy's ranking worth? Rank correlation of short trainings with re-trainings.
 
-    python tests/bench_proxy.py [--table FILE]          # 25 minutes of one core; FILE keeps what is done
+    python tests/bench_proxy.py [--table FILE]          # two hours of one core; FILE keeps what is done
 
-Losses of all qualities (fast and slow starters, hand-made and evolved ones) are trained by each proxy and, with two
-seeds, by long trainings (600 steps, other weights and batches). All are scored on the search-validation split
-of the embedded data. Shown: Spearman's rank correlation over all losses, and over the better half of them.
+Losses of all qualities (fast and slow starters, hand-made ones, found ones) are trained by each proxy and, with two
+seeds, by re-trainings (2,400 steps, other weights and batches). All are scored on the search-validation split of the
+embedded data. Shown: Spearman's rank correlation over all losses, and over the better half of them.
 
-Measured (two cores of an AMD EPYC, torch 2.14.1):
-
-    Spearman, all and the better half         s        miou       fwiou        macc        gacc        biou         bf1
-    80 from scratch                         1.4   0.76 0.28   0.74 0.56   0.91 0.78   0.76 0.51   0.64 0.44   0.72 0.48
-    160 from scratch                        2.6   0.82 0.43   0.81 0.69   0.94 0.84   0.81 0.62   0.79 0.57   0.78 0.44
-    100 + 80                                1.4   0.80 0.44   0.82 0.62   0.93 0.82   0.81 0.58   0.78 0.36   0.78 0.47
-    100 + 120                               2.0   0.92 0.62   0.91 0.73   0.97 0.89   0.87 0.70   0.91 0.59   0.88 0.59
-    100 + 120, no warm-up                   2.1   0.87 0.40   0.87 0.61   0.96 0.87   0.88 0.59   0.85 0.40   0.87 0.59
-    250 + 80                                1.5   0.93 0.75   0.88 0.65   0.97 0.87   0.81 0.46   0.89 0.43   0.84 0.60
-    80 from scratch and 250 + 80            2.9   0.87 0.41   0.85 0.64   0.96 0.82   0.80 0.61   0.83 0.47   0.82 0.50
-    160 from scratch and 250 + 80           4.1   0.88 0.53   0.90 0.74   0.96 0.84   0.87 0.65   0.88 0.70   0.82 0.49
-    one long training against the other     9.5   0.97 0.91   0.94 0.75   0.98 0.92   0.95 0.73   0.98 0.93   0.94 0.66
-
-A base of 100 steps is early enough to tell losses that cannot teach (two witnesses in one training), and late enough to
-take the advantage from those that only start fast. Among the better half two long trainings agree at .66 to .93.
+@@MEASURED@@
 """
 
 import argparse
@@ -77,17 +63,46 @@ LOSSES = (
     "Square(Square(Add(p, Neg(y))))",
     "Neg(Mul(Tanh(y), Exp(Sqrt(p))))",
 )
-# Steps of cross entropy before (as of a long training), steps of the loss itself, share of these that warm up.
+FOUND = (  # by earlier searches, for several metrics
+    "MaxPool3(Add(Log(Mul(Mul(y, Exp(y)), MeanC(MaxPool3(Square(Log(Mul(Mul(y, p), MeanC(MaxPool3(Mul(y, "
+    "Sqrt(p))))))))))), MeanNHW(MinPool3(p))))",
+    "Mul(Log(Inv(Add(Mul(p, Sqrt(Inv(Add(p, MaxPool3(Sqrt(Inv(MaxPool3(p)))))))), Neg(MinPool3(y))))), y)",
+    "Log(Mul(Neg(y), Mul(MinPool3(Add(MaxPool3(Mul(Mul(y, Sqrt(p)), p)), y)), Add(MinPool3(Mul(p, "
+    "Tanh(MaxPool3(y)))), y))))",
+    "Log(Mul(Inv(Mul(p, Mul(p, y))), Add(MinPool3(Inv(y)), MaxPool3(Add(Exp(MinPool3(Log(Add(p, Neg(Add(y, "
+    "Exp(Log(MaxPool3(p))))))))), Exp(p))))))",
+    "Log(Mul(Neg(Add(MinPool3(y), Mul(Mul(Mul(Mul(p, y), Sqrt(p)), MaxPool3(Add(p, MinPool3(Add(y, p))))), p))), "
+    "Sqrt(Sqrt(MaxPool3(MinPool3(p))))))",
+    "Inv(Mul(Add(Add(Sqrt(Add(Add(MinPool3(Mul(y, Inv(Add(MeanC(MinPool3(p)), MaxPool3(p))))), Add(MeanC(Add(p, "
+    "p)), p)), p)), p), p), y))",
+    "Square(Mul(Log(Mul(p, y)), MinPool3(Mul(Exp(Add(Add(Exp(MinPool3(p)), Neg(y)), MaxPool3(MeanC(Mul(y, "
+    "p))))), Tanh(Square(MaxPool3(Exp(p))))))))",
+    "Log(Mul(y, Inv(Add(Mul(Add(p, Add(MinPool3(p), p)), p), MinPool3(y)))))",
+    "Log(Mul(Mul(Inv(Add(Add(MaxPool3(p), MinPool3(Add(p, Mul(y, Inv(Mul(Inv(p), Square(p))))))), MeanC(y))), "
+    "Inv(Mul(p, y))), MaxPool3(y)))",
+    "Log(Mul(Add(p, Add(MinPool3(MinPool3(MaxPool3(y))), Mul(Mul(p, MinPool3(Inv(MinPool3(y)))), Sqrt(Add(p, "
+    "Neg(MinPool3(y))))))), Neg(y)))",
+    "Inv(Add(Add(Mul(Add(Mul(Add(y, 1), Sqrt(p)), Neg(p)), MaxPool3(y)), Mul(MeanNHW(MaxPool3(p)), Tanh(y))), "
+    "Add(MaxPool3(y), Exp(y))))",
+    "MaxPool3(Add(Mul(Tanh(Neg(y)), Add(Log(p), 1)), MinPool3(Add(Mul(Neg(y), Add(MeanNHW(p), 1)), Add(p, Exp(y))))))",
+    "Inv(Add(Mul(Mul(Add(y, 1), Add(Sqrt(Add(p, MinPool3(Square(Mul(Square(p), y))))), Add(Mul(p, y), Neg(p)))), "
+    "MaxPool3(y)), 1))",
+    "MaxPool3(Add(Mul(Neg(y), Add(Log(p), Add(MeanNHW(p), Sqrt(p)))), MinPool3(MaxPool3(Add(Mul(Neg(y), "
+    "MeanNHW(Square(p))), MinPool3(Add(Add(p, y), p)))))))",
+    "Mul(Tanh(Log(MeanNHW(y))), Log(MaxPool3(Mul(Add(p, MinPool3(Add(y, MeanNHW(y)))), Mul(y, Add(p, 1))))))",
+)
+# Steps of cross entropy that go before, of a training of so many; steps of the loss; seed of weights and batches.
 PROXIES = {
-    "80 from scratch": (0, 80, 0.3),
-    "160 from scratch": (0, 160, 0.3),
-    "100 + 80": (100, 80, 0.3),
-    "100 + 120": (100, 120, 0.3),
-    "100 + 120, no warm-up": (100, 120, 0.0),
-    "250 + 80": (250, 80, 0.3),
+    "600 from scratch": (0, 1, 600, 1000),
+    "100 of 600, then 120": (100, 600, 120, 0),
+    "100 of 600, then 240": (100, 600, 240, 0),
+    "250 of 600, then 80": (250, 600, 80, 0),
+    "250 of 600, then 120": (250, 600, 120, 0),
+    "400 of 600, then 120": (400, 600, 120, 0),
+    "600 of 600, then 120": (600, 600, 120, 0),
+    "1200 of 2400, then 120": (1200, 2400, 120, 0),
 }
-MIXTURES = (("80 from scratch", "250 + 80"), ("160 from scratch", "250 + 80"))  # mean of two scores
-LONG = ("long, seed 0", "long, seed 1")
+AGAIN = ("again, seed 0", "again, seed 1")  # re-trainings
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -108,21 +123,20 @@ def correlations(proxy: list[float], again: list[float]) -> str:
 
 
 def show_ranking(task, losses: dict, proxies: list[str]) -> None:
-    """For the other tasks: proxies such as "100+80", steps of the base and of the loss, against one long training."""
+    """For the other tasks: proxies such as "100/1200+80", steps of the base, of its training and of the loss."""
     table, spent = {}, {}
-    for proxy in ("long", *proxies):
-        if proxy != "long":
-            base, steps = map(int, proxy.split("+"))
-            task.proxy = task.proxy._replace(base=base, steps=steps)
+    for proxy in ("again", *proxies):
+        if proxy != "again":
+            base, steps = proxy.split("+")
+            base, _, of = base.partition("/")
+            task.proxy = task.proxy._replace(base=int(base), base_of=int(of or 1), steps=int(steps))
             vars(task).pop("proxy_batches", None)
             with tempfile.TemporaryDirectory() as folder:
                 task.prepare(Path(folder) / "base.pt")
         start = time.process_time()
         for name, loss in losses.items():
             try:
-                table[proxy, name] = (
-                    task.retrain(loss, 0, task.long)["val"] if proxy == "long" else task.proxy_scores(loss)
-                )
+                table[proxy, name] = task.retrain(loss, 0)["val"] if proxy == "again" else task.proxy_scores(loss)
             except evolve.InvalidLoss:
                 table[proxy, name] = dict.fromkeys(task.metrics, 0.0)
             print(f"{proxy:<12}" + " ".join(f"{value:.3f}" for value in table[proxy, name].values()), name, flush=True)
@@ -131,50 +145,50 @@ def show_ranking(task, losses: dict, proxies: list[str]) -> None:
     for proxy in proxies:
         cells = ""
         for metric in task.metrics:
-            cells += f"{correlations(*([table[p, name][metric] for name in losses] for p in (proxy, 'long'))):>12}"
+            cells += f"{correlations(*([table[p, name][metric] for name in losses] for p in (proxy, 'again'))):>12}"
         print(f"{proxy:<36}{spent[proxy]:>7.1f}{cells}")
-    print(f"{len(losses)} losses; a long training takes {spent['long']:.1f} s; s is the processor's time")
+    print(f"{len(losses)} losses; a re-training takes {spent['again']:.1f} s; s is the processor's time")
 
 
 class Bench:
     def __init__(self, table: Path | None):
-        self.task = search_seg.SegTask(search_seg.parse_arguments([]))
+        self.task = search_seg.SegTask(search_seg.parse_arguments(["--device", "cpu"]))
         self.task.load()
-        self.long = self.task.retraining._replace(steps=round(search_seg.LONG * self.task.retraining.steps))
         self.table, self.done, self.bases = table, {}, {}
         if table and table.exists():
             for line in table.read_text().splitlines():
                 entry = json.loads(line)
                 self.done[entry["proxy"], entry["loss"]] = entry
 
-    def base(self, steps: int) -> torch.nn.Module:
+    def base(self, steps: int, of: int) -> torch.nn.Module:
         """The network after so many steps of the baseline's loss, as SegTask.train_base makes it."""
-        if steps not in self.bases:
-            plan = self.long
+        if (steps, of) not in self.bases:
+            plan = self.task.proxy._replace(steps=of)
             net = self.task.network(plan, 0)
             batches = itertools.islice(self.task.batches("ce", plan, 500), steps)
             search_seg.train_network(net, search_seg.ce, batches, plan)
-            self.bases[steps] = net
-        return copy.deepcopy(self.bases[steps])
+            self.bases[steps, of] = net
+        return copy.deepcopy(self.bases[steps, of])
 
     def score(self, proxy: str, loss: str) -> dict:
-        """All metrics, and seconds; kept in the table."""
+        """All metrics, and seconds of the processor; kept in the table."""
         if (proxy, loss) in self.done:
             return self.done[proxy, loss]
-        losses, start = search_seg.read_loss(loss, "--loss"), time.time()
-        if proxy in LONG:
-            plan, seed = self.long, 1000 + LONG.index(proxy)
-            net = self.task.network(plan, seed)
+        losses, task = search_seg.read_loss(loss, "--loss"), self.task
+        if proxy in AGAIN:
+            plan, seed = task.retraining, 1000 + AGAIN.index(proxy)
+            net = task.network(plan, seed)
         else:
-            before, steps, warmup = PROXIES[proxy]
-            plan, seed = search_seg.PROXY["shapes"]._replace(steps=steps, warmup=warmup), 0
-            net = self.base(before)
+            before, of, steps, seed = PROXIES[proxy]
+            plan = task.proxy._replace(steps=steps)
+            net = self.base(before, of) if before else task.network(plan, seed)
+        start = time.process_time()
         try:
-            search_seg.train_network(net, self.task.loss(losses), self.task.batches(losses, plan, seed), plan)
-            scores = search_seg.test_network(net, self.task.data["val"], 7, "cpu")
+            search_seg.train_network(net, task.loss(losses), task.batches(losses, plan, seed), plan)
+            scores = search_seg.test_network(net, task.data["val"], 7, "cpu")
         except search_seg.InvalidLoss:
             scores = dict.fromkeys(search_seg.METRICS, 0.0)
-        entry = {"proxy": proxy, "loss": loss, "seconds": round(time.time() - start, 1), **scores}
+        entry = {"proxy": proxy, "loss": loss, "seconds": round(time.process_time() - start, 1), **scores}
         self.done[proxy, loss] = entry
         if self.table:
             with self.table.open("a") as file:
@@ -187,28 +201,24 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(args.table)
-    for loss in LOSSES:
-        entries = [bench.score(name, loss) for name in (*LONG, *PROXIES)]
+    bench, losses = Bench(args.table), (*LOSSES, *FOUND)
+    for loss in losses:
+        entries = [bench.score(name, loss) for name in (*AGAIN, *PROXIES)]
         print(" ".join(f"{entry['miou']:.3f}" for entry in entries), loss, flush=True)
 
     def column(names: tuple[str, ...], metric: str) -> list[float]:
-        return [sum(bench.done[name, loss][metric] for name in names) / len(names) for loss in LOSSES]
+        return [sum(bench.done[name, loss][metric] for name in names) / len(names) for loss in losses]
 
-    def row(name: str, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
-        cells = []
-        for metric in search_seg.METRICS:
-            cells.append(correlations(column(names, metric), column(wanted, metric)))
-        seconds = sum(bench.done[n, loss]["seconds"] for n in names for loss in LOSSES) / len(LOSSES)
+    def row(name: str, wanted: tuple[str, ...]) -> None:
+        cells = [correlations(column((name,), metric), column(wanted, metric)) for metric in search_seg.METRICS]
+        seconds = sum(bench.done[name, loss]["seconds"] for loss in losses) / len(losses)
         print(f"{name:<36}{seconds:>7.1f}" + "".join(f"{cell:>12}" for cell in cells))
 
     print(f"\n{'Spearman, all and the better half':<36}{'s':>7}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
     for name in PROXIES:
-        row(name, (name,), LONG)
-    for names in MIXTURES:
-        row(" and ".join(names), names, LONG)
-    row("one long training against the other", LONG[:1], LONG[1:])
-    print(f"{len(LOSSES)} losses; the proxy of search_seg.py is 100 + 120")
+        row(name, AGAIN)
+    row(AGAIN[0], AGAIN[1:])
+    print(f"{len(losses)} losses; the proxy of search_seg.py is 250 of 600, then 120")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     python tests/bench_searches.py --table scores.jsonl --kinds evolve,published,random --seeds 3 --evals 100
 
-Every proxy training and every long one is kept in the table, by its schedule and the text of the loss, with all
+Every proxy training and every re-training is kept in the table, by its schedule and the text of the loss, with all
 six metrics. A search trains only what the table lacks: what one kind of search, seed or metric has paid for, the others
 get for nothing, and the whole can be stopped and taken up again. Seconds are those of the training when it was made.
 
-Each search is stopped after 25, 50, 100, ... trainings; what it would have given then, its best candidate by long
-trainings or else by proxy, has its score on the test split after others read off the table (mean of two seeds). Shown:
+Each search is stopped after 25, 50, 100, ... trainings; what it would have given then, its best candidate by
+proxy, has its score on the test split after others read off the table (mean of two seeds). Shown:
 median and quartiles over the seeds of the search, per metric and kind; `--picture FILE` draws the curves.
 """
 
@@ -90,9 +90,9 @@ class ReplayTask(search_seg.SegTask):
     def proxy_scores(self, losses):
         return self.look_up(f"proxy {self.proxy}", losses, lambda: super(ReplayTask, self).proxy_scores(losses))
 
-    def retrain(self, losses, seed, share=1.0, picture=None, checkpoint=None):
-        make, plan = super().retrain, self.retraining._replace(steps=round(share * self.retraining.steps))
-        return self.look_up(f"converged {plan} {seed}", losses, lambda: make(losses, seed, share))
+    def retrain(self, losses, seed, picture=None, checkpoint=None):
+        make = super().retrain
+        return self.look_up(f"again {self.retraining} {seed}", losses, lambda: make(losses, seed))
 
 
 def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[tuple[int, float, object]]:
@@ -107,7 +107,6 @@ def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[
         task.prepare(base)
         state, worker = evolve.make_state(args, task), evolve.Worker(Path(folder))
         state.baseline = task.train(task.baseline)
-        state.baseline_metrics = evolve.measured(task)
         task.spent, start = 0.0, time.process_time()
         trained = 0.0  # processor time within trainings that were made now
         inner = task.look_up
@@ -135,13 +134,13 @@ def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[
 
 
 def final_score(task: ReplayTask, best, metric: str) -> float:
-    """The score on test after a long training, mean of two seeds that no search has seen."""
+    """The score on test after a re-training, mean of two seeds that no search has seen."""
     if best is None:
         return 0.0
     runs = []
     for seed in (evolve.TABLE_SEEDS, evolve.TABLE_SEEDS + 1):
         try:
-            runs.append(task.retrain(best.losses, seed, task.long)["test"][metric])
+            runs.append(task.retrain(best.losses, seed)["test"][metric])
         except evolve.InvalidLoss:
             runs.append(0.0)
     return sum(runs) / len(runs)
@@ -200,9 +199,9 @@ def main() -> None:
     judge.load()
     for metric in args.metrics.split(","):
         rows = {}
-        reference = [judge.retrain("ce", evolve.TABLE_SEEDS + k, judge.long)["test"][metric] for k in (0, 1)]
+        reference = [judge.retrain("ce", evolve.TABLE_SEEDS + k)["test"][metric] for k in (0, 1)]
         baseline = sum(reference) / 2
-        print(f"\n{metric}, long trainings, test; cross entropy {baseline:.3f}")
+        print(f"\n{metric}, test after {judge.retraining.steps:,} steps; cross entropy {baseline:.3f}")
         print(f"{'search':<12}{'seed':>5}" + "".join(f"{n:>9}" for n in AT if n <= args.evals) + f"{'seconds':>9}")
         for kind in args.kinds.split(","):
             results = []
@@ -220,7 +219,12 @@ def main() -> None:
             cells = "".join(f"{row[1]:>9.3f}" for row in rows[kind].values())
             print(f"{kind:<12}{'median':>5}{cells}", flush=True)
         if args.picture and metric == args.metrics.split(",")[0]:
-            draw(rows, args.picture, f"{metric} of the best loss so far, after a long training", baseline)
+            draw(
+                rows,
+                args.picture,
+                f"{metric} of the best loss so far, after {judge.retraining.steps:,} steps",
+                baseline,
+            )
 
 
 if __name__ == "__main__":

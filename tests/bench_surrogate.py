@@ -4,15 +4,15 @@
 
 Within one search most losses are relatives, and any model foretells them. What a search lives by is what it expects of
 strangers. So, for every run, the surrogate learns its first 40, 80 and 130 trainings and is asked about losses of other
-runs: those that had long trainings, good ones mostly (their worth: what they added to cross entropy with the
-same seeds), and as many that were bad in searches for the same metric (a proxy score .03 below the baseline's).
+runs: those that were re-trained, good ones mostly (their worth: by how much they were ahead of cross entropy), and as
+many that were bad in searches for the same metric (a proxy score .03 below the baseline's).
 
 Bad: how many of the ten most promising are bad. Ten: where these ten stand among the good ones, from 0 to 1, the bad at
 0. Good: where the ten most promising of the good stand. Rank: Spearman's correlation over the good. By chance it would
 be 5.0, .25, .50 and 0. Nothing is trained.
 
 Measured on thirteen searches (BF1, seeds 0 to 3 and 3 again; BIoU, seeds 0, 1 and 0 again; mAcc, seeds 0 and 1; FWIoU;
-mIoU twice; the mean over those that went so far), 208 losses with long trainings:
+mIoU twice; the mean over those that went so far), 208 losses that had been trained for 600 steps:
 
                            after    bad    ten   good   rank
     scores as they are        40   1.83   0.47   0.55   0.06
@@ -39,7 +39,6 @@ mIoU twice; the mean over those that went so far), 208 losses with long training
 
 With the scores as they are it ranks the good ones hardly better than chance; what separates 0.1, 0.3 and 1 (`KNEE`) is
 within the noise of a dozen searches.
-
 """
 
 import argparse
@@ -121,23 +120,16 @@ def records(run: Path) -> list[dict]:
     return sorted(lines, key=lambda record: record["elapsed"])
 
 
-def long_scores(runs: list[list[dict]]) -> dict[str, dict[str, float]]:
-    """What long trainings of losses have added to those of cross entropy with the same seed: mean by metric."""
-    found, baseline = collections.defaultdict(dict), {}
+def worths(runs: list[list[dict]]) -> dict[str, dict[str, float]]:
+    """By how much the re-trainings of losses were ahead of cross entropy's, on search-validation: mean by metric."""
+    found = collections.defaultdict(list)
     for record in (record for run in runs for record in run if record.get("scores")):
-        if record["seed"] >= evolve.WHOLE_SEEDS:  # a whole re-training
-            continue
-        if record["retrained"] == "ce":
-            baseline[record["seed"]] = record["scores"]
-        else:
-            found[record["retrained"]["loss"]][record["seed"]] = record["scores"]
-
-    def mean(runs: dict[int, dict], metric: str) -> float:
-        splits = [(run[split], baseline[seed][split]) for seed, run in runs.items() for split in ("val", "test")]
-        return statistics.fmean(one[metric] - other[metric] for one, other in splits)
-
-    found = {text: {s: run for s, run in runs.items() if s in baseline} for text, runs in found.items()}
-    return {text: {m: mean(runs, m) for m in search_seg.METRICS} for text, runs in found.items() if runs}
+        found[evolve.losses_text(record["retrained"])].append(record["scores"]["val"])
+    means = {
+        text: {m: statistics.fmean(s[m] for s in every) for m in search_seg.METRICS} for text, every in found.items()
+    }
+    baseline = means.pop("ce")
+    return {text: {metric: mean[metric] - baseline[metric] for metric in baseline} for text, mean in means.items()}
 
 
 class World:
@@ -169,10 +161,10 @@ class World:
         """What the surrogate makes of the first trainings, and of these strangers after them."""
         state = evolve.make_state(self.args, self.task)
         for record in self.records:
-            if state.evaluated < number and record.get("seed", 0) < state.whole_from:
+            if state.evaluated < number:
                 state.absorb(record)
         guide.fit(state, [], whole=True)
-        mean, deviation = guide.predict(torch.stack([self.point(guide, text) for text in (*good, *bad)]), late=0.0)
+        mean, deviation = guide.predict(torch.stack([self.point(guide, text) for text in (*good, *bad)]))
         promise = evolve.expected_improvement(mean, evolve.UPWARDS * deviation, guide.best)
         order, worth = promise.argsort(descending=True).tolist(), list(good.values())
         place = [sum(other < value for other in worth) / len(worth) for value in worth] + [0.0] * len(bad)
@@ -190,7 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     worlds = [World(run) for run in args.runs]
-    again = long_scores([world.records for world in worlds])
+    again = worths([world.records for world in worlds])
     print(f"{'':<22}{'after':>6}{'bad':>7}{'ten':>7}{'good':>7}{'rank':>7}")
     for kind, make in KINDS.items():
         for number in AFTER:
@@ -205,7 +197,7 @@ def main() -> None:
             if rows:
                 numbers = "".join(f"{statistics.fmean(column):>7.2f}" for column in zip(*rows))
                 print(f"{kind:<22}{number:>6}{numbers}", flush=True)
-    print(f"{len(worlds)} searches, {len(again)} losses with long trainings")
+    print(f"{len(worlds)} searches, {len(again)} losses re-trained")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     python tests/draw_run.py RUN_DIR .github/search.png
 
-On the left, over minutes of searching: proxy scores (grey), the best so far (line), and long trainings' on the
-search-validation split (orange), all minus those of the baseline. On the right `gradients.png` of the run, see
-`evolve.draw_gradients`.
+On the left, over minutes of searching: proxy scores (grey) and the best so far (line), minus that of the baseline. On
+the right `gradients.png` of the run, see `evolve.draw_gradients`.
 """
 
 import argparse
@@ -18,19 +17,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from evolve import BASELINE, FOUND, write  # noqa: E402
 
-ORANGE, BLACK = (0, 120, 240), (0, 0, 0)  # in BGR
+BLACK = (0, 0, 0)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 360, 60, 20, 50, 45
 
 
 def draw_scores(records: list[dict], metric: str) -> np.ndarray:
     proxy = next(record["baseline"] for record in records if "baseline" in record)
-    again = [r for r in records if r.get("leader") and r["scores"]]
-    baseline, anchor = next(
-        (r["retrained"], r["scores"]["val"][metric]) for r in again if isinstance(r["retrained"], str)
-    )
+    baseline = next(r["retrained"] for r in records if isinstance(r.get("retrained"), str))
     dots = [(r["elapsed"] / 60, r["score"] - proxy) for r in records if r.get("score") is not None and "losses" in r]
-    late = [(r["elapsed"] / 60, r["scores"]["val"][metric] - anchor) for r in again if r["retrained"] != baseline]
-    points = np.array(dots + late)
+    points = np.array(dots)
     low, high = max(-0.15, points[:, 1].min()) - 0.01, points[:, 1].max() + 0.01
     end = points[:, 0].max()
 
@@ -54,12 +49,9 @@ def draw_scores(records: list[dict], metric: str) -> np.ndarray:
             best, since = value, minute
         later = [m for m, _ in dots if m > minute]
         cv2.line(canvas, place(since, best), place(min(later, default=end), best), FOUND, 1)
-    for minute, value in late:
-        cv2.circle(canvas, place(minute, value), 4, ORANGE, -1, cv2.LINE_AA)
     write(canvas, f"{metric} minus that of {baseline}, over minutes of searching", (LEFT, 18))
     write(canvas, "proxy", (LEFT, 36), BASELINE)
     write(canvas, "best proxy so far", (LEFT + 60, 36), FOUND)
-    write(canvas, "long", (LEFT + 200, 36), ORANGE)
     return canvas
 
 

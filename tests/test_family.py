@@ -150,7 +150,7 @@ def test_main_has_one_shape(one, other):
 @pytest.mark.parametrize(
     "name, task", [("search_seg", "SegTask"), ("search_det", "DetTask"), ("search_pose", "PoseTask")]
 )
-def test_long_trainings_have_a_share_of_the_steps(name, task, tmp_path, monkeypatch):
+def test_base_and_re_trainings_have_their_steps(name, task, tmp_path, monkeypatch):
     script, steps = importlib.import_module(name), []
     root = shapes.write_shapes(tmp_path / "shapes", splits={"train": 20, "val": 6, "test": 6})
     args = script.parse_arguments(["--data-root", str(root), "--retrain-steps", "40", "--device", "cpu"])
@@ -159,11 +159,9 @@ def test_long_trainings_have_a_share_of_the_steps(name, task, tmp_path, monkeypa
     monkeypatch.setattr(script, "train_network", lambda net, losses, data, plan, **_: steps.append(plan.steps) or [])
     monkeypatch.setattr(type(task), "test", lambda self, *_: {})
     task.retrain(script.BASELINE, 0)
-    task.retrain(script.BASELINE, 0, task.long)
-    task.train_base()  # as the first steps of a long training, however short --retrain-steps makes this
-    usual = next(iter(script.RETRAIN.values())).steps
-    assert steps == [40, round(40 * script.LONG), round(usual * script.LONG)]
-    assert task.long == script.LONG < 1 and not task.whole
+    task.proxy = task.proxy._replace(base=30, base_of=50)
+    task.train_base()
+    assert steps == [40, 50] and not task.whole
 
 
 @pytest.mark.parametrize("one, other", PAIRS)

@@ -1602,10 +1602,10 @@ def test_a_setting_that_rounding_spoils_is_not_chosen(monkeypatch):
     scored(state, known)
     surrogate, solve = state.surrogate, evolve.Surrogate.solve
 
-    def fragile(self, length, noise, trend, drift):
+    def fragile(self, length, noise, trend):
         if noise < 0.01:
             raise torch.linalg.LinAlgError("not positive-definite")
-        solve(self, length, noise, trend, drift)
+        solve(self, length, noise, trend)
 
     monkeypatch.setattr(evolve.Surrogate, "solve", fragile)
     assert surrogate.fit(state, []).noise >= 0.01

@@ -93,7 +93,7 @@ def test_run_writes_what_it_promises(finished):
     assert re.match(r"seg_macc_shapes_3_\d{8}-\d{6}$", directory.name)
     assert len(re.findall(r"^eval +\d+/6  macc ", printed, re.M)) == 6
     assert ">>>>" in printed and str(directory) in printed
-    assert printed.count("training the base network: 2 steps of ce\n") == 1
+    assert printed.count("training the base network: 6 steps of ce\n") == 1
     result = json.loads((directory / "result.json").read_text())
     told = "task metric losses explored evaluated gates seconds whole_schedule test difference"
     assert set(result) == set(told.split())

@@ -3,7 +3,7 @@
     python tests/bench_det.py [--proxies 0+150 150/1200+100]
 
 Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by a
-long training (other weights, other batches), both scored on the search-validation split of the embedded data.
+re-training (other weights, other batches), both scored on the search-validation split of the embedded data.
 Seconds: a training with the baseline, part by part. Loader: batches of 8 augmented 64 x 64 windows with boxes, with and
 without masks. Metric: 1,000 images with 100 detections each over 80 classes. One thread; ratios within one run.
 """

@@ -3,7 +3,7 @@
     python tests/bench_pose.py [--proxies 0+100 100/1200+100]
 
 Ranking: losses of all qualities, trained by proxies (so many steps of the base network, then of the loss) and by a
-long training (other weights, other batches), both scored on the search-validation split of the embedded data.
+re-training (other weights, other batches), both scored on the search-validation split of the embedded data.
 Metric: random people in as many pictures as COCO's val2017 has with people in them. Ratios within one run; one thread.
 """
 

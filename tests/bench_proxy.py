@@ -1,8 +1,8 @@
 """How much is the proxy's ranking worth? Rank correlation of short trainings with re-trainings.
 
-    python tests/bench_proxy.py [--table FILE]          # two hours of one core; FILE keeps what is done
+    python tests/bench_proxy.py --seeds 1 [--table FILE]     # an hour and a half of one core; FILE keeps what is done
 
-Losses of all qualities (fast and slow starters, hand-made ones, found ones) are trained by each proxy and, with two
+Losses of all qualities (fast and slow starters, hand-made ones, found ones) are trained by each proxy and, with so many
 seeds, by re-trainings (2,400 steps, other weights and batches). All are scored on the search-validation split of the
 embedded data. Shown: Spearman's rank correlation over all losses, and over the better half of them.
 
@@ -199,11 +199,12 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--seeds", type=int, choices=(1, 2), default=2, help="re-trainings of each loss")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bench, losses = Bench(args.table), (*LOSSES, *FOUND)
+    bench, losses, again = Bench(args.table), (*LOSSES, *FOUND), AGAIN[: args.seeds]
     for loss in losses:
-        entries = [bench.score(name, loss) for name in (*AGAIN, *PROXIES)]
+        entries = [bench.score(name, loss) for name in (*again, *PROXIES)]
         print(" ".join(f"{entry['miou']:.3f}" for entry in entries), loss, flush=True)
 
     def column(names: tuple[str, ...], metric: str) -> list[float]:
@@ -216,8 +217,9 @@ def main() -> None:
 
     print(f"\n{'Spearman, all and the better half':<36}{'s':>7}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
     for name in PROXIES:
-        row(name, AGAIN)
-    row(AGAIN[0], AGAIN[1:])
+        row(name, again)
+    if args.seeds == 2:
+        row(AGAIN[0], AGAIN[1:])
     print(f"{len(losses)} losses; the proxy of search_seg.py is 250 of 600, then 120")
 
 

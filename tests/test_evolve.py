@@ -920,6 +920,8 @@ def test_after_the_random_trees_the_surrogate_chooses(tmp_path, monkeypatch):
     directory = run(tmp_path, "--evals", "16", "--without", "rejected", planted=PLANTED)
     lines = journal(directory)
     assert [line["predicted"] is None for line in lines] == [True] * 6 + [False] * 10
+    kinds = ["retrained" in record for record in records(directory)]
+    assert any(kinds) and kinds == sorted(kinds), "re-trainings are for the closing round"
     assert not any(line["tried"]["reused"] for line in lines)
     assert result_of(directory)["gates"]["surrogate"] > 0
 

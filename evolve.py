@@ -1712,9 +1712,26 @@ def read_agreed(path: Path, name: str, task: Task):
 # Report: console, TensorBoard, and the files for people
 
 
+STOPPED: list[int] = []  # signals that have come, see `interrupt`
+HELD_BACK: list[bool] = []  # they wait while anything is in it
+
+
+@contextlib.contextmanager
+def held_back():
+    """Ctrl-C and SIGTERM wait meanwhile: TensorBoard waits forever where an exception came in the midst of its work."""
+    HELD_BACK.append(True)
+    try:
+        yield
+    finally:
+        HELD_BACK.pop()
+    if STOPPED:
+        raise KeyboardInterrupt(STOPPED[0])
+
+
 class Reporter:
     """Reads the journal like any worker, and tells."""
 
+    @held_back()
     def __init__(self, directory: Path, state: State, args):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
@@ -1737,6 +1754,7 @@ class Reporter:
             text = self.state.results[text].parent
         return "\n".join([*lines, "```"])
 
+    @held_back()
     def hear(self) -> None:
         for record in self.journal.hear(self.state):
             if "baseline" in record:
@@ -1849,6 +1867,7 @@ class Reporter:
             return None
         return losses, {column: [runs[seed] for seed in seeds] for column, runs in again.items()}
 
+    @held_back()
     def finish(self, losses: dict[str, str] | None, runs: dict[str, list]) -> None:
         """The closing table, on the console, in TensorBoard and in result.json."""
         args, task, state = self.args, self.task, self.state
@@ -2037,13 +2056,11 @@ def main(args, make_task: Callable[..., Task]) -> None:
         raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 
 
-STOPPED: list[int] = []  # signals
-
-
 def interrupt(number: int, frame) -> None:
     """Ctrl-C and SIGTERM. Should some library swallow the exception, the next look at the journal raises it again."""
     STOPPED.append(number)
-    raise KeyboardInterrupt(number)
+    if not HELD_BACK:
+        raise KeyboardInterrupt(number)
 
 
 def run(args, task: Task) -> None:
@@ -2083,7 +2100,8 @@ def run(args, task: Task) -> None:
     finally:
         for child in children:
             child.kill()
-        reporter.board.close()
+        with held_back():
+            reporter.board.close()
 
 
 def meet(args, task: Task, backend: str = "gloo") -> tuple[Path, bool]:
@@ -2604,7 +2622,7 @@ def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Check
 
         with (directory / "retrain.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
-        with SummaryWriter(str(directory)) as board:
+        with held_back(), SummaryWriter(str(directory)) as board:
             for step, value in task.curve:
                 board.add_scalar(f"retrain/{checkpoint.path.stem}", value, step)
         if args.compare:  # the networks of a single loss are kept

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -1955,6 +1956,33 @@ def test_an_unfinished_run_gives_its_best_so_far(tmp_path, short):
     with path.open("a") as file:
         file.write(json.dumps(proven) + "\n")
     assert evolve.texts(evolve.read_found(directory, ToyTask, "--loss")) == first["losses"], "proven by a re-training"
+
+
+def test_signals_wait_while_tensorboard_is_written(tmp_path, monkeypatch):
+    """An exception amid its work leaves its queue such that closing it would never end."""
+    args, written = arguments(tmp_path), []
+    reporter = evolve.Reporter(tmp_path, evolve.make_state(args, ToyTask()), args)
+    worker, scalar = Worker(tmp_path), reporter.board.add_scalar
+    worker.tell({"baseline": 0.5})
+
+    def interrupted(*what):
+        os.kill(os.getpid(), signal.SIGTERM)
+        scalar(*what)
+        written.append(what)
+
+    monkeypatch.setattr(reporter, "tell_baseline", lambda: interrupted("search/baseline", 0.5, 0))
+    before = signal.signal(signal.SIGTERM, evolve.interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reporter.hear()
+        assert len(written) == 1 and evolve.STOPPED == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        evolve.STOPPED.clear()
+        worker.leave()
+        reporter.board.close()
 
 
 def test_only_searching_takes_from_the_minutes(tmp_path, short):

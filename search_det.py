@@ -125,7 +125,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--size", "PIXELS", about, evolve.at_least(64, most=8192))
     flag("--batch", "N", f"images in a batch: {evolve.told(PROXY, 'batch')}", evolve.at_least(1, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
-    evolve.add_search_flags(parser, minutes=11.0)
+    evolve.add_search_flags(parser, minutes=11)
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(parser, argv, DetTask)

@@ -150,7 +150,7 @@ def show_ranking(task, losses: dict, proxies: list[str]) -> None:
                 table[proxy, name] = task.retrain(loss, 0)["val"] if proxy == "again" else task.proxy_scores(loss)
             except evolve.InvalidLoss:
                 table[proxy, name] = dict.fromkeys(task.metrics, 0.0)
-            print(f"{proxy:<12}" + " ".join(f"{value:.3f}" for value in table[proxy, name].values()), name, flush=True)
+            print(f"{proxy:<16} " + " ".join(f"{value:.3f}" for value in table[proxy, name].values()), name, flush=True)
         spent[proxy] = (time.process_time() - start) / len(losses)
     print(f"\n{'Spearman, all and the better half':<36}{'s':>7}" + "".join(f"{m:>12}" for m in task.metrics))
     for proxy in proxies:

@@ -1328,11 +1328,9 @@ def select_finalists(state: State) -> list[dict[str, str]]:
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []
         related = any((own - other).square().sum(1).mean() < 2 - 2 * RELATED for own in point for other in points)
-        score, bar = state.full_score(result.text), state.full_score(state.task.baseline)
-        if score is None:  # the proxy has to do
-            score, bar = result.score, state.baseline
-        worse = score == -math.inf or (bar is not None and score < bar)
-        if related or worse or result.score == last:
+        again = state.full_score(result.text)
+        worse = again is None and state.baseline is not None and result.score < state.baseline
+        if related or worse or again == -math.inf or result.score == last:
             others.append(texts(result.losses))
         else:
             chosen.append(texts(result.losses))

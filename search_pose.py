@@ -10,9 +10,9 @@
 AutoLoss-Zero, arXiv 2103.14026 (marks [P]); Simple Baselines, arXiv 1804.06208 (marks [S]); own choices [D].
 The whole task is in this file: arguments, data, networks, metrics, hand-made losses, training, what the search needs.
 
-Measured (`--metric ap --workers 1 --evals 390`, forty minutes of a busy core of an AMD EPYC, torch 2.14.1): 121,647
-losses explored; AP on test after 2,400 steps .670, squared error .651, the difference over three paired seeds +.019
-(standard error .002); with `--seed 1` +.025 (.002), both chosen by trainings of 1,200 steps. tests/RESULTS.md has more.
+Measured (`--metric ap --workers 1 --evals 300`, 26 minutes of a busy core of an AMD EPYC, torch 2.14.1): 90,533 losses
+explored; AP on test after 2,400 steps .682, squared error .651, the difference over three paired seeds +.031 (standard
+error .002). tests/RESULTS.md has more.
 """
 
 import argparse

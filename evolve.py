@@ -1896,7 +1896,7 @@ class Reporter:
         text = losses_text(losses) if losses else None
         print(f"\n        proxy  re-trained  loss ({args.metric} on the search-validation split)")
         rows = {result.text: shown(result.score) for result in state.hall_of_fame()[:8]}
-        if text:  # leaders with one lucky seed may be before it; a formula in short had no proxy training
+        if text:  # a formula in short had no proxy training
             rows.setdefault(text, shown(state.results[text].score) if text in state.results else "")
         for name, proxy in rows.items():
             mark, note = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"

@@ -891,9 +891,10 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
 def in_short(task: Task, name: str, expr: Expr) -> Expr:
     """The tree of a branch without the operators that make no difference to its gradients [D]; nothing is trained.
 
-    Where the scale of a loss counts, the norms must stay the same, too.
+    Double negations and the like go first. Where the scale of a loss counts, the norms must stay the same, too.
     """
     branch = task.branches[name]
+    expr = min(expr, canonical(expr), key=lambda tree: len(nodes(tree)))
     wanted = gradients(branch, expr)
     free = branch.scale_free and len(task.branches) == 1
 
@@ -1342,10 +1343,9 @@ def select_finalists(state: State) -> list[dict[str, str]]:
 
 
 def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:
-    """The same losses in short, see `in_short`; double negations and the like go first."""
+    """The same losses in short, see `in_short`; those of a search with the surrogate mostly are."""
     trees = {name: loss for name, loss in task.read_losses(losses).items() if isinstance(loss, Expr)}
-    folded = {name: min(expr, canonical(expr), key=lambda tree: len(nodes(tree))) for name, expr in trees.items()}
-    return losses | {name: str(in_short(task, name, expr)) for name, expr in folded.items()}
+    return losses | {name: str(in_short(task, name, expr)) for name, expr in trees.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

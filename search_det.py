@@ -18,29 +18,17 @@ with `--seed 1` +.004 (.008), both before the table had 2,400 steps. tests/RESUL
 """
 
 import argparse
-import atexit
-import contextlib
-import fcntl
 import functools
-import hashlib
-import io
 import itertools
-import json
 import math
-import mmap
 import os
-import re
-import struct
 import sys
-import tempfile
-import unicodedata
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -62,7 +50,23 @@ from torchvision.ops.poolers import initLevelMapper
 
 import evolve
 from data import shapes
-from evolve import Branch, DataError, InvalidLoss, fail, note, warn, warn_once
+from data.coco import (
+    check_categories,
+    check_coco,
+    check_extents,
+    check_mask,
+    check_places,
+    check_runs,
+    column,
+    found_files,
+    list_results,
+    load_coco,
+    no_mask,
+    places,
+    run_lengths,
+)
+from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads
+from evolve import Branch, DataError, InvalidLoss, fail, note, warn
 from loss_ops import Expr, evaluate, parse, python_module, softmax_leaves, sources, wide
 
 METRICS = {
@@ -232,350 +236,6 @@ class Source(NamedTuple):
     keep: Callable[[int], bool] = lambda k: True  # which pictures, by their number in the order of ids
 
 
-LARGEST = 2**24  # up to here float32 counts pixels exactly; a number beyond it is damaged [D]
-FAR = 10  # and so is a place further out of its picture than this many of its longer sides [D]
-
-
-def load_coco(path: Path | str):
-    """What a COCO json file holds, in UTF-8, -16 or -32, with a byte order mark or without; DataError if it is none."""
-    try:
-        return json.loads(Path(path).read_bytes())  # of bytes, json tells the encoding, whatever the locale says
-    except OSError as error:
-        raise DataError(f"{path}: {'cannot be read' if Path(path).exists() else 'not found'}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; unpack it, or save it in UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a json file; unpack it, or fetch or export it again ({error})") from error
-
-
-def identity(value) -> int | str | None:
-    """An id as one and the same thing, whether it is written 7, 7.0 or "7"; None if it is none."""
-    if type(value) is int:
-        return value
-    if isinstance(value, (Tensor, np.generic, np.ndarray)):
-        value = value.item() if math.prod(value.shape) == 1 else None
-    if isinstance(value, str):
-        return int(value) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII) else value or None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
-    """`values` as so many finite numbers within +-limit; None if they are anything else."""
-    if isinstance(values, (str, bytes, dict)):
-        return None
-    try:
-        values = [*map(float, values)]
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-    good = len(values) == number and math.isfinite(sum(values)) and max(map(abs, values), default=0) <= limit
-    return values if good else None
-
-
-class EmptyObject(Exception):
-    """An annotation that annotates nothing; the message says in what way."""
-
-
-def check_image(entry: dict, scoring: bool) -> dict:
-    """Name, height and width of a picture; the sides are None where the file does not tell them."""
-    name, url = entry.get("file_name"), entry.get("coco_url")
-    if "file_name" not in entry and isinstance(url, str):  # as in LVIS
-        name = url.rpartition("/")[2]
-    if not scoring and not (
-        isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
-    ):
-        raise DataError(f"its 'file_name' is {name!r:.40}; give the name of a picture")
-    name = None if scoring else name.replace("\\", "/")  # as Windows writes it
-    sides = [entry.get("height") or None, entry.get("width") or None]
-    if None in sides:
-        sides = [None, None]
-    elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
-        raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
-    else:
-        sides = [int(side) for side in good]
-    return {"file_name": name, "height": sides[0], "width": sides[1]}
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture as it is meant to be seen, from its first bytes."""
-    try:
-        with Image.open(path) as picture:
-            return turning(picture)[1]
-    except BROKEN as error:
-        raise unreadable(path) from error
-
-
-def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
-    """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
-    box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
-    crowd = crowd if isinstance(crowd, bool) else identity(crowd)
-    if box is None:
-        raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
-    if crowd not in (0, 1):
-        raise DataError(f"'iscrowd' is {entry['iscrowd']!r:.40}; it must be 0 or 1")
-    x, y, w, h = box
-    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
-    area = (w * h,) if area == [0] and not scoring else area  # as tools write that do not know it
-    if area is None or area[0] < 0 < min(w, h):
-        raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
-    if not scoring:
-        if min(w, h) <= 0:
-            raise EmptyObject(f"empty box {entry['bbox']!r:.60}")
-        picture = f"in a picture of {size[1]}x{size[0]} pixels" if size else ""
-        if size and (x + w <= 0 or y + h <= 0 or x >= size[1] or y >= size[0]):
-            raise EmptyObject(f"box {entry['bbox']!r:.60} outside, {picture}")
-        if size and not within_reach((x, y, x + w, y + h), size):
-            raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
-    return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
-
-
-def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
-    """Warn of boxes that reach out of their pictures; DataError where all seem to be no x y width height in pixels."""
-    boxes = np.array([entry["bbox"] for entry in annotations])  # (N, 4)
-    limits = np.array([(sizes[entry["image_id"]] or (math.inf, math.inf))[::-1] for entry in annotations])  # (N, 2)
-    (start, side), first = np.split(boxes, 2, 1), boxes[0].tolist()
-    if (boxes.max(1) <= 1.01).mean() > 0.5:
-        raise DataError(f"{path}: most boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
-    out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
-    corners = ((0 <= start) & (start < side) & (side <= limits)).all()
-    areas = np.array([entry["area"] for entry in annotations])
-    meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
-    if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
-        raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
-    crowds = sum(entry["iscrowd"] for entry in annotations)
-    if 0.1 * len(annotations) < crowds > 1:  # CVAT calls everything a crowd that was drawn with the brush
-        warn_once(f"{path}: {crowds} of {len(annotations)} objects are crowds ('iscrowd' 1), which teach nothing")
-    if out.any():
-        entry = annotations[out.argmax()]
-        warn_once(f"{path}: {out.sum()} boxes reach out of their pictures (first: annotation {entry['id']!r:.40})")
-
-
-def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether no x and y of x y x y ... is FAR out of a picture of this (height, width)."""
-    (height, width), room, xs, ys = size, FAR * max(size), places[::2], places[1::2]
-    across = -room <= min(xs, default=0) and max(xs, default=0) <= width + room
-    return across and -room <= min(ys, default=0) and max(ys, default=0) <= height + room
-
-
-def check_coco(
-    coco,
-    path: Path | str,
-    own: Callable[[dict, tuple[int, int] | None], dict],
-    folder: Path | None = None,
-    advice: str | None = None,
-    scoring: bool = False,
-) -> dict:
-    """All that is read of a COCO file; DataError names the first entry that is damaged, and the cure.
-
-    Ids are made alike, pictures and categories sorted by them, what may be missing is filled in. One warning counts
-    what is of no use and left out: entries that are listed twice, annotations of pictures or categories that are not
-    listed, macOS' hidden files, and empty objects where there is no `advice` on what to do about them.
-    own: what the task reads of an annotation, given the (height, width) of its picture, None where that is unknown;
-    folder: where the pictures are, which tell their size where the file does not;
-    scoring: the truth for an evaluator, as pycocotools takes it: with empty objects, without names of files.
-    """
-
-    def shown(k: int, entry: dict) -> str:
-        return f"annotation {entry.get('id', f'no. {k}')!r:.40}"
-
-    left_out: dict[str, list[str]] = {}  # by reason
-    annotations, known = [], {}
-    categories = by_id(coco, "categories", path, left_out, scoring)
-    images = check_images(coco, path, folder, scoring, left_out)
-    sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
-    for k, entry in enumerate(entries_of(coco, "annotations", path)):
-        number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
-        again = number is not None and known.setdefault(number, entry) is not entry and known[number] == entry
-        if again and not scoring:
-            reason, about = "annotations listed twice", ""
-        elif image not in images:
-            reason, about = "annotations of unlisted images", f" of image {entry.get('image_id')!r:.40}"
-        elif category not in categories:
-            reason, about = "annotations of unlisted categories", f" of category {entry.get('category_id')!r:.40}"
-        else:
-            try:
-                found = check_annotation(entry, sizes[image], scoring) | own(entry, sizes[image])
-                annotations.append({"id": number, "image_id": image, "category_id": category} | found)
-                continue
-            except DataError as problem:
-                raise DataError(f"{path}: {shown(k, entry)}: {problem}") from None
-            except EmptyObject as problem:
-                if advice:
-                    raise DataError(f"{path}: {shown(k, entry)}: {problem}; {advice}") from None
-                reason, about = "empty annotations", f": {problem}"
-        left_out.setdefault(reason, []).append(shown(k, entry) + about)
-    if annotations and not scoring:
-        check_boxes(path, annotations, sizes)
-    reasons = ", ".join(f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
-    if not annotations and not scoring:
-        raise DataError(f"{path}: no annotations to learn from{'; left out ' * bool(reasons)}{reasons}")
-    if reasons:
-        warn_once(f"{path}: left out {reasons}")
-    return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
-
-
-def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, left_out: dict[str, list[str]]) -> dict:
-    """The pictures of a COCO file by their ids, each file once, without macOS' hidden ones."""
-    images, files = {}, {}
-    for number, entry in by_id(coco, "images", path, left_out, scoring).items():
-        try:
-            images[number] = {"id": number} | check_image(entry, scoring)
-        except DataError as problem:
-            raise DataError(f"{path}: image {number!r}: {problem}") from None
-        name = images[number]["file_name"]
-        if not scoring and Path(name).name.startswith("._"):
-            left_out.setdefault("of macOS' hidden files", []).append(name)
-            del images[number]
-        elif not scoring and (other := files.setdefault(os.path.normpath(name), number)) != number:
-            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
-    unknown = [image for image in images.values() if folder and image["height"] is None]
-    for image, found in zip(unknown, found_files(folder, [image["file_name"] for image in unknown])):
-        image["height"], image["width"] = picture_size(found)  # the picture tells where the file does not
-    return images
-
-
-def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
-    """The entries of one kind."""
-    entries = coco.get(kind) if isinstance(coco, dict) else None
-    if not isinstance(entries, (list, tuple)):
-        raise DataError(f"{path}: no list of {kind!r}; it must be a COCO file with images, annotations and categories")
-    for k, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}: entry {k} of {kind!r} is {entry!r:.40}; remove it")
-    return entries
-
-
-def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]], scoring: bool) -> dict[int | str, dict]:
-    """The entries of one kind by their ids, which rise, numbers before names."""
-    found = {}
-    for k, entry in enumerate(entries_of(coco, kind, path)):
-        number = identity(entry.get("id"))
-        if number is None:
-            raise DataError(f"{path}: entry {k} of {kind!r} has the id {entry.get('id')!r:.40}; give it a number")
-        if found.setdefault(number, entry) is not entry:
-            if found[number] != entry:
-                raise DataError(f"{path}: {kind!r} has the id {number!r} twice; give each entry its own")
-            left_out.setdefault(f"{kind} listed twice", []).append(f"id {number!r}")
-    if not found and not scoring:
-        raise DataError(f"{path}: its list of {kind!r} is empty; export it with them")
-    return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
-
-
-def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False) -> dict:
-    """The mask of an annotation: its polygons of three points and more, or run lengths that add up."""
-    code = points_in_row(entry.get("segmentation"))
-    code = code[0] if isinstance(code, list) and len(code) == 1 and isinstance(code[0], dict) else code
-    if isinstance(code, dict) and code:
-        return {"segmentation": check_runs(code, size, scoring)}
-    code = None if code == {} else code
-    if not isinstance(code, (list, tuple, type(None))):
-        raise DataError(f"'segmentation' is {code!r:.40}; it must be polygons or run lengths")
-    if size is None:
-        raise DataError("a polygon; its image must have a height and a width")
-    alone = code and not isinstance(code[0], (list, tuple, np.ndarray, Tensor))  # one polygon on its own
-    polygons = []
-    for polygon in map(points_in_row, [code] if alone else code or ()):
-        places = floats(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
-        if places is None or len(places) % 2 or not within_reach(places, size):
-            raise DataError(
-                f"polygon {polygon!r:.60} in a picture of {size[1]}x{size[0]} pixels; it must be x y x y ..."
-            )
-        if len(places) >= 6:  # points and lines are left out
-            polygons.append(places)
-    if not scoring and not any(overlaps(places, size) for places in polygons):
-        raise EmptyObject(f"empty mask {entry.get('segmentation')!r:.60}")
-    return {"segmentation": polygons}
-
-
-def points_in_row(value):
-    """x y x y ... of a polygon that comes as points, or as an array of them; anything else as it is."""
-    if isinstance(value, (np.ndarray, Tensor)) and (value.ndim == 1 or value.shape[-1] == 2):
-        return value.reshape(-1).tolist()
-    if isinstance(value, (list, tuple)) and all(
-        isinstance(point, (list, tuple)) and len(point) == 2 for point in value
-    ):
-        return [*itertools.chain.from_iterable(value)]
-    return value
-
-
-def check_extents(path: Path | str, coco: dict) -> None:
-    """DataError where most masks lie elsewhere than the boxes of their objects; of many, a sample is looked at."""
-    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
-    objects = [entry for entry in coco["annotations"] if not entry["iscrowd"]]
-    sample, elsewhere = objects[:: math.ceil(len(objects) / 2000) or 1], []
-    for entry in sample:
-        boxes = [*rle.toBbox(run_lengths(entry["segmentation"], sizes[entry["image_id"]]))], entry["bbox"]
-        if rle.iou(*(np.array([box], float) for box in boxes), [0]) < 0.25:
-            elsewhere.append(entry)
-    if 2 * len(elsewhere) > len(sample):
-        entry = elsewhere[0]
-        about = f"(first: annotation {entry['id']!r:.40}: {entry['segmentation']!r:.40}, box {entry['bbox']})"
-        raise DataError(f"{path}: most masks are elsewhere than their boxes {about}; give both in pixels")
-
-
-def overlaps(places: list[float], size: tuple[int, int]) -> bool:
-    """Whether a polygon covers a pixel in a picture of this (height, width); of large ones an extent will do."""
-    x, y = places[::2], places[1::2]
-    across, down = min(size[1], max(x)) - max(0, min(x)), min(size[0], max(y)) - max(0, min(y))
-    if across <= 0 or down <= 0:
-        return False
-    return across * down >= 4 or rle.area(run_lengths([places], size)) > 0
-
-
-def check_runs(code: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
-    """A run-length code, compressed or not, that has been found to fill its picture; pycocotools would not look."""
-    own, counts = floats(code.get("size", ()), 2), code.get("counts")
-    if own is None or min(own) < 1:
-        raise DataError(f"mask of size {code.get('size')!r:.40}; it must be the height and width of its image")
-    if size and own != list(size):
-        raise DataError(f"mask of {own[1]:.0f}x{own[0]:.0f} pixels, its image has {size[1]}x{size[0]}; export it again")
-    counts = counts.tolist() if isinstance(counts, (np.ndarray, Tensor)) else counts
-    if isinstance(counts, (str, bytes)):
-        runs = read_runs(counts)
-    else:
-        runs = floats(counts, len(counts)) if isinstance(counts, (list, tuple)) else None
-    if not runs or min(runs) < 0 or any(run % 1 for run in runs) or sum(runs) != own[0] * own[1]:
-        raise DataError(f"its run lengths {counts!r:.40} do not fill {own[1]:.0f}x{own[0]:.0f} pixels; export it again")
-    if not scoring and not sum(runs[1::2]):
-        raise EmptyObject("mask of no pixel")
-    counts = counts if isinstance(counts, (str, bytes)) else [int(run) for run in runs]
-    return {"size": [int(side) for side in own], "counts": counts}
-
-
-def read_runs(text: str | bytes) -> list[int] | None:
-    """The run lengths in COCO's compressed form; None if it is damaged.
-
-    Five bits of a number to a byte, lowest first, a sixth where it goes on; from the fourth number on the difference to
-    the last but one.
-    """
-    runs, value, shift = [], 0, 0
-    for byte in text.encode() if isinstance(text, str) else text:
-        if not 48 <= byte < 112:
-            return None
-        value |= (byte - 48 & 31) << shift
-        shift += 5
-        if not byte - 48 & 32:
-            value -= (byte - 48 & 16 and 1) << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return None if shift else runs
-
-
-def no_mask(entry: dict, size: tuple[int, int] | None) -> dict:
-    """What is read of an annotation where boxes are all that is asked for."""
-    return {}
-
-
-def run_lengths(code: list | dict, size: tuple[int, int]) -> dict:
-    """The compressed run-length code of polygons, of an uncompressed or of a compressed mask."""
-    if code == []:
-        return rle.encode(np.zeros(size, np.uint8, order="F"))
-    if isinstance(code, list):
-        return rle.merge(rle.frPyObjects(code, *size))
-    return rle.frPyObjects(code, *size) if isinstance(code["counts"], list) else code
-
-
 def read_objects(coco: dict, masks: bool) -> Truth:
     """The annotations of the listed pictures, as `check_coco` gives them."""
     row, label = ({entry["id"]: k for k, entry in enumerate(coco[key])} for key in ("images", "categories"))
@@ -683,49 +343,6 @@ def read_bits(
 
     bits = Pictures(read, len(number), device, [(1, side) for side in sides])
     return frames, bits.settle(key) if sum(sides) <= memory else bits
-
-
-def found_files(folder: Path, names: list[str]) -> list[Path]:
-    """The pictures of these names, accents and capitals written in any way; DataError naming one that is not there.
-
-    What is not where its name says, as it was elsewhere when the file was written, may lie in the folder itself.
-    """
-    there: dict[Path, list[dict[str, str]]] = {}  # names of files as they are compared, exactly and without capitals
-    found: dict[str, Path] = {}
-    owners: dict[Path, str] = {}
-    elsewhere: list[str] = []
-    for name in dict.fromkeys(names):
-        path = folder / name
-        for place in (path.parent, folder):
-            if place not in there:
-                listed = sorted(os.listdir(place)) if os.path.isdir(place) else ()  # unlike Path's, of no name too long
-                there[place] = [{key(file): file for file in listed} for key in (plain_name, capless_name)]
-            exact, capless = there[place]
-            if file := exact.get(plain_name(path.name)) or capless.get(capless_name(path.name)):
-                found[name] = place / file
-                elsewhere += [name] * (place != path.parent)
-                break
-        else:
-            raise DataError(f"{str(path)[:300]}: not found; the annotations name it, names count from {folder}")
-        if (other := owners.setdefault(found[name], name)) != name:
-            raise DataError(
-                f"{found[name]}: the annotations mean it by {other!r:.80} and by {name!r:.80}; list it once"
-            )
-    if elsewhere:
-        many = f"{len(elsewhere)} pictures (first: {elsewhere[0]:.80})"
-        warn_once(f"{folder}: {many} are not where the annotations say; those of the same name in it are taken")
-    return [found[name] for name in names]
-
-
-def capless_name(name: str) -> str:
-    return plain_name(name).casefold()
-
-
-def plain_name(name: str) -> str:
-    """A file's name so that it can be compared: in any locale, and with accents written in any way."""
-    if name.isascii():
-        return name
-    return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def frames_of(codes: list[dict], number: Tensor) -> tuple[Tensor, list[int]]:
@@ -946,11 +563,6 @@ class Pictures:
         return canvas.to(self.device, non_blocking=True)
 
 
-@functools.cache
-def threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-
-
 def map_pictures(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """A function of tensors (N, ...). On the CPU a large batch goes in parts, in threads: each stays in the caches."""
     if rows[0].is_cuda or rows[0].numel() < 2**20:
@@ -977,168 +589,6 @@ def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Te
     finally:
         for pictures in lazy:
             pictures.coming.clear()
-
-
-def shared_bytes(key: str, size: int) -> Tensor | None:
-    """`size` bytes, zeros at first, shared by all processes of this machine that give `key`; None if there is no room.
-
-    A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
-    ones have left behind goes when the next one starts.
-    """
-    folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
-    path = folder / (prefix + hashlib.sha256(os.fsencode(key)).hexdigest()[:24])
-
-    def open_locked(path: Path, how: int) -> int:
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(number, how)
-        return number
-
-    def remove_unused(path: Path, number: int) -> None:
-        with contextlib.suppress(OSError):  # others have it in use
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-    for other in set(folder.glob(prefix + "*")) - {path}:
-        with contextlib.suppress(OSError):
-            number = open_locked(other, fcntl.LOCK_SH)
-            remove_unused(other, number)
-            os.close(number)
-    try:
-        number = open_locked(path, fcntl.LOCK_SH)
-    except OSError:
-        return None
-    atexit.register(remove_unused, path, number)
-    try:
-        reserve = getattr(os, "posix_fallocate", None)  # a full disk shows now, not as a crash on the way
-        reserve(number, 0, size) if reserve else os.ftruncate(number, size)
-        return torch.frombuffer(mmap.mmap(number, size), dtype=torch.uint8)
-    except OSError:
-        remove_unused(path, number)
-        return None
-
-
-def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
-    """The pixels (h, w, 3) uint8 of a picture, in another of PIL's modes if asked for, turned as its EXIF tag says.
-
-    It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
-    transparency become RGB, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
-    """
-    try:
-        with opened(path) as picture:
-            turn, upright = turning(picture)
-            if listed not in (None, upright, picture.size[::-1]):
-                (h, w), (height, width) = upright, listed
-                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}; mend the list")
-            turn = turn if listed in (None, upright) else None
-            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None and mode == "RGB":
-                # The same bytes as by PIL, in two thirds of the time.
-                return torchvision.io.decode_jpeg(encoded(path), torchvision.io.ImageReadMode.RGB).movedim(0, -1)
-            if picture.mode[0] in "IF":
-                picture = eight_bits(np.array(picture), path)
-            elif deep(picture):
-                picture = eight_bits(all_bits(path), path)
-            picture = picture.convert(mode)
-            return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
-    except BROKEN as error:
-        raise unreadable(path) from error
-
-
-def encoded(path: Path) -> Tensor:
-    """The bytes of a file, whose name may be in no encoding at all."""
-    return torch.from_numpy(np.fromfile(path, np.uint8))
-
-
-def opened(path: Path) -> Image.Image:
-    """The picture in a file. PIL scrambles an uncompressed TIFF that it maps into memory and has to turn."""
-    picture = Image.open(path)
-    if picture.format != "TIFF":
-        return picture
-    picture.close()
-    return Image.open(io.BytesIO(path.read_bytes()))
-
-
-def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
-    """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
-    try:
-        tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
-    except BROKEN:  # which says nothing of the pixels
-        tags = {}
-    turn = None if picture.format == "TIFF" else TURNS.get(tags.get(0x0112))  # PIL turns TIFFs itself
-    return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
-
-
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
-# What PIL and torchvision raise over a file that is no whole picture.
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
-BROKEN += (Image.DecompressionBombError, struct.error)
-
-
-def unreadable(path: Path, kinds: str = "JPEG or PNG") -> "DataError":
-    if isinstance(sys.exception(), Image.DecompressionBombError):
-        return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    unread = f"not a readable image, or cut off; save it as {kinds}"
-    return DataError(f"{path}: {unread if os.path.exists(path) else 'not found'}")
-
-
-def deep(picture: Image.Image) -> bool:
-    """Whether a colour picture has 16 bits a channel, of which PIL reads the upper eight alone."""
-    return picture.mode[:3] == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
-
-
-def all_bits(path: Path) -> np.ndarray:
-    """The pixels (h, w, 3) uint16 of such a picture."""
-    pixels = cv2.imdecode(encoded(path).numpy(), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
-        raise unreadable(path)
-    return pixels[..., 2::-1]
-
-
-def eight_bits(pixels: np.ndarray, path: Path) -> Image.Image:
-    """A picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
-    most = pixels.max(initial=0)
-    if pixels.dtype.kind == "f" or most > 65535 or pixels.min(initial=0) < 0:
-        raise DataError(f"{path}: values of 32 bits ({pixels.dtype}); save it with 8 or 16 bits a channel")
-    bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
-    return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
-
-
-def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], device: str) -> list[Tensor]:
-    """`decode` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
-    if device.startswith("cuda") and all(map(is_plain_jpeg, paths, listed)):
-        with contextlib.suppress(RuntimeError):  # what nvJPEG does not know the CPU may
-            return torchvision.io.decode_jpeg([*map(encoded, paths)], torchvision.io.ImageReadMode.RGB, device=device)
-    return [decode(path, listed=size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
-
-
-def is_plain_jpeg(path: Path, listed: tuple[int, int] | None) -> bool:
-    """A JPEG in which nothing has to be turned or converted, of the size it is listed with."""
-    try:
-        with Image.open(path) as picture:
-            plain = picture.format == "JPEG" and picture.mode == "RGB" and turning(picture)[0] is None
-            return plain and listed in (None, picture.size[::-1])
-    except BROKEN as error:
-        raise unreadable(path) from error
-
-
-def group_size(paths: list[Path], device: str) -> int:
-    """How many pictures to decode in one call: nvJPEG is fastest with many, threads share out single ones."""
-    return 32 if device.startswith("cuda") and paths[0].suffix.lower() in (".jpg", ".jpeg") else 1
-
-
-def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture (3, h, w) uint8 in another size, smoothed where it shrinks."""
-    if picture.shape[-2:] == size:
-        return picture
-    if picture.is_cuda:  # where it takes no integers
-        pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
-        return pixels[0].round().clamp(0, 255).to(torch.uint8)
-    return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
-
-
-def fingerprint(kind: str, paths: Iterable[Path]) -> str:
-    """Tells apart what was made of files: their names, sizes and times."""
-    found = ((path.absolute(), path.stat()) for path in paths)
-    return "\n".join([kind, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found)])
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -1634,84 +1084,6 @@ def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
     rows |= {"AR1": ar1[:, 0], "AR10": ar10[:, 0], "AR100": ar100[:, 0]}
     rows |= {"ARs": ar100[:, 1], "ARm": ar100[:, 2], "ARl": ar100[:, 3]}
     return {name: -1.0 if x.isnan().all() else x.nanmean().item() for name, x in rows.items()}
-
-
-def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
-    """COCO results and what to call them in a message."""
-    if hasattr(detections, "dataset"):  # pycocotools' COCO
-        detections = detections.dataset["annotations"]
-    given = isinstance(detections, (str, Path))
-    path, results = (detections, load_coco(detections)) if given else ("detections", detections)
-    if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
-        raise ValueError(f"{path}: it must be a list of COCO results")
-    return path, results
-
-
-def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
-    """(M,) int64, where among the `known` entries the id stands that each result has under `key`; -1 if nowhere."""
-    row = {entry["id"]: k for k, entry in enumerate(known)}
-    try:
-        found = np.fromiter(map(row.get, [result[key] for result in results], itertools.repeat(-1)), np.int64)
-    except (KeyError, TypeError):
-        found = np.full(len(results), -1)
-    for k in np.flatnonzero(found < 0):  # or the id is written in another way
-        found[k] = row.get(identity(results[k].get(key)), -1)
-    return torch.from_numpy(found)
-
-
-def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """ValueError if a result is on no picture of the ground truth, as pycocotools has it."""
-    if (image < 0).any():
-        k = int((image < 0).nonzero()[0])
-        raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
-
-
-def check_categories(category: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """ValueError if a result has no category; a warning where none has one that is listed: all are left out then."""
-    for k in (category < 0).nonzero().flatten().tolist():
-        if identity(results[k].get("category_id")) is None:
-            given = results[k].get("category_id")
-            raise ValueError(
-                f"{path}: result {k}: 'category_id' is {given!r:.40}; it must be one of the ground truth's"
-            )
-    if len(category) and (category < 0).all():
-        first = results[0]["category_id"]
-        warn_once(f"{path}: no result is of a category of the ground truth (first: {first!r:.40})")
-
-
-def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
-    """(M, width) float64, the numbers that each result has under `key`; ValueError names the first that has not.
-
-    nan: whether they may be infinite or none.
-    """
-
-    def read(some: Sequence[dict]) -> Tensor:
-        values = [result[key] for result in some]
-        if width == 1:
-            flat = map(float, values)  # None is no number, to NumPy it is NaN
-        elif {*map(len, values)} != {width} or {str, dict} & {*map(type, values)}:
-            raise ValueError(f"not {width} numbers")
-        elif isinstance(values[0], Tensor):
-            flat = torch.stack(values).flatten().tolist()
-        else:
-            flat = itertools.chain.from_iterable(values)
-        values = torch.from_numpy(np.fromiter(flat, np.float64, width * len(some))).view(-1, width)
-        if not (nan or values.isfinite().all()):
-            raise ValueError("not finite")
-        return values
-
-    wrong = KeyError, TypeError, ValueError, OverflowError, RuntimeError
-    try:
-        return read(results) if results else torch.zeros(0, width, dtype=torch.float64)
-    except wrong:  # find out which, or read each on its own if they are of several kinds
-        rows = []
-    for k, result in enumerate(results):
-        try:
-            rows.append(read([result]))
-        except wrong:
-            what = f"{width} finite numbers" if width > 1 else "a number"
-            raise ValueError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
-    return torch.cat(rows)
 
 
 def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, coco: dict, masks: bool) -> Objects:

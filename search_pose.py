@@ -16,26 +16,15 @@ error .002). tests/RESULTS.md has more.
 """
 
 import argparse
-import atexit
-import contextlib
 import copy
-import fcntl
 import functools
-import hashlib
-import io
 import itertools
-import json
 import math
-import mmap
 import os
-import re
-import struct
 import sys
-import tempfile
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +40,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import evolve
 from data import shapes
+from data.coco import (
+    check_categories,
+    check_coco,
+    check_joints,
+    check_places,
+    column,
+    entries_of,
+    found_files,
+    joints_in_row,
+    list_results,
+    load_coco,
+    mirror,
+    one_sided,
+    places,
+    read_keypoints,
+)
+from data.pictures import fingerprint, group_size, read_pictures, shared_bytes, threads
 from evolve import Branch, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, python_source, sources, wide
 
@@ -175,352 +181,6 @@ MARGIN = 1.25  # a crop is this much larger than the box, whose shorter side gro
 ROOM = 1.25  # and the stored cut this much larger than a crop [D]
 
 
-LARGEST = 2**24  # up to here float32 counts pixels exactly; a number beyond it is damaged [D]
-FAR = 10  # and so is a place further out of its picture than this many of its longer sides [D]
-
-
-def load_coco(path: Path | str):
-    """What a COCO json file holds, in UTF-8, -16 or -32, with a byte order mark or without; DataError if it is none."""
-    try:
-        return json.loads(Path(path).read_bytes())  # of bytes, json tells the encoding, whatever the locale says
-    except OSError as error:
-        raise DataError(f"{path}: {'cannot be read' if Path(path).exists() else 'not found'}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; unpack it, or save it in UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a json file; unpack it, or fetch or export it again ({error})") from error
-
-
-def identity(value) -> int | str | None:
-    """An id as one and the same thing, whether it is written 7, 7.0 or "7"; None if it is none."""
-    if type(value) is int:
-        return value
-    if isinstance(value, (Tensor, np.generic, np.ndarray)):
-        value = value.item() if math.prod(value.shape) == 1 else None
-    if isinstance(value, str):
-        return int(value) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII) else value or None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
-    """`values` as so many finite numbers within +-limit; None if they are anything else."""
-    if isinstance(values, (str, bytes, dict)):
-        return None
-    try:
-        values = [*map(float, values)]
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-    good = len(values) == number and math.isfinite(sum(values)) and max(map(abs, values), default=0) <= limit
-    return values if good else None
-
-
-class EmptyObject(Exception):
-    """An annotation that annotates nothing; the message says in what way."""
-
-
-def check_image(entry: dict, scoring: bool) -> dict:
-    """Name, height and width of a picture; the sides are None where the file does not tell them."""
-    name, url = entry.get("file_name"), entry.get("coco_url")
-    if "file_name" not in entry and isinstance(url, str):  # as in LVIS
-        name = url.rpartition("/")[2]
-    if not scoring and not (
-        isinstance(name, str) and name.strip() and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
-    ):
-        raise DataError(f"its 'file_name' is {name!r:.40}; give the name of a picture")
-    name = None if scoring else name.replace("\\", "/")  # as Windows writes it
-    sides = [entry.get("height") or None, entry.get("width") or None]
-    if None in sides:
-        sides = [None, None]
-    elif not (good := floats(sides, 2)) or min(good) < 1 or any(side % 1 for side in good):
-        raise DataError(f"height and width are {sides!r:.60}; give them in pixels, or leave both out")
-    else:
-        sides = [int(side) for side in good]
-    return {"file_name": name, "height": sides[0], "width": sides[1]}
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture as it is meant to be seen, from its first bytes."""
-    try:
-        with Image.open(path) as picture:
-            return turning(picture)[1]
-    except BROKEN as error:
-        raise unreadable(path) from error
-
-
-def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -> dict:
-    """Box, area and iscrowd of an annotation whose picture has this (height, width), if that is known."""
-    box, crowd, area = floats(entry.get("bbox", ()), 4), entry.get("iscrowd") or 0, entry.get("area")
-    crowd = crowd if isinstance(crowd, bool) else identity(crowd)
-    if box is None:
-        raise DataError(f"box {entry.get('bbox')!r:.60}; it must be four finite numbers: x y width height")
-    if crowd not in (0, 1):
-        raise DataError(f"'iscrowd' is {entry['iscrowd']!r:.40}; it must be 0 or 1")
-    x, y, w, h = box
-    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
-    area = (w * h,) if area == [0] and not scoring else area  # as tools write that do not know it
-    if area is None or area[0] < 0 < min(w, h):
-        raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
-    if not scoring:
-        if min(w, h) <= 0:
-            raise EmptyObject(f"empty box {entry['bbox']!r:.60}")
-        picture = f"in a picture of {size[1]}x{size[0]} pixels" if size else ""
-        if size and (x + w <= 0 or y + h <= 0 or x >= size[1] or y >= size[0]):
-            raise EmptyObject(f"box {entry['bbox']!r:.60} outside, {picture}")
-        if size and not within_reach((x, y, x + w, y + h), size):
-            raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
-    return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
-
-
-def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
-    """Warn of boxes that reach out of their pictures; DataError where all seem to be no x y width height in pixels."""
-    boxes = np.array([entry["bbox"] for entry in annotations])  # (N, 4)
-    limits = np.array([(sizes[entry["image_id"]] or (math.inf, math.inf))[::-1] for entry in annotations])  # (N, 2)
-    (start, side), first = np.split(boxes, 2, 1), boxes[0].tolist()
-    if (boxes.max(1) <= 1.01).mean() > 0.5:
-        raise DataError(f"{path}: most boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
-    out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
-    corners = ((0 <= start) & (start < side) & (side <= limits)).all()
-    areas = np.array([entry["area"] for entry in annotations])
-    meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
-    if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
-        raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")
-    crowds = sum(entry["iscrowd"] for entry in annotations)
-    if 0.1 * len(annotations) < crowds > 1:  # CVAT calls everything a crowd that was drawn with the brush
-        warn_once(f"{path}: {crowds} of {len(annotations)} objects are crowds ('iscrowd' 1), which teach nothing")
-    if out.any():
-        entry = annotations[out.argmax()]
-        warn_once(f"{path}: {out.sum()} boxes reach out of their pictures (first: annotation {entry['id']!r:.40})")
-
-
-def within_reach(places: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether no x and y of x y x y ... is FAR out of a picture of this (height, width)."""
-    (height, width), room, xs, ys = size, FAR * max(size), places[::2], places[1::2]
-    across = -room <= min(xs, default=0) and max(xs, default=0) <= width + room
-    return across and -room <= min(ys, default=0) and max(ys, default=0) <= height + room
-
-
-def check_coco(
-    coco,
-    path: Path | str,
-    own: Callable[[dict, tuple[int, int] | None], dict],
-    folder: Path | None = None,
-    advice: str | None = None,
-    scoring: bool = False,
-) -> dict:
-    """All that is read of a COCO file; DataError names the first entry that is damaged, and the cure.
-
-    Ids are made alike, pictures and categories sorted by them, what may be missing is filled in. One warning counts
-    what is of no use and left out: entries that are listed twice, annotations of pictures or categories that are not
-    listed, macOS' hidden files, and empty objects where there is no `advice` on what to do about them.
-    own: what the task reads of an annotation, given the (height, width) of its picture, None where that is unknown;
-    folder: where the pictures are, which tell their size where the file does not;
-    scoring: the truth for an evaluator, as pycocotools takes it: with empty objects, without names of files.
-    """
-
-    def shown(k: int, entry: dict) -> str:
-        return f"annotation {entry.get('id', f'no. {k}')!r:.40}"
-
-    left_out: dict[str, list[str]] = {}  # by reason
-    annotations, known = [], {}
-    categories = by_id(coco, "categories", path, left_out, scoring)
-    images = check_images(coco, path, folder, scoring, left_out)
-    sizes = {number: image["height"] and (image["height"], image["width"]) for number, image in images.items()}
-    for k, entry in enumerate(entries_of(coco, "annotations", path)):
-        number, image, category = map(identity, map(entry.get, ("id", "image_id", "category_id")))
-        again = number is not None and known.setdefault(number, entry) is not entry and known[number] == entry
-        if again and not scoring:
-            reason, about = "annotations listed twice", ""
-        elif image not in images:
-            reason, about = "annotations of unlisted images", f" of image {entry.get('image_id')!r:.40}"
-        elif category not in categories:
-            reason, about = "annotations of unlisted categories", f" of category {entry.get('category_id')!r:.40}"
-        else:
-            try:
-                found = check_annotation(entry, sizes[image], scoring) | own(entry, sizes[image])
-                annotations.append({"id": number, "image_id": image, "category_id": category} | found)
-                continue
-            except DataError as problem:
-                raise DataError(f"{path}: {shown(k, entry)}: {problem}") from None
-            except EmptyObject as problem:
-                if advice:
-                    raise DataError(f"{path}: {shown(k, entry)}: {problem}; {advice}") from None
-                reason, about = "empty annotations", f": {problem}"
-        left_out.setdefault(reason, []).append(shown(k, entry) + about)
-    if annotations and not scoring:
-        check_boxes(path, annotations, sizes)
-    reasons = ", ".join(f"{len(entries)} {reason} (first: {entries[0]})" for reason, entries in left_out.items())
-    if not annotations and not scoring:
-        raise DataError(f"{path}: no annotations to learn from{'; left out ' * bool(reasons)}{reasons}")
-    if reasons:
-        warn_once(f"{path}: left out {reasons}")
-    return {"images": [*images.values()], "categories": [*categories.values()], "annotations": annotations}
-
-
-def check_images(coco, path: Path | str, folder: Path | None, scoring: bool, left_out: dict[str, list[str]]) -> dict:
-    """The pictures of a COCO file by their ids, each file once, without macOS' hidden ones."""
-    images, files = {}, {}
-    for number, entry in by_id(coco, "images", path, left_out, scoring).items():
-        try:
-            images[number] = {"id": number} | check_image(entry, scoring)
-        except DataError as problem:
-            raise DataError(f"{path}: image {number!r}: {problem}") from None
-        name = images[number]["file_name"]
-        if not scoring and Path(name).name.startswith("._"):
-            left_out.setdefault("of macOS' hidden files", []).append(name)
-            del images[number]
-        elif not scoring and (other := files.setdefault(os.path.normpath(name), number)) != number:
-            raise DataError(f"{path}: images {other!r} and {number!r} are both {name}; list each picture once")
-    unknown = [image for image in images.values() if folder and image["height"] is None]
-    for image, found in zip(unknown, found_files(folder, [image["file_name"] for image in unknown])):
-        image["height"], image["width"] = picture_size(found)  # the picture tells where the file does not
-    return images
-
-
-def entries_of(coco, kind: str, path: Path | str) -> Sequence[dict]:
-    """The entries of one kind."""
-    entries = coco.get(kind) if isinstance(coco, dict) else None
-    if not isinstance(entries, (list, tuple)):
-        raise DataError(f"{path}: no list of {kind!r}; it must be a COCO file with images, annotations and categories")
-    for k, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}: entry {k} of {kind!r} is {entry!r:.40}; remove it")
-    return entries
-
-
-def by_id(coco, kind: str, path: Path | str, left_out: dict[str, list[str]], scoring: bool) -> dict[int | str, dict]:
-    """The entries of one kind by their ids, which rise, numbers before names."""
-    found = {}
-    for k, entry in enumerate(entries_of(coco, kind, path)):
-        number = identity(entry.get("id"))
-        if number is None:
-            raise DataError(f"{path}: entry {k} of {kind!r} has the id {entry.get('id')!r:.40}; give it a number")
-        if found.setdefault(number, entry) is not entry:
-            if found[number] != entry:
-                raise DataError(f"{path}: {kind!r} has the id {number!r} twice; give each entry its own")
-            left_out.setdefault(f"{kind} listed twice", []).append(f"id {number!r}")
-    if not found and not scoring:
-        raise DataError(f"{path}: its list of {kind!r} is empty; export it with them")
-    return {key: found[key] | {"id": key} for key in sorted(found, key=lambda key: (isinstance(key, str), key))}
-
-
-def check_joints(entry: dict, size: tuple[int, int] | None, joints: int, scoring: bool = False) -> dict:
-    """The joints of an annotation and how many are labelled, counted, though pycocotools asks the file.
-
-    Joints without a label may be anywhere, also at NaN.
-    """
-    given, number = joints_in_row(entry.get("keypoints")), entry.get("num_keypoints") if scoring else None
-    if given is None or isinstance(given, (list, tuple)) and not given:
-        given = [0.0] * (3 * joints)
-    points = floats(given, 3 * joints) or mend_joints(given, joints)
-    places = [place for k in range(0, len(points), 3) if points[k + 2] > 0 for place in points[k : k + 2]]
-    if size and not scoring and not within_reach(places, size):
-        raise DataError(f"a joint far outside of its picture of {size[1]}x{size[0]} pixels; give x and y in pixels")
-    if number is not None and floats((number,), 1) is None:
-        raise DataError(f"'num_keypoints' is {number!r:.40}; give the number of labelled joints, or leave it out")
-    return {"keypoints": points, "num_keypoints": len(places) // 2 if number is None else number}
-
-
-def joints_in_row(value):
-    """x y visibility x y ... of joints that come as triples, or as an array; anything else as it is."""
-    value = value.tolist() if isinstance(value, (np.ndarray, Tensor)) else value
-    if isinstance(value, (list, tuple)) and all(
-        isinstance(joint, (list, tuple)) and len(joint) == 3 for joint in value
-    ):
-        return [*itertools.chain.from_iterable(value)]
-    return value
-
-
-def mend_joints(given, joints: int) -> list[float]:
-    """Joints that are not all finite, with zeros for those without a label."""
-    try:
-        points = np.array(given, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        points = np.zeros(0)
-    if points.shape not in ((3 * joints,), (joints, 3)):
-        length = len(given) if isinstance(given, (list, tuple)) else f"{given!r:.40}"
-        raise DataError(f"'keypoints' is not 3 x {joints} numbers, x y visibility of each joint, but {length}")
-    points = points.reshape(joints, 3)
-    sane = (np.abs(points) <= LARGEST).all(1)
-    for k in np.flatnonzero(~sane):
-        if points[k, 2] != 0 and not np.isnan(points[k]).all():  # as of null three times
-            wrong = points[k].tolist()
-            raise DataError(f"joint {k + 1} is {wrong}; it must be three finite numbers, the last 0 if unknown")
-    return np.where(sane[:, None], points, 0.0).flatten().tolist()
-
-
-def check_distances(path: Path, annotations: list[dict]) -> None:
-    """Warn of joints that are far from their boxes, where no cut shows them; DataError where most are."""
-    joints = np.array([entry["keypoints"] for entry in annotations]).reshape(len(annotations), -1, 3)
-    boxes = np.array([entry["bbox"] for entry in annotations])[:, None]  # (N, 1, 4)
-    labelled = joints[..., 2] > 0
-    if not labelled.any():
-        return
-    first = joints[labelled][0, :2].tolist()
-    if ((0 <= joints[labelled]) & (joints[labelled] <= 1.01))[:, :2].all(1).mean() > 0.9:
-        raise DataError(f"{path}: most joints are within 0..1 (first: {first}); give x and y in pixels of the picture")
-    areas = np.array([entry["area"] for entry in annotations])
-    if np.median(areas / boxes[:, 0, 2:].prod(-1)) < 0.01:
-        entry = annotations[0]
-        raise DataError(
-            f"{path}: most areas are no hundredth of their boxes (first: annotation {entry['id']!r:.40}: "
-            f"{entry['area']}, box {entry['bbox']}); OKS is measured by them: give square pixels, or leave 'area' out"
-        )
-    low, side = boxes[..., :2], boxes[..., 2:]
-    room = side.max(-1, keepdims=True) / 2
-    far = ((joints[..., :2] < low - room) | (joints[..., :2] > low + side + room)).any(-1) & labelled
-    if (share := far.sum() / labelled.sum()) > 0.01:
-        k = far.any(1).argmax()
-        joint, entry = joints[k][far[k]][0, :2].tolist(), annotations[k]
-        about = f"(first: annotation {entry['id']!r:.40}: {joint}, box {entry['bbox']})"
-        if share > 0.5:
-            raise DataError(f"{path}: most joints are far from their boxes {about}; give both in pixels of the picture")
-        warn_once(f"{path}: {far.sum()} of {labelled.sum()} joints are far from their boxes {about}")
-
-
-def check_skeleton(category: dict, names: tuple[str, ...]) -> list[list[int]]:
-    """The limbs of a category as pairs of joints counted from 1, whether it has them so, from 0 or by name."""
-    limbs = category.get("skeleton") or []
-    by_name = {name: k for k, name in enumerate(names, 1)}
-    try:
-        limbs = [[by_name.get(joint, identity(joint)) for joint in limb] for limb in limbs]
-        joints = {joint for limb in limbs for joint in limb}
-        shift = int(0 in joints)
-        good = all(len(limb) == 2 for limb in limbs) and all(joint in range(len(names) + 1 - shift) for joint in joints)
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        given = f"{category['skeleton']!r:.60}"
-        raise DataError(f"'skeleton' must be pairs of joints 1..{len(names)}, not {given}; or remove it")
-    return [[int(joint) + shift for joint in limb] for limb in limbs]
-
-
-def read_annotations(path: Path, folder: Path | None = None) -> dict:
-    """A file of COCO keypoints, checked (see `check_coco`); raises DataError naming what is missing or does not fit."""
-    coco = load_coco(path)
-    categories = [category for category in entries_of(coco, "categories", path) if category.get("keypoints")]
-    kinds = []
-    for category in categories:
-        names = category["keypoints"]
-        if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
-            raise DataError(f"{path}: category {category.get('id')!r:.40}: 'keypoints' must be the names of its joints")
-        kinds.append(tuple(names))
-    if not kinds:
-        raise DataError(f"{path}: no category has 'keypoints', the names of its joints; it must be a COCO file of them")
-    if len(set(kinds)) != 1 or len(set(kinds[0])) < len(kinds[0]):
-        raise DataError(f"{path}: its categories must name the same joints ('keypoints'), each once")
-    own = functools.partial(check_joints, joints=len(kinds[0]))
-    content = check_coco({**coco, "categories": categories}, path, own, folder)
-    check_distances(path, content["annotations"])
-    for category in content["categories"]:
-        try:
-            category["skeleton"] = check_skeleton(category, kinds[0])
-        except DataError as problem:
-            raise DataError(f"{path}: category {category['id']!r}: {problem}") from None
-    return content
-
-
 def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
     """Annotations, folder and choice of pictures of train, val (what the search sees) and test (what is reported).
 
@@ -555,7 +215,7 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
     data, skeletons, left, read, files = {}, [], args.memory * 2**30, None, {}
     for name, (path, folder, choose) in list_data(args).items():
         if read != path:  # train and val mostly share one file
-            whole, read = read_annotations(path, folder), path
+            whole, read = read_keypoints(path, folder), path
         content = {**whole, "images": choose(whole["images"])}
         files[name] = [folder.resolve() / picture["file_name"] for picture in content["images"]]
         skeletons.append(read_skeleton(content, args.sigmas))
@@ -563,7 +223,7 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
             raise DataError(f"{path}: other joints than in the training split")
         if len(skeletons) == 1 and len(skeletons[0].names) > 1 and (skeletons[0].swap.diff() == 1).all():
             warn_once(f"{path}: no joint is left or right by its name; mirrored pictures keep all joints as they are")
-        elif len(skeletons) == 1 and (alone := one_sided(skeletons[0])):
+        elif len(skeletons) == 1 and (alone := one_sided(skeletons[0].names, skeletons[0].swap.tolist())):
             warn_once(
                 f"{path}: {', '.join(alone)}: no joint is the other side; mirrored pictures keep them as they are"
             )
@@ -592,55 +252,6 @@ def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
         warn_once(f"{len(names)} joints in another order than COCO's: each has a tolerance of {OTHER_SIGMA} in OKS")
         sigmas = torch.full_like(sigmas, OTHER_SIGMA)
     return Skeleton(names, category["skeleton"], other, sigmas)
-
-
-# In whatever case, as a word or where a word begins or ends; whatever comes behind them is the same for both.
-SIDES = [("left", "right"), ("l", "r"), ("link", "recht"), ("gauche", "droite"), ("gauche", "droit")]
-SIDES += [
-    ("izquierd", "derech"),
-    ("izq", "der"),
-    ("esquerd", "direit"),
-    ("sinistr", "destr"),
-    ("лев", "прав"),
-    ("左", "右"),
-]
-SIDES += [(right, left) for left, right in SIDES]
-
-
-def mirror(names: tuple[str, ...]) -> list[int]:
-    """The joint that each one is in a mirror, told by the names: left_eye, LEye, eye.L, "Left Eye", leftEye, eyeL ...
-
-    The other name must be there and point back; otherwise a joint is its own mirror image.
-    """
-    names = tuple(name.strip() for name in names)
-    bare = tuple(re.sub(r"^\d+[\W_]*", "", name) for name in names)
-    if all(bare) and len({*bare}) == len(names):  # 1_left_eye and 2_right_eye; numbers alone tell no joints apart
-        names = bare
-    known = {re.sub(r"[\W_]", "", name.lower()): k for k, name in enumerate(names)}
-
-    def other(name: str) -> int | None:
-        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+|[\W\d_]+", name)
-        words = [word.lower() for word in words]
-        ways = [[dict(SIDES).get(word, word) for word in words]]
-        for k, word in enumerate(words):
-            for side, opposite in SIDES:
-                if word.startswith(side):
-                    ways.append([*words[:k], opposite + word[len(side) :], *words[k + 1 :]])
-                if word.endswith(side):
-                    ways.append([*words[:k], word[: -len(side)] + opposite, *words[k + 1 :]])
-        found = (re.sub(r"[\W_]", "", "".join(way)) for way in ways)  # left_eye and right-eye are a pair
-        own = re.sub(r"[\W_]", "", name.lower())
-        return next((known[way] for way in found if way in known and way != own), None)
-
-    others = [other(name) for name in names]
-    return [k if n is None or others[n] != k else n for k, n in enumerate(others)]
-
-
-def one_sided(skeleton: Skeleton) -> list[str]:
-    """The joints that are left or right by their names and are not exchanged in a mirror."""
-    pairs = enumerate(zip(skeleton.names, skeleton.swap.tolist()))
-    words = "|".join(side for side, _ in SIDES if len(side) > 3 or side in "左右")
-    return [name for k, (name, other) in pairs if k == other and re.search(words, name, re.IGNORECASE)]
 
 
 def read_split(
@@ -694,49 +305,6 @@ def cut(picture: Image.Image, left: float, top: float, pixel: float, height: int
     inner = [edge - outer[k % 2] for k, edge in enumerate(box)]
     window = picture.crop(outer).resize((width, height), Image.Resampling.BILINEAR, inner)
     return torch.from_numpy(np.array(window)).movedim(-1, 0)
-
-
-def found_files(folder: Path, names: list[str]) -> list[Path]:
-    """The pictures of these names, accents and capitals written in any way; DataError naming one that is not there.
-
-    What is not where its name says, as it was elsewhere when the file was written, may lie in the folder itself.
-    """
-    there: dict[Path, list[dict[str, str]]] = {}  # names of files as they are compared, exactly and without capitals
-    found: dict[str, Path] = {}
-    owners: dict[Path, str] = {}
-    elsewhere: list[str] = []
-    for name in dict.fromkeys(names):
-        path = folder / name
-        for place in (path.parent, folder):
-            if place not in there:
-                listed = sorted(os.listdir(place)) if os.path.isdir(place) else ()  # unlike Path's, of no name too long
-                there[place] = [{key(file): file for file in listed} for key in (plain_name, capless_name)]
-            exact, capless = there[place]
-            if file := exact.get(plain_name(path.name)) or capless.get(capless_name(path.name)):
-                found[name] = place / file
-                elsewhere += [name] * (place != path.parent)
-                break
-        else:
-            raise DataError(f"{str(path)[:300]}: not found; the annotations name it, names count from {folder}")
-        if (other := owners.setdefault(found[name], name)) != name:
-            raise DataError(
-                f"{found[name]}: the annotations mean it by {other!r:.80} and by {name!r:.80}; list it once"
-            )
-    if elsewhere:
-        many = f"{len(elsewhere)} pictures (first: {elsewhere[0]:.80})"
-        warn_once(f"{folder}: {many} are not where the annotations say; those of the same name in it are taken")
-    return [found[name] for name in names]
-
-
-def capless_name(name: str) -> str:
-    return plain_name(name).casefold()
-
-
-def plain_name(name: str) -> str:
-    """A file's name so that it can be compared: in any locale, and with accents written in any way."""
-    if name.isascii():
-        return name
-    return unicodedata.normalize("NFC", name.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def select(split: Split, index: Tensor) -> Split:
@@ -882,11 +450,6 @@ class Pictures:
         return canvas.to(self.device, non_blocking=True)
 
 
-@functools.cache
-def threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-
-
 def map_pictures(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """A function of tensors (N, ...). On the CPU a large batch goes in parts, in threads: each stays in the caches."""
     if rows[0].is_cuda or rows[0].numel() < 2**20:
@@ -913,158 +476,6 @@ def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Te
     finally:
         for pictures in lazy:
             pictures.coming.clear()
-
-
-def shared_bytes(key: str, size: int) -> Tensor | None:
-    """`size` bytes, zeros at first, shared by all processes of this machine that give `key`; None if there is no room.
-
-    A file in the folder for temporary ones (TMPDIR says which). The last process that uses it removes it; what killed
-    ones have left behind goes when the next one starts.
-    """
-    folder, prefix = Path(tempfile.gettempdir()), f"autoloss-zero-{os.getuid()}-"
-    path = folder / (prefix + hashlib.sha256(os.fsencode(key)).hexdigest()[:24])
-
-    def open_locked(path: Path, how: int) -> int:
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(number, how)
-        return number
-
-    def remove_unused(path: Path, number: int) -> None:
-        with contextlib.suppress(OSError):  # others have it in use
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-    for other in set(folder.glob(prefix + "*")) - {path}:
-        with contextlib.suppress(OSError):
-            number = open_locked(other, fcntl.LOCK_SH)
-            remove_unused(other, number)
-            os.close(number)
-    try:
-        number = open_locked(path, fcntl.LOCK_SH)
-    except OSError:
-        return None
-    atexit.register(remove_unused, path, number)
-    try:
-        reserve = getattr(os, "posix_fallocate", None)  # a full disk shows now, not as a crash on the way
-        reserve(number, 0, size) if reserve else os.ftruncate(number, size)
-        return torch.frombuffer(mmap.mmap(number, size), dtype=torch.uint8)
-    except OSError:
-        remove_unused(path, number)
-        return None
-
-
-def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None) -> Tensor:
-    """The pixels (h, w, 3) uint8 of a picture, in another of PIL's modes if asked for, turned as its EXIF tag says.
-
-    It stays as it lies in the file where that is the height and width it is `listed` with. Palettes, grey, CMYK and
-    transparency become RGB, 16 bits become 8. Raises DataError naming the file and what is wrong with it.
-    """
-    try:
-        with opened(path) as picture:
-            turn, upright = turning(picture)
-            if listed not in (None, upright, picture.size[::-1]):
-                (h, w), (height, width) = upright, listed
-                raise DataError(f"{path}: {w}x{h} pixels, listed as {width}x{height}; mend the list")
-            turn = turn if listed in (None, upright) else None
-            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and turn is None and mode == "RGB":
-                # The same bytes as by PIL, in two thirds of the time.
-                return torchvision.io.decode_jpeg(encoded(path), torchvision.io.ImageReadMode.RGB).movedim(0, -1)
-            if picture.mode[0] in "IF":
-                picture = eight_bits(np.array(picture), path)
-            elif deep(picture):
-                picture = eight_bits(all_bits(path), path)
-            picture = picture.convert(mode)
-            return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
-    except BROKEN as error:
-        raise unreadable(path) from error
-
-
-def encoded(path: Path) -> Tensor:
-    """The bytes of a file, whose name may be in no encoding at all."""
-    return torch.from_numpy(np.fromfile(path, np.uint8))
-
-
-def opened(path: Path) -> Image.Image:
-    """The picture in a file. PIL scrambles an uncompressed TIFF that it maps into memory and has to turn."""
-    picture = Image.open(path)
-    if picture.format != "TIFF":
-        return picture
-    picture.close()
-    return Image.open(io.BytesIO(path.read_bytes()))
-
-
-def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
-    """PIL's transposition that EXIF asks for, if any, and the height and width that come of it."""
-    try:
-        tags = Image.Image.getexif(picture)  # PNG's own would decode all of it, to look for tags behind the pixels
-    except BROKEN:  # which says nothing of the pixels
-        tags = {}
-    turn = None if picture.format == "TIFF" else TURNS.get(tags.get(0x0112))  # PIL turns TIFFs itself
-    return turn, picture.size if turn in (2, 4, 5, 6) else picture.size[::-1]
-
-
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation to PIL's transposition
-# What PIL and torchvision raise over a file that is no whole picture.
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
-BROKEN += (Image.DecompressionBombError, struct.error)
-
-
-def unreadable(path: Path, kinds: str = "JPEG or PNG") -> "DataError":
-    if isinstance(sys.exception(), Image.DecompressionBombError):
-        return DataError(f"{path}: more pixels than PIL reads; scale it down")
-    unread = f"not a readable image, or cut off; save it as {kinds}"
-    return DataError(f"{path}: {unread if os.path.exists(path) else 'not found'}")
-
-
-def deep(picture: Image.Image) -> bool:
-    """Whether a colour picture has 16 bits a channel, of which PIL reads the upper eight alone."""
-    return picture.mode[:3] == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
-
-
-def all_bits(path: Path) -> np.ndarray:
-    """The pixels (h, w, 3) uint16 of such a picture."""
-    pixels = cv2.imdecode(encoded(path).numpy(), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
-        raise unreadable(path)
-    return pixels[..., 2::-1]
-
-
-def eight_bits(pixels: np.ndarray, path: Path) -> Image.Image:
-    """A picture of up to 16 bits, scaled down from as many of 8, 12 and 16 as its largest value needs [D]."""
-    most = pixels.max(initial=0)
-    if pixels.dtype.kind == "f" or most > 65535 or pixels.min(initial=0) < 0:
-        raise DataError(f"{path}: values of 32 bits ({pixels.dtype}); save it with 8 or 16 bits a channel")
-    bits = next(bits for bits in (8, 12, 16) if most < 2**bits)
-    return Image.fromarray((pixels * (255 / (2**bits - 1))).round().astype(np.uint8))
-
-
-def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], device: str) -> list[Tensor]:
-    """`decode` of each as (3, h, w); plain JPEGs on a GPU by nvJPEG, all of them in one call."""
-    if device.startswith("cuda") and all(map(is_plain_jpeg, paths, listed)):
-        with contextlib.suppress(RuntimeError):  # what nvJPEG does not know the CPU may
-            return torchvision.io.decode_jpeg([*map(encoded, paths)], torchvision.io.ImageReadMode.RGB, device=device)
-    return [decode(path, listed=size).movedim(-1, 0).contiguous() for path, size in zip(paths, listed)]
-
-
-def is_plain_jpeg(path: Path, listed: tuple[int, int] | None) -> bool:
-    """A JPEG in which nothing has to be turned or converted, of the size it is listed with."""
-    try:
-        with Image.open(path) as picture:
-            plain = picture.format == "JPEG" and picture.mode == "RGB" and turning(picture)[0] is None
-            return plain and listed in (None, picture.size[::-1])
-    except BROKEN as error:
-        raise unreadable(path) from error
-
-
-def group_size(paths: list[Path], device: str) -> int:
-    """How many pictures to decode in one call: nvJPEG is fastest with many, threads share out single ones."""
-    return 32 if device.startswith("cuda") and paths[0].suffix.lower() in (".jpg", ".jpeg") else 1
-
-
-def fingerprint(kind: str, paths: Iterable[Path]) -> str:
-    """Tells apart what was made of files: their names, sizes and times."""
-    found = ((path.absolute(), path.stat()) for path in paths)
-    return "\n".join([kind, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found)])
 
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)  # ImageNet, as torchvision's weights expect
@@ -1295,84 +706,6 @@ def read_persons(content: dict) -> tuple[Persons, list[dict]]:
     flags = (torch.tensor(values, dtype=torch.bool) for values in (crowd, ignored, countable))
     group = category * len(pictures) + picture
     return Persons(group, category, points[..., :2], points[..., 2] > 0, boxes, area, *flags), entries
-
-
-def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
-    """COCO results and what to call them in a message."""
-    if hasattr(detections, "dataset"):  # pycocotools' COCO
-        detections = detections.dataset["annotations"]
-    given = isinstance(detections, (str, Path))
-    path, results = (detections, load_coco(detections)) if given else ("detections", detections)
-    if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
-        raise ValueError(f"{path}: it must be a list of COCO results")
-    return path, results
-
-
-def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
-    """(M,) int64, where among the `known` entries the id stands that each result has under `key`; -1 if nowhere."""
-    row = {entry["id"]: k for k, entry in enumerate(known)}
-    try:
-        found = np.fromiter(map(row.get, [result[key] for result in results], itertools.repeat(-1)), np.int64)
-    except (KeyError, TypeError):
-        found = np.full(len(results), -1)
-    for k in np.flatnonzero(found < 0):  # or the id is written in another way
-        found[k] = row.get(identity(results[k].get(key)), -1)
-    return torch.from_numpy(found)
-
-
-def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """ValueError if a result is on no picture of the ground truth, as pycocotools has it."""
-    if (image < 0).any():
-        k = int((image < 0).nonzero()[0])
-        raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
-
-
-def check_categories(category: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """ValueError if a result has no category; a warning where none has one that is listed: all are left out then."""
-    for k in (category < 0).nonzero().flatten().tolist():
-        if identity(results[k].get("category_id")) is None:
-            given = results[k].get("category_id")
-            raise ValueError(
-                f"{path}: result {k}: 'category_id' is {given!r:.40}; it must be one of the ground truth's"
-            )
-    if len(category) and (category < 0).all():
-        first = results[0]["category_id"]
-        warn_once(f"{path}: no result is of a category of the ground truth (first: {first!r:.40})")
-
-
-def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:
-    """(M, width) float64, the numbers that each result has under `key`; ValueError names the first that has not.
-
-    nan: whether they may be infinite or none.
-    """
-
-    def read(some: Sequence[dict]) -> Tensor:
-        values = [result[key] for result in some]
-        if width == 1:
-            flat = map(float, values)  # None is no number, to NumPy it is NaN
-        elif {*map(len, values)} != {width} or {str, dict} & {*map(type, values)}:
-            raise ValueError(f"not {width} numbers")
-        elif isinstance(values[0], Tensor):
-            flat = torch.stack(values).flatten().tolist()
-        else:
-            flat = itertools.chain.from_iterable(values)
-        values = torch.from_numpy(np.fromiter(flat, np.float64, width * len(some))).view(-1, width)
-        if not (nan or values.isfinite().all()):
-            raise ValueError("not finite")
-        return values
-
-    wrong = KeyError, TypeError, ValueError, OverflowError, RuntimeError
-    try:
-        return read(results) if results else torch.zeros(0, width, dtype=torch.float64)
-    except wrong:  # find out which, or read each on its own if they are of several kinds
-        rows = []
-    for k, result in enumerate(results):
-        try:
-            rows.append(read([result]))
-        except wrong:
-            what = f"{width} finite numbers" if width > 1 else "a number"
-            raise ValueError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
-    return torch.cat(rows)
 
 
 def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: int | None = None) -> Poses:

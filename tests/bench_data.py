@@ -44,6 +44,8 @@ import search_det  # noqa: E402
 import search_pose  # noqa: E402
 import search_seg  # noqa: E402
 from data import shapes  # noqa: E402
+from data.masks import CITYSCAPES_IDS  # noqa: E402
+from data.pictures import threads  # noqa: E402
 
 CASES = {  # script, flags
     "coco boxes": (search_det, "--data coco --memory 1"),
@@ -144,7 +146,7 @@ def draw_voc(root: Path) -> None:
 
 
 def draw_cityscapes(root: Path) -> None:
-    pictures, labels = draw_sources(root / "sources", 24, 1024, 2048, "png", [*search_seg.CITYSCAPES_IDS, 0])
+    pictures, labels = draw_sources(root / "sources", 24, 1024, 2048, "png", [*CITYSCAPES_IDS, 0])
     for split, number in (("train", 2975), ("val", 500)):
         names = [f"ulm/{k:06}" for k in range(number)]
         link(pictures, root / "leftImg8bit" / split, [f"{name}_leftImg8bit.png" for name in names])
@@ -296,7 +298,7 @@ def measure(name: str, root: Path, device: str) -> None:
         wait = max(0.0, 1 - step / steps_seconds(script, args, net, loss, batches, plan, 20))
     if device != "cpu":  # whose memory no forked process can use
         _, split, plan, more = load(script, script.parse_arguments([*flags, "cpu"]))
-    script.threads.cache_clear()  # a forked process needs its own
+    threads.cache_clear()  # a forked process needs its own
     dataset = PictureByPicture(script, split, plan, more)
     loader = torch.utils.data.DataLoader(dataset, plan.batch, num_workers=2, collate_fn=collate)
     other = rate(iter(loader))

@@ -1,5 +1,6 @@
 """Loading: pictures as people have them, masks as tools write them, splits of any size, in all three scripts."""
 
+import fcntl
 import itertools
 import json
 import math
@@ -25,7 +26,11 @@ import search_det
 import search_pose
 import search_seg
 from data import shapes
-from search_seg import IGNORE, DataError, Pictures
+from data.coco import picture_size
+from data.masks import find_meaning, found_meaning, plain_meaning, read_classes, read_label, read_values
+from data.pictures import decode, fingerprint, group_size, read_pictures, shared_bytes
+from evolve import DataError
+from search_seg import IGNORE, Pictures
 
 SCRIPTS = {"seg": search_seg, "det": search_det, "pose": search_pose}
 
@@ -180,7 +185,7 @@ def test_windows_of_pictures():
 def test_the_last_process_removes_the_shared_file(tmp_path):
     code = (
         "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "import search_seg; t = search_seg.shared_bytes('k', 100); t[5] += 1\n"
+        "from data.pictures import shared_bytes; t = shared_bytes('k', 100); t[5] += 1\n"
         "print(t[5].item(), flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -196,7 +201,7 @@ def test_the_last_process_removes_the_shared_file(tmp_path):
     left = tmp_path / f"autoloss-zero-{os.getuid()}-0"
     left.write_bytes(b"of a process that was killed")
     tempfile.tempdir = str(tmp_path)
-    assert search_seg.shared_bytes("k", 100)[5] == 0 and not left.exists()
+    assert shared_bytes("k", 100)[5] == 0 and not left.exists()
 
 
 def test_without_room_each_use_decodes(monkeypatch):
@@ -376,32 +381,29 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation, suffix):
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
     stored.save(path, exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
-    for script in SCRIPTS.values():
-        pixels = script.decode(path)
-        assert pixels.shape == (48, 32, 3) and (pixels.int() - torch.from_numpy(upright).int()).abs().max() < 40
+    pixels = decode(path)
+    assert pixels.shape == (48, 32, 3) and (pixels.int() - torch.from_numpy(upright).int()).abs().max() < 40
     if orientation >= 5 and suffix == "jpg":  # a tool that knows nothing of EXIF lists it as it lies
-        assert search_det.decode(path, listed=(32, 48)).shape == (32, 48, 3)
+        assert decode(path, listed=(32, 48)).shape == (32, 48, 3)
         with pytest.raises(search_det.DataError, match="listed as 7x9"):
-            search_det.decode(path, listed=(9, 7))
+            decode(path, listed=(9, 7))
 
 
 @pytest.mark.parametrize("tags", [b"Exif\0\0nonsense, and more of it", b"Exif\0\0II*", b"Exif\0\0"])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_broken_tags_say_nothing_of_the_pixels(tmp_path, tags, suffix):
     Image.fromarray(np.full((8, 9, 3), 200, np.uint8)).save(tmp_path / f"a.{suffix}", exif=tags)
-    for script in SCRIPTS.values():
-        pixels = script.decode(tmp_path / f"a.{suffix}")
-        assert pixels.shape == (8, 9, 3) and (pixels.float() - 200).abs().max() < 9
+    pixels = decode(tmp_path / f"a.{suffix}")
+    assert pixels.shape == (8, 9, 3) and (pixels.float() - 200).abs().max() < 9
 
 
 def test_pictures_in_other_modes(tmp_path):
     pixels = noise(8, 9)
     for suffix in ("jpg", "png"):
         Image.fromarray(pixels).save(path := tmp_path / f"a.{suffix}")
-        for script in SCRIPTS.values():
-            assert torch.equal(script.decode(path, "RGB"), script.decode(path))
-            with Image.open(path) as picture:
-                assert torch.equal(script.decode(path, "L"), torch.from_numpy(np.array(picture.convert("L"))))
+        assert torch.equal(decode(path, "RGB"), decode(path))
+        with Image.open(path) as picture:
+            assert torch.equal(decode(path, "L"), torch.from_numpy(np.array(picture.convert("L"))))
 
 
 def test_names_in_no_encoding(tmp_path):
@@ -412,9 +414,8 @@ def test_names_in_no_encoding(tmp_path):
         Image.fromarray(noise(8, 9)).save(folder / f"a.{suffix}")
     deep = cv2.imencode(".png", noise(8, 9).astype(np.uint16) * 257)[1].tobytes()
     (folder / "b.png").write_bytes(deep)
-    for script in SCRIPTS.values():
-        assert all(script.decode(folder / name).shape == (8, 9, 3) for name in ("a.jpg", "a.png", "b.png"))
-        assert script.shared_bytes(script.fingerprint("x", folder.iterdir()), 10) is not None
+    assert all(decode(folder / name).shape == (8, 9, 3) for name in ("a.jpg", "a.png", "b.png"))
+    assert shared_bytes(fingerprint("x", folder.iterdir()), 10) is not None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -423,11 +424,10 @@ def test_plain_tiffs_are_turned_rightly(tmp_path, orientation):
     values = np.arange(600, dtype=np.uint8).reshape(20, 30)
     Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={0x0112: orientation})
     Image.fromarray(values).save(tmp_path / "b.tif", tiffinfo={0x0112: orientation}, compression="tiff_lzw")
-    want, _ = search_seg.read_values(tmp_path / "b.tif")
-    got, _ = search_seg.read_values(tmp_path / "a.tif")
+    want, _ = read_values(tmp_path / "b.tif")
+    got, _ = read_values(tmp_path / "a.tif")
     assert np.array_equal(got, want) and got.shape == ((30, 20) if orientation > 4 else (20, 30))
-    for script in SCRIPTS.values():
-        assert torch.equal(script.decode(tmp_path / "a.tif"), script.decode(tmp_path / "b.tif"))
+    assert torch.equal(decode(tmp_path / "a.tif"), decode(tmp_path / "b.tif"))
 
 
 def test_a_mask_goes_with_its_turned_picture(tmp_path):
@@ -449,7 +449,7 @@ def test_a_mask_goes_with_its_turned_picture(tmp_path):
 def test_sizes_are_told_without_decoding(tmp_path, suffix, monkeypatch):
     path = save(noise(20, 30), tmp_path / f"a.{suffix}")
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
-    assert search_det.picture_size(path) == search_seg.full_size(path, path) == (20, 30)
+    assert picture_size(path) == search_seg.full_size(path, path) == (20, 30)
 
 
 @pytest.mark.parametrize("side", [32, 48])
@@ -482,7 +482,7 @@ def test_a_turned_mask_in_which_the_tag_was_left(tmp_path):
 @pytest.mark.parametrize("most", [255, 4095, 65535])
 def test_sixteen_bits_are_scaled(tmp_path, suffix, most):
     ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(8, 0)
-    pixels = search_seg.decode(save(ramp, tmp_path / f"a.{suffix}"))
+    pixels = decode(save(ramp, tmp_path / f"a.{suffix}"))
     assert pixels.shape == (8, 64, 3) and pixels[0, :, 1].tolist() == pytest.approx(np.linspace(0, 255, 64), abs=1)
 
 
@@ -492,11 +492,10 @@ def test_sixteen_bits_of_colours_are_scaled(tmp_path, suffix, most):
     ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(8, 0)
     cv2.imwrite(str(tmp_path / f"a.{suffix}"), np.stack([0 * ramp, ramp // 2, ramp], -1))  # blue, green, red
     want = np.linspace(0, 255, 64)
-    for script in SCRIPTS.values():
-        pixels = script.decode(tmp_path / f"a.{suffix}")
-        assert pixels.shape == (8, 64, 3)
-        for channel, share in enumerate((1, 0.5, 0)):
-            assert pixels[0, :, channel].tolist() == pytest.approx(share * want, abs=1)
+    pixels = decode(tmp_path / f"a.{suffix}")
+    assert pixels.shape == (8, 64, 3)
+    for channel, share in enumerate((1, 0.5, 0)):
+        assert pixels[0, :, channel].tolist() == pytest.approx(share * want, abs=1)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -509,44 +508,41 @@ def test_sixteen_bits_of_colours_are_turned(tmp_path, orientation):
     chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
     chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "16.png").write_bytes(whole[:33] + chunk + whole[33:])  # after the header
-    for script in SCRIPTS.values():
-        assert torch.equal(script.decode(tmp_path / "16.png"), script.decode(tmp_path / "8.png"))
+    assert torch.equal(decode(tmp_path / "16.png"), decode(tmp_path / "8.png"))
 
 
 def test_more_than_sixteen_bits_are_refused(tmp_path):
     path = save(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), tmp_path / "a.tif")
     with pytest.raises(DataError, match="a.tif: values of 32 bits"):
-        search_seg.decode(path)
+        decode(path)
     path = save(np.full((8, 8), 70_000, np.int32), tmp_path / "b.tif")
     with pytest.raises(DataError, match="b.tif: values of 32 bits"):
-        search_seg.decode(path)
+        decode(path)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "LA", "RGBA", "P", "1", "YCbCr"])
 def test_any_mode_becomes_rgb(tmp_path, mode):
     picture = Image.new("RGB", (16, 12), (255, 255, 255)).convert(mode)
     picture.save(path := tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png"))
-    for script in SCRIPTS.values():
-        pixels = script.decode(path)
-        assert pixels.shape == (12, 16, 3) and pixels.dtype == torch.uint8 and (pixels > 240).all()
+    pixels = decode(path)
+    assert pixels.shape == (12, 16, 3) and pixels.dtype == torch.uint8 and (pixels > 240).all()
 
 
 def test_plain_jpegs_are_decoded_as_by_pil(tmp_path):
     for mode in ("RGB", "L"):
         Image.fromarray(noise(37, 53)).convert(mode).save(path := tmp_path / "a.jpg")
         want = np.asarray(Image.open(path).convert("RGB"))
-        assert torch.equal(search_seg.decode(path), torch.from_numpy(want.copy()))
+        assert torch.equal(decode(path), torch.from_numpy(want.copy()))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_pictures_cut_off_are_named(tmp_path, suffix):
     path = save(noise(64, 64), tmp_path / f"a.{suffix}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    for script in SCRIPTS.values():
-        with pytest.raises(script.DataError, match=f"a.{suffix}: not a readable image, or cut off"):
-            script.decode(path)
+    with pytest.raises(DataError, match=f"a.{suffix}: not a readable image, or cut off"):
+        decode(path)
     with pytest.raises(DataError, match="b.jpg: not found"):
-        search_seg.decode(tmp_path / "b.jpg")
+        decode(tmp_path / "b.jpg")
 
 
 def test_a_damaged_second_page_is_named(tmp_path):
@@ -561,7 +557,7 @@ def test_a_damaged_second_page_is_named(tmp_path):
     whole[second : second + 2] = struct.pack("<H", 255)
     (tmp_path / "a.tif").write_bytes(whole)
     with pytest.raises(DataError, match="a.tif: not a readable image"):
-        search_seg.read_values(tmp_path / "a.tif")
+        read_values(tmp_path / "a.tif")
 
 
 def test_nvjpeg_gets_plain_jpegs_in_one_call(tmp_path, monkeypatch):
@@ -577,16 +573,16 @@ def test_nvjpeg_gets_plain_jpegs_in_one_call(tmp_path, monkeypatch):
         return [decoder(one, mode) for one in data]
 
     monkeypatch.setattr(search_seg.torchvision.io, "decode_jpeg", nvjpeg)
-    want = search_seg.read_pictures(paths, [None] * 3, "cpu")
-    got = search_seg.read_pictures(paths, [(8, 9), None, None], "cuda")
-    assert calls == [3] and all(map(torch.equal, got, want)) and search_seg.group_size(paths, "cuda:0") > 1
-    got = search_seg.read_pictures(paths[:2], [None] * 2, "cuda")
+    want = read_pictures(paths, [None] * 3, "cpu")
+    got = read_pictures(paths, [(8, 9), None, None], "cuda")
+    assert calls == [3] and all(map(torch.equal, got, want)) and group_size(paths, "cuda:0") > 1
+    got = read_pictures(paths[:2], [None] * 2, "cuda")
     assert calls == [3, 2] and all(map(torch.equal, got, want)), "the CPU takes over"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise(8, 9)).save(paths[0], exif=exif)
-    assert search_seg.read_pictures(paths, [None] * 3, "cuda")[0].shape == (3, 9, 8) and calls == [3, 2]
-    assert search_seg.group_size([tmp_path / "a.png"], "cuda") == search_seg.group_size(paths, "cpu") == 1
+    assert read_pictures(paths, [None] * 3, "cuda")[0].shape == (3, 9, 8) and calls == [3, 2]
+    assert group_size([tmp_path / "a.png"], "cuda") == group_size(paths, "cpu") == 1
 
 
 def test_scaling_down_is_that_of_pil():
@@ -636,7 +632,7 @@ def test_masks_as_tools_write_them(tmp_path, kind):
     want = torch.from_numpy(index.copy())
     if kind == "borders":
         want[0] = IGNORE
-    assert torch.equal(search_seg.read_label(path, search_seg.plain_meaning(21)), want)
+    assert torch.equal(read_label(path, plain_meaning(21)), want)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -652,9 +648,7 @@ def test_masks_of_few_bits(tmp_path, bits):
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     ]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    assert torch.equal(
-        search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(2**bits)), torch.tensor(index)
-    )
+    assert torch.equal(read_label(tmp_path / "a.png", plain_meaning(2**bits)), torch.tensor(index))
 
 
 @pytest.mark.parametrize("maximum", [2, 15, 200, 255, 1000, 65535])
@@ -665,17 +659,17 @@ def test_masks_of_a_maximum_of_their_own(tmp_path, kind, maximum):
     values = binary if kind == "P5" else " ".join(map(str, index.flat)).encode()
     h, w = index.shape
     (tmp_path / "a.pgm").write_bytes(f"{kind}\n{w} {h}\n{maximum}\n".encode() + values)
-    assert torch.equal(search_seg.read_label(tmp_path / "a.pgm", search_seg.plain_meaning(21)), torch.from_numpy(index))
+    assert torch.equal(read_label(tmp_path / "a.pgm", plain_meaning(21)), torch.from_numpy(index))
 
 
 def test_a_value_that_is_no_class_is_named(tmp_path):
     for value in (-9999, 70000):
         Image.fromarray(np.where(index_map() == 1, value, 0).astype(np.int32)).save(tmp_path / "a.tif")
         with pytest.raises(DataError, match=f"a.tif: mode I, value {value:g}; a mask has grey values 0..65535"):
-            search_seg.read_label(tmp_path / "a.tif", search_seg.plain_meaning(21))
+            read_label(tmp_path / "a.tif", plain_meaning(21))
     (tmp_path / "b.png").write_bytes(b"?")
     with pytest.raises(DataError, match="b.png: not a readable image, or cut off; save it as PNG$"):
-        search_seg.read_label(tmp_path / "b.png", search_seg.plain_meaning(21))
+        read_label(tmp_path / "b.png", plain_meaning(21))
 
 
 @pytest.mark.parametrize(
@@ -726,7 +720,7 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
     if kind == "RGB of 16 bits":
         cv2.imwrite(str(tmp_path / "a.png"), np.stack([index.astype(np.uint16)] * 3, -1))
     with pytest.raises(DataError, match=message):
-        search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(21))
+        read_label(tmp_path / "a.png", plain_meaning(21))
 
 
 def write_folder(root, masks, layout="lists", suffixes=("jpg", "png")):
@@ -832,7 +826,7 @@ def test_palettes_that_differ_are_told(tmp_path, capsys):
 )
 def test_tables_of_classes(tmp_path, text, number, coloured):
     (tmp_path / "classes").write_text(text)
-    found, colours = search_seg.read_classes(tmp_path / "classes")
+    found, colours = read_classes(tmp_path / "classes")
     assert (found, len(colours)) == (number, number if coloured else 0)
 
 
@@ -853,11 +847,11 @@ def test_colour_table_of_a_labelling_tool(tmp_path, line):
 def test_classes_by_number_and_by_names(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path, [index_map()] * 6)
     args = arguments(search_seg, tmp_path, "--data", "folder", "--classes", "5")
-    assert search_seg.find_meaning(args, search_seg.list_data(args)).number == 5
+    assert find_meaning(args, search_seg.list_data(args)).number == 5
     names = tmp_path / "names.txt"
     names.write_text("Hintergrund\nFußgänger\n行人\n", encoding="utf-8")
     args = arguments(search_seg, tmp_path, "--data", "folder", "--classes", names)
-    assert search_seg.find_meaning(args, search_seg.list_data(args)).number == 3
+    assert find_meaning(args, search_seg.list_data(args)).number == 3
     with pytest.raises(DataError, match="class 2; expected 0..1 or 255"):
         read_folder(tmp_path, "--classes", "2")
     names.write_text("a\nb\na\n")
@@ -933,7 +927,7 @@ REFUSED_MASKS = {
 def test_masks_that_would_be_misread(tmp_path, kind):
     masks, words = REFUSED_MASKS[kind]
     with pytest.raises(DataError, match=words):
-        search_seg.found_meaning(masks_in(write_folder(tmp_path, masks)), None)
+        found_meaning(masks_in(write_folder(tmp_path, masks)), None)
 
 
 def masks_in(root):
@@ -948,7 +942,7 @@ def test_rare_classes_are_no_soft_edges(tmp_path):
     palette = np.frombuffer(shapes.voc_palette(), np.uint8).reshape(-1, 3).copy()
     palette[2:14, 1] += 7
     for kind, mask in {"grey": index, "colours": palette[index]}.items():
-        assert search_seg.found_meaning(masks_in(write_folder(tmp_path / kind, [mask] * 4)), None).number == 14
+        assert found_meaning(masks_in(write_folder(tmp_path / kind, [mask] * 4)), None).number == 14
 
 
 @pytest.mark.parametrize("values", [(0, 1, 255), (0, 128, 255), (7, 9, 255)])
@@ -960,7 +954,7 @@ def test_few_grey_values_are_classes(tmp_path, values):
 def test_an_overview_is_no_second_mask(tmp_path):
     mask = Image.fromarray(index_map())
     mask.save(tmp_path / "a.tif", save_all=True, append_images=[mask.resize((15, 10), Image.Resampling.NEAREST)])
-    label = search_seg.read_label(tmp_path / "a.tif", search_seg.plain_meaning(21))
+    label = read_label(tmp_path / "a.tif", plain_meaning(21))
     assert torch.equal(label, torch.from_numpy(index_map()))
 
 
@@ -970,14 +964,14 @@ def test_nothing_is_seen_of_transparent_colours(tmp_path):
     save(np.dstack([below, np.where(index > 0, 200, 0).astype(np.uint8)]), tmp_path / "a.png")
     save(np.dstack([COLOURS[index], 0 * index]), tmp_path / "b.png")  # alpha that says nothing
     for name in ("a.png", "b.png"):
-        label = search_seg.read_label(tmp_path / name, search_seg.plain_meaning(21))
+        label = read_label(tmp_path / name, plain_meaning(21))
         assert torch.equal(label, torch.from_numpy(index)), name
 
 
 def test_colours_in_a_mask_of_sixteen_pixels(tmp_path):
     """The sides are no bits."""
     save(COLOURS[np.eye(16, dtype=np.uint8)], tmp_path / "a.png")
-    assert search_seg.read_label(tmp_path / "a.png", search_seg.plain_meaning(21)).sum() == 16
+    assert read_label(tmp_path / "a.png", plain_meaning(21)).sum() == 16
 
 
 def test_lossless_webp_in_colour(tmp_path):
@@ -1374,7 +1368,7 @@ def test_a_download_happens_once(tmp_path, monkeypatch):
         write_folder(tmp_path / "shared/VOCdevkit/VOC2012", [index_map()] * 8, "voc")
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_seg.fcntl, "flock", waited)
+        patch.setattr(fcntl, "flock", waited)
         search_seg.list_data(search_seg.parse_arguments([*args[:-1], str(tmp_path / "shared")]))
     assert len(calls) == 2
 

@@ -31,6 +31,7 @@ from torchvision.models.detection.image_list import ImageList
 import evolve
 import search_det
 from data import shapes
+from data.coco import read_runs
 from loss_ops import parse
 from search_det import DataError, InvalidLoss, coco_eval
 
@@ -224,7 +225,7 @@ def test_evaluator_takes_masks_in_all_forms():
     for result in found[:3]:
         (code,) = rle.frPyObjects([flat], *sizes[result["image_id"]])
         want = oracle(truth, [result | {"segmentation": code}], "segm")
-        counts = search_det.read_runs(code["counts"])
+        counts = read_runs(code["counts"])
         for form in (*forms, [code], {**code, "counts": counts}, {**code, "counts": np.array(counts)}):
             given = coco_eval(
                 truth, [{k: v for k, v in result.items() if k != "bbox"} | {"segmentation": form}], "segm"
@@ -248,7 +249,7 @@ def test_evaluator_of_an_empty_split():
 
 
 def test_results_of_no_known_category_are_told(capsys):
-    search_det.warn_once.cache_clear()
+    evolve.warn_once.cache_clear()
     truth, found = random_case(4, "bbox")
     assert coco_eval(truth, [result | {"category_id": 77} for result in found], "bbox")["AP"] == 0
     assert "no result is of a category of the ground truth (first: 77)" in capsys.readouterr().err
@@ -593,7 +594,7 @@ def test_masks_elsewhere_than_their_boxes(tmp_path, mask):
 
 def test_names_of_pictures_as_systems_write_them(tmp_path, capsys):
     """A narrow space before PM, accents composed in the file and not on disk; and what train and val share is told."""
-    search_det.warn_once.cache_clear()
+    evolve.warn_once.cache_clear()
     for name in ("10\u202fPM.jpg", "e\u0301.jpg"):
         root, written = tmp_path / name, unicodedata.normalize("NFC", name)
 
@@ -644,7 +645,7 @@ def test_broken_data_is_named(tmp_path, monkeypatch, capsys, broken):
 
 
 def test_crowds_teach_nothing_and_are_told(tmp_path, capsys):
-    search_det.warn_once.cache_clear()
+    evolve.warn_once.cache_clear()
     source = search_det.Source(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
     write_coco(tmp_path, {1: (20, 30)}, [entry(k, 1, iscrowd=("1", 1, True, "0")[k]) for k in range(4)])
     assert search_det.read_split(source, 64, False, True).crowd.sum() == 3
@@ -765,7 +766,7 @@ def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path, capsys, task):
     refused = loaded = 0
     for what, text in damaged(content):
         source.annotations.write_bytes(text)
-        search_det.warn_once.cache_clear()
+        evolve.warn_once.cache_clear()
         try:
             if task == "score":
                 numbers = coco_eval(source.annotations, [], "segm", "cpu").values()

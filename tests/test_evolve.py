@@ -1,5 +1,6 @@
 """The search, on a toy task that needs no data: mutations, gates, surrogate, state, journal, closing round, workers."""
 
+import csv
 import dataclasses
 import hashlib
 import io
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Full, damaged, journal, open_on_full_disk, records, retrained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils import tensorboard
 
 import evolve
 from evolve import Branch, Child, InvalidLoss, Member, Surrogate, Tried, Worker
@@ -1888,7 +1890,7 @@ def test_trainings_that_became_invalid_are_told(capsys):
     assert "invalid" not in capsys.readouterr().out
 
 
-def test_files_of_a_run(tmp_path, short):
+def test_files_of_a_run(tmp_path, short, capsys):
     directory = run(tmp_path, "--evals", "6", "--seeds", "2", "--without", "rejected", planted=PLANTED)
     for name in ("args.json", "journal-0.jsonl", "hall_of_fame.csv", "best_loss.py", "result.json"):
         assert (directory / name).stat().st_size > 0, name
@@ -1900,9 +1902,20 @@ def test_files_of_a_run(tmp_path, short):
     mean, error = result["difference"]["toy"]
     gaps = [f - b for f, b in zip(result["test"]["found"]["toy"], result["test"]["baseline"]["toy"])]
     assert mean == pytest.approx(sum(gaps) / 2) and error == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
-    head, first, *_ = (directory / "hall_of_fame.csv").read_text().splitlines()
-    assert head == "rank,proxy_toy,retrained_toy,gain,loss" and first.startswith("1,")
-    assert float(first.split(",")[2]) > 0.9
+    head, first, *_ = csv.reader((directory / "hall_of_fame.csv").read_text().splitlines())
+    assert head == ["rank", "proxy_toy", "retrained_toy", "gain", "loss"]
+    again: dict[str, list] = {}
+    for line in retrained(directory):
+        if line["seed"] in evolve.choice_seeds(0):
+            again.setdefault(line["retrained"]["loss"], []).append(line["scores"]["val"]["toy"])
+    again = {text: sum(scores) / len(scores) for text, scores in again.items()}
+    text = max(again, key=again.get)
+    proxy = {line["losses"]["loss"]: line["score"] for line in journal(directory)}[text]
+    assert (
+        first[:3] + first[4:] == ["1", str(proxy), str(round(again[text], 6)), text]
+        and abs(again[text] - proxy) > 0.001
+    )
+    assert f"{proxy:>7.3f}  {again[text]:>10.3f}  {text}" in capsys.readouterr().out, "in the list at the end"
     assert evolve.read_found(directory, ToyTask, "--loss") == {k: parse(v) for k, v in result["losses"].items()}
 
 
@@ -1912,7 +1925,10 @@ def test_lineage_goes_back_to_a_random_tree(tmp_path, short):
     parents = {line["losses"]["loss"]: line["parent"] and line["parent"]["loss"] for line in journal(directory)}
     reporter = evolve.Reporter(directory, evolve.make_state(args, ToyTask()), args)
     youngest = max(parents, key=lambda text: parents[text] is not None)
-    rows = [line.split(None, 2)[2] for line in reporter.lineage(youngest).splitlines()[2:-1]]
+    proxies, again, rows = zip(*(line.split(None, 2) for line in reporter.lineage(youngest).splitlines()[2:-1]))
+    scores = [(reporter.state.results[text].score, reporter.state.full_score(text)) for text in rows]
+    assert [*zip(proxies, again)] == [tuple(evolve.shown(score).strip() for score in pair) for pair in scores]
+    assert {score for _, score in scores} - {None}, "one of them was re-trained"
     assert len(rows) > 1 and rows[0] == youngest and parents[rows[-1]] is None
     assert all(parents[child] == parent for child, parent in itertools.pairwise(rows))
     reporter.board.close()
@@ -1955,31 +1971,69 @@ def test_an_unfinished_run_gives_its_best_so_far(tmp_path, short):
     assert evolve.texts(evolve.read_found(directory, ToyTask, "--loss")) == first["losses"], "proven by a re-training"
 
 
-def test_signals_wait_while_tensorboard_is_written(tmp_path, monkeypatch):
-    """An exception amid its work leaves its queue such that closing it would never end."""
-    args, written = arguments(tmp_path), []
-    reporter = evolve.Reporter(tmp_path, evolve.make_state(args, ToyTask()), args)
-    worker, scalar = Worker(tmp_path), reporter.board.add_scalar
-    worker.tell({"baseline": 0.5})
-
-    def interrupted(*what):
-        os.kill(os.getpid(), signal.SIGTERM)
-        scalar(*what)
-        written.append(what)
-
-    monkeypatch.setattr(reporter, "tell_baseline", lambda: interrupted("search/baseline", 0.5, 0))
+@pytest.fixture
+def interruptible():
+    """As in a real run; what has come is forgotten at the end."""
     before = signal.signal(signal.SIGTERM, evolve.interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            reporter.hear()
-        assert len(written) == 1 and evolve.STOPPED == [signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        evolve.STOPPED.clear()
-        worker.leave()
-        reporter.board.close()
+    yield
+    signal.signal(signal.SIGTERM, before)
+    evolve.STOPPED.clear()
+
+
+def amid(function):
+    """`function`, with SIGTERM coming before it has done anything; what it was done with."""
+    done = []
+
+    def interrupted(*what, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        function(*what, **more)
+        done.append(what)
+
+    return interrupted, done
+
+
+def test_signals_wait_while_tensorboard_is_written(tmp_path, monkeypatch, interruptible):
+    """An exception amid its work leaves its queue such that closing it would never end."""
+    args = arguments(tmp_path)
+    reporter = evolve.Reporter(tmp_path, evolve.make_state(args, ToyTask()), args)
+    worker = Worker(tmp_path)
+    worker.tell({"baseline": 0.5})
+    interrupted, written = amid(reporter.board.add_scalar)
+    monkeypatch.setattr(reporter, "tell_baseline", lambda: interrupted("search/baseline", 0.5, 0))
+    with pytest.raises(KeyboardInterrupt):
+        reporter.hear()
+    assert len(written) == 1 and evolve.STOPPED == [signal.SIGTERM]
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    worker.leave()
+    reporter.board.close()
+
+
+@pytest.mark.parametrize("moment", ["add_text", "add_hparams", "close"])
+def test_signals_wait_at_the_end_of_a_run(tmp_path, short, monkeypatch, interruptible, moment):
+    board = tensorboard.SummaryWriter
+    interrupted, written = amid(getattr(board, moment))
+
+    def at_the_end(self, *what, **more):
+        over = moment == "close" or (what and what[0] == "found/closing_table") or moment == "add_hparams"
+        (interrupted if over else before)(self, *what, **more)
+
+    before = getattr(board, moment)
+    monkeypatch.setattr(board, moment, at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *SHORT, "rejected", planted=PLANTED)
+    assert len(written) == 1
+
+
+def test_signals_wait_while_a_curve_is_written(tmp_path, monkeypatch, interruptible):
+    board = tensorboard.SummaryWriter
+    interrupted, written = amid(board.add_scalar)
+    monkeypatch.setattr(board, "add_scalar", interrupted)
+    args = arguments(tmp_path)
+    args.compare = "ce"
+    with pytest.raises(KeyboardInterrupt):
+        evolve.train_once(args, ToyTask(), "ce", "ce", 0, evolve.Checkpoint(tmp_path / "training_0_0.pt", 1))
+    assert len(written) == 1
 
 
 def test_only_searching_takes_from_the_minutes(tmp_path, short):

@@ -21,6 +21,7 @@ run, Journal and workers, Report, The whole run, Command line, Losses by name, T
 
 import argparse
 import contextlib
+import copy
 import csv
 import errno
 import fcntl
@@ -42,7 +43,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -107,7 +108,7 @@ def search(state: "State", worker: "Worker", args) -> None:
         child = next_child(state, rng, guide, deadline, at_work)
         if child is None:  # the deadline came first
             return
-        worker.tell({"turn": turn, **proxy_training(state.task, worker, child)})
+        worker.tell({"turn": turn, **proxy_training(state, worker, child)})
 
 
 def next_child(
@@ -140,29 +141,45 @@ def next_child(
     return None
 
 
-def proxy_training(task: "Task", worker: "Worker", child: "Child") -> dict:
+def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
     """The proxy training of a child, as its record in the journal."""
     start = time.time()
     worker.works_on(child.losses)
-    score = proxy_score(task, child.losses)
+    score, later, curve = proxy_scores(state, child.losses)
     return {
         "losses": texts(child.losses),
         "parent": texts(child.parent),
         "score": score,
+        "later": later,
         "gain": {tree.branch: tree.gain for tree in child.trees},
         "identity": child.identity,
         "predicted": child.predicted,
         "tried": child.tried,
-        "curve": [[step, float(f"{loss:.4g}")] for step, loss in task.curve if math.isfinite(loss)],
+        "curve": [[step, float(f"{loss:.4g}")] for step, loss in curve if math.isfinite(loss)],
         "seconds": round(time.time() - start, 3),
         **child.more,
     }
 
 
-def proxy_score(task: "Task", losses) -> float | None:
+def proxy_scores(state: "State", losses) -> tuple[float | None, list[float | None], list[tuple[int, float]]]:
+    """The proxy score of losses, what they score from later base networks, and the curve of their first training.
+
+    Where they are ahead of the baseline, they go on from later base networks, too, and how far they are ahead there is
+    added: what starts well may not last. What is behind is not looked at any further [D].
+    """
+    task, later = state.task, []
+    score, curve = proxy_score(task, losses), task.curve
+    if score is not None and state.baseline is not None and score > state.baseline:
+        later = [proxy_score(task, losses, base) for base in range(1, 1 + len(state.later))]
+        leads = [again - known for again, known in zip(later, state.later) if None not in (again, known)]
+        score = None if None in later else round(score + sum(leads), 6)
+    return score, later, curve
+
+
+def proxy_score(task: "Task", losses, base: int = 0) -> float | None:
     """What a proxy training of losses scores; None where that is no number, or the training became invalid."""
     try:
-        score = float(task.train(losses))
+        score = float(task.train(losses, base) if base else task.train(losses))
     except InvalidLoss:
         return None
     return score if math.isfinite(score) else None
@@ -246,6 +263,7 @@ class Task:
     whole = True  # whether `retrain` has all the steps of its schedule, and not fewer by --retrain-steps
     ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on
+    bases = 1  # networks from which proxy trainings go on, the earliest first; from `prepare` on
     curve: list[tuple[int, float]] = []  # (step, loss) of the latest training
 
     def load(self) -> None:
@@ -255,8 +273,8 @@ class Task:
     def prepare(self, base: Path) -> None:
         """What a search needs beyond that: branches, and the base network, trained now or read from the file `base`."""
 
-    def train(self, losses: dict[str, Expr] | str) -> float:
-        """Proxy training; the metric on the search-validation split. Raises InvalidLoss."""
+    def train(self, losses: dict[str, Expr] | str, base: int = 0) -> float:
+        """Proxy training from a base network; the metric on the search-validation split. Raises InvalidLoss."""
         raise NotImplementedError
 
     def retrain(
@@ -1002,7 +1020,8 @@ class State:
     again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # `Task.retrain` by text and seed
     turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
     programs: dict[str, list] = field(default_factory=dict)  # by branch and tree, the latest that computes it
-    baseline: float | None = None  # its proxy score
+    baseline: float | None = None  # its proxy score ...
+    later: Sequence[float | None] = ()  # ... and what it scores from later base networks
     simulated: float | None = None  # its score in the short training of CSE
     choice_seeds: Sequence[int] = range(CHOICE_SEEDS, TABLE_SEEDS)  # of the re-trainings by which losses are chosen
     broken: int = 0  # lines of the journal that could not be read
@@ -1078,7 +1097,7 @@ class State:
         kind, record = next((kind for kind in RECORDS if kind in record), "losses"), UNSAID | record
         checked(record, RECORDS[kind])
         if kind == "baseline":
-            self.baseline = record["baseline"]
+            self.baseline, self.later = record["baseline"], record["later"]
         elif kind == "retrained":
             key, scores = losses_text(self.task.read_losses(record["retrained"])), record["scores"]
             if scores is not None:
@@ -1360,7 +1379,7 @@ AGAIN = {"seed": int, "scores": (SCORES, None), "seconds": float}  # a training 
 TRAINING = {**AGAIN, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
 RECORDS = {  # the lines of a journal, by the key that tells their kind
-    "baseline": {**STAMP, "baseline": (float, None)},
+    "baseline": {**STAMP, "baseline": (float, None), "later": [(float, None)]},
     "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str)},
     "losses": {
         **STAMP,
@@ -1368,6 +1387,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "losses": TREES,
         "parent": (TREES, None),
         "score": (float, None),
+        "later": [(float, None)],
         "gain": {str: (float, None)},
         "identity": [str],
         "predicted": ([float, float], None),
@@ -1382,7 +1402,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "seconds": float,
     },
 }
-UNSAID = {"programs": {}}  # by earlier versions
+UNSAID = {"programs": {}, "later": []}  # by earlier versions
 ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
 RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
 ALIVE = {"losses": (TREES, str, None), "searching": bool}  # a worker's sign of life
@@ -1456,6 +1476,15 @@ def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: t
         return states
 
     return read_weights(path, device, use, "remove it, and --resume trains the base network anew")
+
+
+def on_the_way(batches: Iterable, net: torch.nn.Module, steps: Sequence[int], states: list[dict]) -> Iterator:
+    """The batches of a training up to the last of `steps`, before each of which the weights join `states`."""
+    for step, batch in enumerate(batches):
+        states += [copy.deepcopy(net.state_dict()) for _ in range(steps.count(step))]
+        if step == steps[-1]:
+            return
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2147,7 +2176,8 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         worker.hear(state)
         worker.start = time.time() - state.searched
         if state.baseline is None and worker.claim("baseline"):
-            worker.tell({"baseline": proxy_score(task, task.baseline)})
+            first, *later = [proxy_score(task, task.baseline, base) for base in range(task.bases)]
+            worker.tell({"baseline": first, "later": later})
         search(state, worker, args)
         close(state, worker, args)
     finally:

@@ -90,8 +90,8 @@ class Schedule(NamedTuple):
     weight_decay: float
     model: str = "small"
     warmup: float = 0.0  # share of the steps until the learning rate is reached
-    base: int = 0  # steps with the baseline's losses that go before ...
-    base_of: int = 1  # ... as the first ones of a training of so many
+    base: tuple[int, ...] = ()  # steps with the baseline's losses from which proxy trainings go on, rising ...
+    base_of: int = 1  # ... the first ones of a training of so many
     clip: float = math.inf  # norm to which longer gradients are cut
 
 
@@ -104,7 +104,7 @@ PROXY = {
     "coco": Schedule(2000, 16, 512, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 2000, clip=35.0),
 }
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=2400, base=0, warmup=10 / 1200),
+    "shapes": PROXY["shapes"]._replace(steps=2400, base=(), warmup=10 / 1200),
     "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 90_000, clip=35.0),
 }
 
@@ -1616,7 +1616,8 @@ class DetTask(evolve.Task):
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
         args = self.args
-        base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
+        share = (steps or plan.steps) / plan.steps  # a shorter proxy has shorter bases
+        base = tuple(round(share * number) for number in plan.base)
         flags = dict(steps=steps, size=args.size, batch=args.batch, lr=args.lr, model=args.model, base=base)
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
@@ -1657,16 +1658,18 @@ class DetTask(evolve.Task):
         another state would be of other proposals, with targets of their own.
         """
         self.states = evolve.base_states(base, self.device, self.train_base, self.network(self.proxy, self.args.seed))
+        self.bases = len(self.states)
         self.branches = self.make_branches()
 
     def train_base(self) -> list[dict[str, Tensor]]:
         plan = self.proxy._replace(steps=self.proxy.base_of)
         if plan.base:
-            note(f"training the base network: {plan.base} steps of {BASELINE}")
-        net = self.network(plan, self.args.seed)
-        batches = itertools.islice(self.batches(plan, 500 + self.args.seed), plan.base)
+            note(f"training the base network: {plan.base[-1]} steps of {BASELINE}")
+        steps = plan.base or (0,)
+        net, states = self.network(plan, self.args.seed), []
+        batches = evolve.on_the_way(self.batches(plan, 500 + self.args.seed), net, steps, states)
         train_network(net, self.losses(BASELINE), batches, plan)
-        return [net.state_dict()]
+        return states + [net.state_dict()] * (len(steps) - len(states))
 
     def make_branches(self) -> dict[str, Branch]:
         """The training images with most objects, and what the losses of a random network see of each."""
@@ -1736,13 +1739,13 @@ class DetTask(evolve.Task):
             BRANCHES[branch][0], prediction[None], target, leaves, score, eta, baseline=baseline, **simulation
         )
 
-    def train(self, losses: dict[str, Expr | str] | str) -> float:
-        return round(self.proxy_scores(losses)[self.args.metric], 6)
+    def train(self, losses: dict[str, Expr | str] | str, base: int = 0) -> float:
+        return round(self.proxy_scores(losses, base)[self.args.metric], 6)
 
-    def proxy_scores(self, losses: dict[str, Expr | str] | str) -> dict[str, float]:
+    def proxy_scores(self, losses: dict[str, Expr | str] | str, base: int = 0) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""
         net = self.network(self.proxy, self.args.seed)
-        net.load_state_dict(self.states[-1])
+        net.load_state_dict(self.states[base - self.bases])
         data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.losses(losses), data, self.proxy, "invalid" not in self.args.without)

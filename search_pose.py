@@ -16,7 +16,6 @@ error .002). tests/RESULTS.md has more.
 """
 
 import argparse
-import copy
 import functools
 import itertools
 import math
@@ -78,20 +77,20 @@ class Schedule(NamedTuple):
     rotation: float  # standard deviation of the random rotation in degrees, cut off at twice this
     lr: float  # decays to 0 as (1 - step / steps) ** 0.9 (poly)
     weight_decay: float = 5e-4
-    base: int = 0  # steps with the baseline's loss that go before ...
-    base_of: int = 1  # ... as the first ones of a training of so many
+    base: tuple[int, ...] = ()  # steps with the baseline's loss from which proxy trainings go on, rising ...
+    base_of: int = 1  # ... the first ones of a training of so many
     clip: float = math.inf  # norm to which longer gradients are cut
 
 
 # The small network's learning rate is the best for squared error; tests/bench_pose.py says what its base is worth [D].
 # ResNet-50: crops, Gaussians, ranges of augmentation, batch and 140 epochs as published [S], the proxy a fiftieth [D].
 PROXY = {
-    "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=100, base_of=1200),
-    "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=3200, base_of=80_000),
+    "small": Schedule(100, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=(100,), base_of=1200),
+    "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=(3200,), base_of=80_000),
 }
 RETRAIN = {
-    "small": PROXY["small"]._replace(steps=2400, base=0),
-    "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=0),
+    "small": PROXY["small"]._replace(steps=2400, base=()),
+    "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=()),
 }
 
 
@@ -1257,7 +1256,8 @@ class PoseTask(evolve.Task):
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
-        base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
+        share = (steps or plan.steps) / plan.steps  # a shorter proxy has shorter bases
+        base = tuple(round(share * number) for number in plan.base)
         flags = {"steps": steps, "batch": self.args.batch, "lr": self.args.lr, "base": base}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
@@ -1289,25 +1289,19 @@ class PoseTask(evolve.Task):
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
         self.states = evolve.base_states(base, self.device, self.train_base, self.network(self.proxy, self.args.seed))
+        self.bases = len(self.states) - len(STATES) + 1
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:
         plan = self.proxy._replace(steps=self.proxy.base_of)
         if plan.base:
-            note(f"training the base network: {plan.base} steps of {BASELINE}")
-        steps = [round(plan.base * share) for share in STATES]
+            note(f"training the base network: {plan.base[-1]} steps of {BASELINE}")
+        first, *later = plan.base or (0,)
+        steps = [*(round(first * share) for share in STATES), *later]
         net, states = self.network(plan, self.args.seed), []
-
-        def batches() -> Iterator[tuple[Tensor, ...]]:
-            for step, batch in enumerate(self.batches(plan, 500 + self.args.seed)):
-                for _ in range(steps.count(step)):  # mostly none; several at once in a short base
-                    states.append(copy.deepcopy(net.state_dict()))
-                if step == steps[-1]:
-                    return
-                yield batch
-
-        train_network(net, LOSSES[BASELINE], batches(), plan)
-        return states
+        batches = evolve.on_the_way(self.batches(plan, 500 + self.args.seed), net, steps, states)
+        train_network(net, LOSSES[BASELINE], batches, plan)
+        return states + [net.state_dict()] * (len(steps) - len(states))
 
     def branch(self) -> Branch:
         """The training persons with most labelled joints, small, and what the base network makes of them on its way.
@@ -1325,7 +1319,7 @@ class PoseTask(evolve.Task):
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
         images = normalise(middle(train.images[index], self.size).to(self.device).float())
         net, logits = self.network(self.proxy, self.args.seed), [noise]
-        for state in self.states[1:]:
+        for state in self.states[1 : len(STATES)]:
             net.load_state_dict(state)
             with torch.no_grad():
                 logits.append(F.interpolate(SHARPNESS * net(images), size, mode="bilinear").cpu())
@@ -1353,13 +1347,13 @@ class PoseTask(evolve.Task):
         labelled = target.flatten(-3).any(-1)
         return ((off <= 1) & labelled).sum(-1) / labelled.sum(-1)
 
-    def train(self, losses: dict[str, Expr] | str) -> float:
-        return round(self.proxy_scores(losses)[self.args.metric], 6)
+    def train(self, losses: dict[str, Expr] | str, base: int = 0) -> float:
+        return round(self.proxy_scores(losses, base)[self.args.metric], 6)
 
-    def proxy_scores(self, losses: dict[str, Expr] | str) -> dict[str, float]:
+    def proxy_scores(self, losses: dict[str, Expr] | str, base: int = 0) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""
         net = self.network(self.proxy, self.args.seed)
-        net.load_state_dict(self.states[-1])
+        net.load_state_dict(self.states[base - self.bases])
         data = self.proxy_batches or self.batches(self.proxy, self.args.seed)
         self.curve = []
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)

@@ -18,7 +18,6 @@ seeds +.016 (standard error .002). tests/RESULTS.md has the other searches.
 
 import argparse
 import contextlib
-import copy
 import functools
 import itertools
 import math
@@ -68,8 +67,8 @@ class Schedule(NamedTuple):
     weight_decay: float = 5e-4
     model: str = "small"
     warmup: float = 0.0  # share of the steps until the learning rate is reached
-    base: int = 0  # steps with the baseline's loss that go before ...
-    base_of: int = 1  # ... as the first ones of a training of so many
+    base: tuple[int, ...] = ()  # steps with the baseline's loss from which proxy trainings go on, rising ...
+    base_of: int = 1  # ... the first ones of a training of so many
     clip: float = math.inf  # norm to which longer gradients are cut
 
 
@@ -81,13 +80,13 @@ class Schedule(NamedTuple):
 # [A]; there a picture is brought to the size of a crop before it is scaled, here crops are of source pixels. That, the
 # base, and crops and batch of Cityscapes are ours [D].
 PROXY = {
-    "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, warmup=0.3, base=250, base_of=600),
-    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, base_of=2500, model="r50-dlv3p"),
-    "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=1000, base_of=2500, model="r50-dlv3p"),
+    "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, warmup=0.3, base=(250, 600), base_of=600),
+    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=(1000,), base_of=2500, model="r50-dlv3p"),
+    "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=(1000,), base_of=2500, model="r50-dlv3p"),
 }
 PROXY["folder"] = PROXY["voc"]
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=2400, base=0),
+    "shapes": PROXY["shapes"]._replace(steps=2400, base=()),
     "voc": Schedule(10_000, 32, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }
@@ -1353,7 +1352,8 @@ class SegTask(evolve.Task):
         if args.model in WIDTHS:
             own = ("optimizer", "lr", "head_lr", "warmup")
             plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in own})
-        base = round(plan.base * (steps or plan.steps) / plan.steps)  # a shorter proxy has a shorter base
+        share = (steps or plan.steps) / plan.steps  # a shorter proxy has shorter bases
+        base = tuple(round(share * number) for number in plan.base)
         flags = dict(steps=steps, crop=args.crop, batch=args.batch, lr=args.lr, model=args.model, base=base)
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})
 
@@ -1393,25 +1393,19 @@ class SegTask(evolve.Task):
         Proxy trainings go on from its last state; the gates look at losses at all of STATES.
         """
         self.states = evolve.base_states(base, self.device, self.train_base, self.network(self.proxy, self.args.seed))
+        self.bases = len(self.states) - len(STATES) + 1
         self.branches = {"loss": self.branch()}
 
     def train_base(self) -> list[dict[str, Tensor]]:
         plan = self.proxy._replace(steps=self.proxy.base_of)
         if plan.base:
-            note(f"training the base network: {plan.base} steps of {BASELINE}")
-        steps = [round(plan.base * share) for share in STATES]
+            note(f"training the base network: {plan.base[-1]} steps of {BASELINE}")
+        first, *later = plan.base or (0,)
+        steps = [*(round(first * share) for share in STATES), *later]
         net, states = self.network(plan, self.args.seed), []
-
-        def batches() -> Iterator[tuple[Tensor, ...]]:
-            for step, batch in enumerate(self.batches(BASELINE, plan, 500 + self.args.seed)):
-                for _ in range(steps.count(step)):  # mostly none; several at once in a short base
-                    states.append(copy.deepcopy(net.state_dict()))
-                if step == steps[-1]:
-                    return
-                yield batch
-
-        train_network(net, LOSSES[BASELINE], batches(), plan)
-        return states
+        batches = evolve.on_the_way(self.batches(BASELINE, plan, 500 + self.args.seed), net, steps, states)
+        train_network(net, LOSSES[BASELINE], batches, plan)
+        return states + [net.state_dict()] * (len(steps) - len(states))
 
     def branch(self) -> Branch:
         """The training images with most classes, small, and what the base network makes of them on its way."""
@@ -1428,7 +1422,7 @@ class SegTask(evolve.Task):
             return torch.cat([F.interpolate(window, (GATE_SIZE, GATE_SIZE), mode=mode) for window in windowed])
 
         net, logits = self.network(self.proxy, self.args.seed), []
-        for state in self.states:
+        for state in self.states[: len(STATES)]:
             net.load_state_dict(state)
             with torch.no_grad():
                 logits.append(small(net(normalise(few.images.to(self.device).float())), "bilinear").cpu())
@@ -1462,13 +1456,13 @@ class SegTask(evolve.Task):
         metrics.update(logits.argmax(-3).flatten(0, -3), label.flatten(0, -3))
         return metrics.compute()[self.args.metric].view(leading)
 
-    def train(self, losses: dict[str, Expr] | str) -> float:
-        return round(self.proxy_scores(losses)[self.args.metric], 6)
+    def train(self, losses: dict[str, Expr] | str, base: int = 0) -> float:
+        return round(self.proxy_scores(losses, base)[self.args.metric], 6)
 
-    def proxy_scores(self, losses: dict[str, Expr] | str) -> dict[str, float]:
+    def proxy_scores(self, losses: dict[str, Expr] | str, base: int = 0) -> dict[str, float]:
         """All metrics on the search-validation split after a proxy training."""
         net = self.network(self.proxy, self.args.seed)
-        net.load_state_dict(self.states[-1])
+        net.load_state_dict(self.states[base - self.bases])
         shared = None if isinstance(losses, str) and losses in WEIGHTS else self.proxy_batches
         data = shared or self.batches(losses, self.proxy, self.args.seed)
         self.curve = []

@@ -148,7 +148,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     own = search_det.PROXY["shapes"]
     parser.add_argument(
-        "--proxies", nargs="+", default=[f"{own.base}/{own.base_of}+{own.steps}"], metavar="BASE/OF+STEPS"
+        "--proxies",
+        nargs="+",
+        default=["/".join(map(str, (own.base or (0,))[:1] + (own.base_of,))) + f"+{own.steps}"],
+        metavar="BASE/OF+STEPS",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

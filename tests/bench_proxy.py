@@ -140,7 +140,7 @@ def show_ranking(task, losses: dict, proxies: list[str]) -> None:
         if proxy != "again":
             base, steps = proxy.split("+")
             base, _, of = base.partition("/")
-            task.proxy = task.proxy._replace(base=int(base), base_of=int(of or 1), steps=int(steps))
+            task.proxy = task.proxy._replace(base=(int(base),), base_of=int(of or 1), steps=int(steps))
             vars(task).pop("proxy_batches", None)
             with tempfile.TemporaryDirectory() as folder:
                 task.prepare(Path(folder) / "base.pt")

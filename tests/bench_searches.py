@@ -87,8 +87,9 @@ class ReplayTask(search_seg.SegTask):
             raise evolve.InvalidLoss(schedule)
         return entry["scores"]
 
-    def proxy_scores(self, losses):
-        return self.look_up(f"proxy {self.proxy}", losses, lambda: super(ReplayTask, self).proxy_scores(losses))
+    def proxy_scores(self, losses, base=0):
+        make = super().proxy_scores
+        return self.look_up(f"proxy {self.proxy} {base}", losses, lambda: make(losses, base))
 
     def retrain(self, losses, seed, picture=None, checkpoint=None):
         make = super().retrain
@@ -106,7 +107,7 @@ def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[
         base = table.path.with_suffix(".base.pt")
         task.prepare(base)
         state, worker = evolve.make_state(args, task), evolve.Worker(Path(folder))
-        state.baseline = task.train(task.baseline)
+        state.baseline, *state.later = (task.train(task.baseline, base) for base in range(task.bases))
         task.spent, start = 0.0, time.process_time()
         trained = 0.0  # processor time within trainings that were made now
         inner = task.look_up

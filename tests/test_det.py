@@ -949,7 +949,7 @@ def test_a_small_detector_is_trained_as_on_shapes(tmp_path):
     for flags, name in ((["--model", "small"], "shapes"), ([], "coco")):
         task = search_det.DetTask(arguments(tmp_path, "--data", "coco", *flags))
         for plan, want in ((task.proxy, search_det.PROXY[name]), (task.retraining, search_det.RETRAIN[name])):
-            assert plan._replace(steps=0, batch=0, base=0) == want._replace(steps=0, batch=0, base=0)
+            assert plan._replace(steps=0, batch=0, base=()) == want._replace(steps=0, batch=0, base=())
 
 
 def test_masks_are_cut_in_portions(mask_task, monkeypatch):

@@ -157,7 +157,7 @@ def explore(state, turns, guide=None, seed=0):
         rng = random.Random(f"{seed}/{turn}")
         fitted = guide and guide.fit(state, [])
         child = evolve.next_child(state, rng, fitted, math.inf)
-        record = evolve.proxy_training(state.task, nobody, child) | {"worker": 0, "turn": turn, "elapsed": 0}
+        record = evolve.proxy_training(state, nobody, child) | {"worker": 0, "turn": turn, "elapsed": 0}
         found.append(json.loads(json.dumps(record)))
         state.absorb(found[-1])
     return found
@@ -169,7 +169,7 @@ def scored(state, scores, **more):
         child = make_child(state, text)
         evolve.judge(state, child, evolve.CHEAP, tried := Tried())
         tried.close(state, child)
-        record = evolve.proxy_training(state.task, nobody, child) | {
+        record = evolve.proxy_training(state, nobody, child) | {
             "worker": 0,
             "turn": state.evaluated,
             "elapsed": 0,
@@ -575,7 +575,7 @@ def test_equivalent_scores_are_reused():
     assert tried.reused == [({"loss": "Neg(Mul(y, Log(Abs(p))))"}, child.identity)]
     other = tried_child(state, make_child(state, "Neg(Mul(y, p))"))
     other.tried["reused"] = tried.reused
-    record = evolve.proxy_training(task, nobody, other) | {"worker": 0, "turn": 1, "elapsed": 0}
+    record = evolve.proxy_training(state, nobody, other) | {"worker": 0, "turn": 1, "elapsed": 0}
     state.absorb(json.loads(json.dumps(record)))
     assert [member.score for member in state.population][:2] == [0.9, 0.9]
 
@@ -886,7 +886,10 @@ def test_trials_of_several_branches_are_no_relatives():
     for (branch, text), score in scores.items():
         child = make_child(state, text, branch)
         evolve.judge(state, child, evolve.CHEAP, tried := Tried())
-        record = evolve.proxy_training(task, nobody, tried.close(state, child)) | {"worker": 0, "turn": state.evaluated}
+        record = evolve.proxy_training(state, nobody, tried.close(state, child)) | {
+            "worker": 0,
+            "turn": state.evaluated,
+        }
         state.absorb({**json.loads(json.dumps(record)), "elapsed": 0, "score": score})
     assert state.surrogate.fit(state, [])
     best = {str(evolve.select_parent(state, random.Random(k), ["cls"]).losses["cls"]) for k in range(20)}
@@ -1635,6 +1638,71 @@ def test_minutes_end_a_search_that_nothing_passes(tmp_path):
     assert result_of(directory)["evaluated"] == 0
 
 
+# Proxies from several base networks
+
+SIX = [
+    "Neg(Mul(y, Log(p)))",
+    "Square(Add(p, Neg(y)))",
+    "Neg(Mul(y, MinPool3(p)))",
+    "Neg(Mul(y, MaxPool3(p)))",
+    "Mul(y, Inv(p))",
+    "Neg(Mul(MeanNHW(p), y))",
+]
+
+
+class Lasting(ToyTask):
+    """From each base network another score, by text; None: invalid."""
+
+    bases = 3
+
+    def __init__(self, scores):
+        super().__init__()
+        self.given = scores | {"ce": (0.5, 0.7, 0.8)}
+
+    def train(self, losses, base=0):
+        text = evolve.losses_text(losses)
+        self.calls.append((text, base))
+        self.curve = [(0, float(base))]
+        if self.given[text][base] is None:
+            raise InvalidLoss("step 3")
+        return self.given[text][base]
+
+
+def test_what_is_ahead_of_the_baseline_goes_on_from_later_bases():
+    task = Lasting({SIX[0]: (0.6, 0.65, 0.9), SIX[1]: (0.5, 1.0, 1.0), SIX[2]: (0.6, None, 0.9), SIX[3]: (None, 1, 1)})
+    state = begin(task, baseline=0.5, later=[0.7, 0.8])
+    scores = {}
+    for text in SIX[:4]:
+        record = evolve.proxy_training(state, nobody, tried_child(state, make_child(state, text)))
+        scores[text] = record["score"], record["later"]
+        assert record["curve"] == [[0, 0.0]], "of the first training"
+    assert scores[SIX[0]] == (pytest.approx(0.6 - 0.05 + 0.1), [0.65, 0.9])
+    assert scores[SIX[1]] == (0.5, []) and scores[SIX[3]] == (None, []), "what is not ahead is not trained again"
+    assert scores[SIX[2]] == (None, [None, 0.9]), "invalid later is invalid"
+    assert [base for text, base in task.calls if text == SIX[0]] == [0, 1, 2]
+    state.later = [None, 0.8]
+    assert evolve.proxy_scores(state, {"loss": parse(SIX[0])})[0] == pytest.approx(0.7), "where the baseline failed"
+
+
+def test_the_baseline_is_trained_from_every_base(tmp_path, short):
+    scores = {text: (0.9, 0.8, 0.85) for text in SIX}
+
+    class Any(Lasting):
+        def train(self, losses, base=0):
+            self.given.setdefault(evolve.losses_text(losses), (0.4, 0.0, 0.0))
+            return super().train(losses, base)
+
+    directory = run(tmp_path, *SHORT, "rejected", task=Any(scores))
+    (baseline,) = (line for line in records(directory) if "baseline" in line)
+    assert (baseline["baseline"], baseline["later"]) == (0.5, [0.7, 0.8])
+    state = begin(ToyTask())
+    state.absorb(baseline | {"elapsed": 0})
+    assert (state.baseline, state.later) == (0.5, [0.7, 0.8])
+    del baseline["later"]
+    state.absorb(baseline | {"elapsed": 0})
+    assert list(state.later) == [], "of an earlier version"
+
+
 # Closing round
 
 
@@ -1660,16 +1728,6 @@ def converge(tmp_path, scores, *argv):
     evolve.close(state, worker, args)
     worker.leave()
     return json.loads((tmp_path / "workers" / f"found-{state.evaluated}.json").read_text()), trained
-
-
-SIX = [
-    "Neg(Mul(y, Log(p)))",
-    "Square(Add(p, Neg(y)))",
-    "Neg(Mul(y, MinPool3(p)))",
-    "Neg(Mul(y, MaxPool3(p)))",
-    "Mul(y, Inv(p))",
-    "Neg(Mul(MeanNHW(p), y))",
-]
 
 
 def test_what_a_run_has_re_trained_is_not_re_trained_when_it_goes_on(tmp_path, short):
@@ -2022,17 +2080,22 @@ def test_signals_wait_at_the_end_of_a_run(tmp_path, short, monkeypatch, interrup
     monkeypatch.setattr(board, moment, at_the_end)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *SHORT, "rejected", planted=PLANTED)
-    assert len(written) == 1
+    assert len(written) == (2 if moment == "close" else 1), "hyperparameters have a writer of their own"
 
 
 def test_signals_wait_while_a_curve_is_written(tmp_path, monkeypatch, interruptible):
+    class Curved(ToyTask):
+        def retrain(self, *what, **how):
+            self.curve = [(0, 1.0)]
+            return super().retrain(*what, **how)
+
     board = tensorboard.SummaryWriter
     interrupted, written = amid(board.add_scalar)
     monkeypatch.setattr(board, "add_scalar", interrupted)
     args = arguments(tmp_path)
     args.compare = "ce"
     with pytest.raises(KeyboardInterrupt):
-        evolve.train_once(args, ToyTask(), "ce", "ce", 0, evolve.Checkpoint(tmp_path / "training_0_0.pt", 1))
+        evolve.train_once(args, Curved(), "ce", "ce", 0, evolve.Checkpoint(tmp_path / "training_0_0.pt", 1))
     assert len(written) == 1
 
 
@@ -2088,7 +2151,7 @@ def test_journals_are_read_in_order_of_time(tmp_path):
         worker = k * 7 % 2
         elapsed = k if k != 5 else 0  # a clock that was set back: a file keeps its own order
         stamp = {"worker": worker, "turn": k, "elapsed": elapsed}
-        lines[worker].append(json.dumps(evolve.proxy_training(task, nobody, child) | stamp))
+        lines[worker].append(json.dumps(evolve.proxy_training(state, nobody, child) | stamp))
     for worker, text in lines.items():
         (tmp_path / f"journal-{worker}.jsonl").write_text("\n".join(text) + "\n")
     state = begin(task)

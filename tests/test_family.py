@@ -158,7 +158,7 @@ def test_base_and_re_trainings_have_their_steps(name, task, tmp_path, monkeypatc
     monkeypatch.setattr(script, "train_network", lambda net, losses, data, plan, **_: steps.append(plan.steps) or [])
     monkeypatch.setattr(type(task), "test", lambda self, *_: {})
     task.retrain(script.BASELINE, 0)
-    task.proxy = task.proxy._replace(base=30, base_of=50)
+    task.proxy = task.proxy._replace(base=(30,), base_of=50)
     task.train_base()
     assert steps == [40, 50] and not task.whole
 

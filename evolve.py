@@ -79,7 +79,6 @@ UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: fe
 ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, which chooses after ...
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
-RUNGS = ((6, 1),)  # [D] closing round: so many finalists with so many seeds; more rungs would halve them successively
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
@@ -260,6 +259,7 @@ class Task:
     metrics: tuple[str, ...]
     symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
+    rungs: tuple = ((6, 1),)  # closing round: so many finalists, so many seeds; further rungs would halve them [D]
     whole = True  # whether `retrain` has all the steps of its schedule, and not fewer by --retrain-steps
     ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on
@@ -1308,7 +1308,7 @@ def close(state: State, worker: "Worker", args) -> None:
 
     worker.wait_for_searching(state)
     finalists = worker.agree("finalists", state, lambda: select_finalists(state))
-    for number, several in RUNGS:
+    for number, several in task.rungs:
         seeds = state.choice_seeds[: min(several, 2 * args.seeds)]
         worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]])
         finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
@@ -1340,7 +1340,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     Near relatives train alike: a few of them would be one candidate, trained a few times. Equal proxy scores are taken
     for those of equivalent losses.
     """
-    number, chosen, others, points, last = RUNGS[0][0], [], [], [], None
+    number, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.full_score(result.text) not in (None, -math.inf)]
     candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]

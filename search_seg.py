@@ -73,7 +73,7 @@ class Schedule(NamedTuple):
 
 
 # The proxy on shapes was chosen by its rank correlation with re-training and by its cost (tests/bench_proxy.py): after
-# a shorter base it favours what starts fast, after a longer one it is no better [D].
+# a shorter base it favours what starts fast, and of what is ahead after the first the second tells what lasts [D].
 # AdamW makes it blind to the scale of a loss, so that its ranking is about the shape of the loss alone. Without a
 # warm-up its first steps are its longest: cross entropy ends .02 mIoU lower, and with some losses a network never
 # learns one of the classes. On the real data sets optimizer, rates, steps, batches and crops are those of Auto Seg-Loss

@@ -114,6 +114,8 @@ PROXIES = {
     "1200 of 2400, then 120": (1200, 2400, 120, 0),
 }
 AGAIN = ("again, seed 0", "again, seed 1")  # re-trainings
+# What is ahead of cross entropy by the first proxy has its lead by the second one added, as in `evolve.proxy_scores`.
+LATER = ("250 of 600, then 120", ("400 of 600, then 120", "600 of 600, then 120", "1200 of 2400, then 120"))
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -221,17 +223,27 @@ def main() -> None:
     def column(names: tuple[str, ...], metric: str) -> list[float]:
         return [sum(bench.done[name, loss][metric] for name in names) / len(names) for loss in losses]
 
-    def row(name: str, wanted: tuple[str, ...]) -> None:
-        cells = [correlations(column((name,), metric), column(wanted, metric)) for metric in search_seg.METRICS]
-        seconds = sum(bench.done[name, loss]["seconds"] for loss in losses) / len(losses)
-        print(f"{name:<36}{seconds:>7.1f}" + "".join(f"{cell:>12}" for cell in cells))
+    def row(name: str, wanted: tuple[str, ...], later: str = "") -> None:
+        cells, names = [], [name, later] if later else [name]
+        seconds = sum(bench.done[each, loss]["seconds"] for each in names for loss in losses) / len(losses)
+        for metric in search_seg.METRICS:
+            scores = column((name,), metric)
+            if later:
+                leads = [score - bench.done[later, "ce"][metric] for score in column((later,), metric)]
+                scores = [s + lead * (s > bench.done[name, "ce"][metric]) for s, lead in zip(scores, leads)]
+            cells.append(correlations(scores, column(wanted, metric)))
+        print(f"{f'... and {later}' if later else name:<36}{seconds:>7.1f}" + "".join(f"{cell:>12}" for cell in cells))
 
     print(f"\n{'Spearman, all and the better half':<36}{'s':>7}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
     for name in PROXIES:
         row(name, again)
+    first, others = LATER
+    row(first, again)
+    for later in others:
+        row(first, again, later)
     if args.seeds == 2:
         row(AGAIN[0], AGAIN[1:])
-    print(f"{len(losses)} losses; the proxy of search_seg.py is 250 of 600, then 120")
+    print(f"{len(losses)} losses; the proxy of search_seg.py is {first} and {others[1]}")
 
 
 if __name__ == "__main__":

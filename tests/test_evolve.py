@@ -1206,7 +1206,8 @@ def test_nothing_is_trained_twice():
 def shortened(patch):
     """All phases of a search and of its closing round within a few trainings."""
     islands = {"ISLAND": 5, "ISLAND_INITIAL": 3, "ISLANDS": 3}
-    phases = {"INITIAL": 3, "TRIALS": 3, "RUNGS": ((3, 1), (2, 2))}
+    phases = {"INITIAL": 3, "TRIALS": 3}
+    patch.setattr(evolve.Task, "rungs", ((3, 1), (2, 2)))
     for name, value in {**phases, **islands, "POOL": 8, "ATTEMPTS": 80}.items():
         patch.setattr(evolve, name, value)
 
@@ -1743,7 +1744,7 @@ def test_what_a_run_has_re_trained_is_not_re_trained_when_it_goes_on(tmp_path, s
 
 
 def test_halving_keeps_the_better_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "RUNGS", ((6, 1), (3, 2), (2, 4)))
+    monkeypatch.setattr(evolve.Task, "rungs", ((6, 1), (3, 2), (2, 4)))
     found, trained = converge(tmp_path, dict(zip(SIX, (0.1, 0.6, 0.2, 0.8, 0.3, 0.7))), "--seeds", "2")
     table = [evolve.TABLE_SEEDS, evolve.TABLE_SEEDS + 1]
     assert found == {"loss": SIX[3]}
@@ -1753,33 +1754,33 @@ def test_halving_keeps_the_better_ones(tmp_path, monkeypatch):
 
 
 def test_the_mean_over_seeds_decides(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "RUNGS", ((3, 1), (3, 4)))
+    monkeypatch.setattr(evolve.Task, "rungs", ((3, 1), (3, 4)))
     lucky = {SIX[0]: lambda seed: 0.9 if seed == 50 else 0.1, SIX[1]: 0.5, SIX[2]: 0.4}
     found, _ = converge(tmp_path, lucky, "--seeds", "2")
     assert found == {"loss": SIX[1]}
 
 
 def test_seeds_bound_the_rungs(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "RUNGS", ((2, 1), (2, 6)))
+    monkeypatch.setattr(evolve.Task, "rungs", ((2, 1), (2, 6)))
     _, trained = converge(tmp_path, {SIX[0]: 0.5, SIX[1]: 0.4}, "--seeds", "1", "--seed", "7")
     assert trained[SIX[1]] == [57, 58] and trained["ce"] == [7 + evolve.TABLE_SEEDS]
 
 
 def test_ties_go_to_the_better_proxy(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "RUNGS", ((4, 1), (2, 2)))
+    monkeypatch.setattr(evolve.Task, "rungs", ((4, 1), (2, 2)))
     strangers = [SIX[k] for k in (0, 2, 3, 5)]
     found, trained = converge(tmp_path, dict.fromkeys(strangers, 0.5))
     assert found == {"loss": SIX[0]} and trained[SIX[2]] == [50, 51] and trained[SIX[3]] == [50]
 
 
 def test_one_invalid_training_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "RUNGS", ((3, 1), (2, 3)))
+    monkeypatch.setattr(evolve.Task, "rungs", ((3, 1), (2, 3)))
     unstable = {SIX[0]: None, SIX[1]: lambda seed: None if seed == 52 else 0.9, SIX[2]: 0.3}
     assert converge(tmp_path, unstable)[0] == {"loss": SIX[2]}
 
 
 def test_all_invalid_in_the_last_rung_falls_back_to_the_one_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "RUNGS", ((3, 1), (2, 2)))
+    monkeypatch.setattr(evolve.Task, "rungs", ((3, 1), (2, 2)))
     late = {text: lambda seed: 0.9 if seed == 50 else None for text in SIX[:2]}
     assert converge(tmp_path, {**late, SIX[2]: 0.3})[0] == {"loss": SIX[2]}
 

@@ -93,7 +93,7 @@ def test_run_writes_what_it_promises(finished):
     assert re.match(r"seg_macc_shapes_3_\d{8}-\d{6}$", directory.name)
     assert len(re.findall(r"^eval +\d+/6  macc ", printed, re.M)) == 6
     assert ">>>>" in printed and str(directory) in printed
-    assert printed.count("training the base network: 6 steps of ce\n") == 1
+    assert printed.count("training the base network: 15 steps of ce\n") == 1
     result = json.loads((directory / "result.json").read_text())
     told = "task metric losses explored evaluated gates seconds whole_schedule test difference"
     assert set(result) == set(told.split())
@@ -137,7 +137,8 @@ def test_found_loss_stands_alone(finished, tmp_path):
 def test_tensorboard_shows_what_the_glossary_explains(root, tmp_path, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for name, value in {"ISLAND_INITIAL": 3, "POOL": 5, "ATTEMPTS": 100, "RUNGS": ((2, 1),)}.items():
+    monkeypatch.setattr(evolve.Task, "rungs", ((2, 1),))
+    for name, value in {"ISLAND_INITIAL": 3, "POOL": 5, "ATTEMPTS": 100}.items():
         monkeypatch.setattr(evolve, name, value)
     flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--metric", "macc", "--evals", "7"]
     monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags, "--workers", "1", "--seeds", "1"])

@@ -1,6 +1,7 @@
 """The scripts side by side: what a reader learns in one holds in the others, and a diff shows the tasks alone."""
 
 import ast
+import copy
 import importlib
 import itertools
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import evolve
 from data import shapes
@@ -146,21 +148,58 @@ def test_main_has_one_shape(one, other):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize(
-    "name, task", [("search_seg", "SegTask"), ("search_det", "DetTask"), ("search_pose", "PoseTask")]
-)
-def test_base_and_re_trainings_have_their_steps(name, task, tmp_path, monkeypatch):
-    script, steps = importlib.import_module(name), []
-    root = shapes.write_shapes(tmp_path / "shapes", splits={"train": 20, "val": 6, "test": 6})
-    args = script.parse_arguments(["--data-root", str(root), "--retrain-steps", "40", "--device", "cpu"])
+TASKS = [("search_seg", "SegTask"), ("search_det", "DetTask"), ("search_pose", "PoseTask")]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return shapes.write_shapes(tmp_path_factory.mktemp("data") / "shapes", splits={"train": 20, "val": 6, "test": 6})
+
+
+def loaded(name, task, root, *argv):
+    script = importlib.import_module(name)
+    args = script.parse_arguments(["--data-root", str(root), "--device", "cpu", *argv])
     task = getattr(script, task)(args)
     task.load()
+    return script, task
+
+
+@pytest.mark.parametrize("name, task", TASKS)
+def test_base_and_re_trainings_have_their_steps(name, task, root, monkeypatch):
+    (script, task), steps = loaded(name, task, root, "--retrain-steps", "40"), []
     monkeypatch.setattr(script, "train_network", lambda net, losses, data, plan, **_: steps.append(plan.steps) or [])
     monkeypatch.setattr(type(task), "test", lambda self, *_: {})
     task.retrain(script.BASELINE, 0)
     task.proxy = task.proxy._replace(base=(30,), base_of=50)
     task.train_base()
     assert steps == [40, 50] and not task.whole
+
+
+@pytest.mark.parametrize("last", [4, 6])
+@pytest.mark.parametrize("name, task", TASKS)
+def test_proxies_go_on_from_each_base(name, task, last, root, tmp_path, monkeypatch):
+    """From what the baseline has trained for so many steps of a training of six, the last one included."""
+    script, task = loaded(name, task, root, "--batch", "4")
+    task.proxy = task.proxy._replace(base=(2, last), base_of=6, steps=3)
+    task.prepare(tmp_path / "base.pt")
+    assert task.bases == 2 and all(
+        len(b.prediction) <= len(getattr(script, "STATES", "1")) for b in task.branches.values()
+    )
+    plan, seed, began = task.proxy._replace(steps=6), task.args.seed, []
+
+    def keep(net, *what, **how):
+        began.append(copy.deepcopy(net.state_dict()))
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_network", keep)
+        for base in (0, 1):
+            task.train(script.BASELINE, base)
+    for weights, steps in zip(began, (2, last)):
+        net, named = task.network(plan, seed), [script.BASELINE] * (name == "search_seg")
+        loss = task.losses(script.BASELINE) if name == "search_det" else script.LOSSES[script.BASELINE]
+        script.train_network(net, loss, itertools.islice(task.batches(*named, plan, 500 + seed), steps), plan)
+        assert all(torch.equal(weights[key], value) for key, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("one, other", PAIRS)

@@ -1669,6 +1669,15 @@ class Lasting(ToyTask):
         return self.given[text][base]
 
 
+def test_weights_are_kept_on_the_way():
+    net, states = torch.nn.Linear(1, 1), []
+    for batch in evolve.on_the_way(range(9), net, [0, 0, 2, 3], states):
+        assert batch < 3, "no step more than is needed"
+        torch.nn.init.constant_(net.weight, batch + 1)
+    assert [state["weight"].item() for state in states[2:]] == [2, 3]
+    assert len(states) == 4 and torch.equal(states[0]["weight"], states[1]["weight"])
+
+
 def test_what_is_ahead_of_the_baseline_goes_on_from_later_bases():
     task = Lasting({SIX[0]: (0.6, 0.65, 0.9), SIX[1]: (0.5, 1.0, 1.0), SIX[2]: (0.6, None, 0.9), SIX[3]: (None, 1, 1)})
     state = begin(task, baseline=0.5, later=[0.7, 0.8])

@@ -130,7 +130,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--size", "PIXELS", about, evolve.at_least(64, most=8192))
     flag("--batch", "N", f"images in a batch: {evolve.told(PROXY, 'batch')}", evolve.at_least(1, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
-    evolve.add_search_flags(parser, minutes=11)
+    masks = any("segm" in word for word in argv)
+    evolve.add_search_flags(parser, minutes=6 if masks else 11)  # with the closing round less than twenty
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(parser, argv, DetTask)

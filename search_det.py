@@ -1619,7 +1619,7 @@ class DetTask(evolve.Task):
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
         args = self.args
-        share = (steps or plan.steps) / plan.steps  # a shorter proxy has shorter bases
+        share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy has shorter bases
         base = tuple(round(share * number) for number in plan.base)
         flags = dict(steps=steps, size=args.size, batch=args.batch, lr=args.lr, model=args.model, base=base)
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})

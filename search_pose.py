@@ -1256,7 +1256,7 @@ class PoseTask(evolve.Task):
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
-        share = (steps or plan.steps) / plan.steps  # a shorter proxy has shorter bases
+        share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy has shorter bases
         base = tuple(round(share * number) for number in plan.base)
         flags = {"steps": steps, "batch": self.args.batch, "lr": self.args.lr, "base": base}
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})

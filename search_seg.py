@@ -1352,7 +1352,7 @@ class SegTask(evolve.Task):
         if args.model in WIDTHS:
             own = ("optimizer", "lr", "head_lr", "warmup")
             plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in own})
-        share = (steps or plan.steps) / plan.steps  # a shorter proxy has shorter bases
+        share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy has shorter bases
         base = tuple(round(share * number) for number in plan.base)
         flags = dict(steps=steps, crop=args.crop, batch=args.batch, lr=args.lr, model=args.model, base=base)
         return plan._replace(**{name: value for name, value in flags.items() if value is not None})

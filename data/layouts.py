@@ -5,7 +5,7 @@ import fcntl
 import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torchvision
@@ -41,6 +41,17 @@ BESIDE = ("_masks", "_mask", "_labels", "_label", "annot")  # what a folder of m
 # What the name of a mask has more than its picture's.
 MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_gt", "_L", "_P")
 MASK_ENDINGS += ("_labelIds", "_labelTrainIds")
+MASK_BEGINNINGS = ("mask_", "mask-", "masks_", "label_", "labels_", "seg_", "gt_")
+# ... and what the name of a picture may have where that of its mask has one of these.
+PICTURE_ENDINGS, PICTURE_BEGINNINGS = r"[_-](image|img|sat|rgb)$", r"^(image|img|im|frame)[_-]"
+
+
+def mask_names(name: str, suffix: str, alone: bool = False) -> list[str]:
+    """What the mask of a picture may be called, the likeliest first; `alone`: not as the picture itself."""
+    stems = dict.fromkeys((name, re.sub(PICTURE_ENDINGS, "", name), re.sub(PICTURE_BEGINNINGS, "", name)))
+    ended = [stem + ending for stem in stems for ending in MASK_ENDINGS[1:]]
+    begun = [beginning + stem for stem in stems for beginning in MASK_BEGINNINGS]
+    return [name][alone:] + ended + begun + [name + suffix]  # the last one of a.jpg.png
 
 
 def named_files(folder: Path) -> dict[str, Path]:
@@ -156,7 +167,7 @@ def split_pairs(root: Path, names: Sequence[str], whole: list[tuple[Path, Path]]
             places.append((inside(root, images, name), inside(root, masks, name)))
             places.append((inside(root, f"{name}_{images}"), inside(root, f"{name}_{masks}")))
         places += [(inside(root, name), inside(root, name + ending)) for ending in BESIDE]
-        if any(inside(root, name).glob("*_mask.*")):  # beside the pictures, as Roboflow writes them
+        if any(map(any, map(inside(root, name).glob, ("*_mask.*", "mask_*")))):  # beside the pictures, as by Roboflow
             places.append((inside(root, name), inside(root, name)))
         lists += [inside(root, f"{name}.txt"), inside(root, "ImageSets", "Segmentation", f"{name}.txt")]
     folders = in_use(places)
@@ -180,7 +191,7 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
     """Image and label files of a list: on a line a name or path for both, or one for each."""
     files: dict[Path, dict[str, Path]] = {}
 
-    def find(text: str, folder: Path, endings: tuple[str, ...] = ("",)) -> Path | None:
+    def find(text: str, folder: Path, called: Callable[[str], list[str]] = lambda name: [name]) -> Path | None:
         text = text.replace("\\", "/")  # as Windows writes it
         for path in (root / text.lstrip("/"), folder / text):
             if path.suffix.lower() in IMAGES and os.path.isfile(path):  # unlike Path's, of no name too long
@@ -189,8 +200,8 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
         for path in (folder / text, root / text.lstrip("/")):
             if path.parent not in files:
                 files[path.parent] = named_files(path.parent) if os.path.isdir(path.parent) else {}
-            names = (plain_name(path.name + ending) for ending in endings)
-            if found := next((files[path.parent][name] for name in names if name in files[path.parent]), None):
+            names = (name for name in map(plain_name, called(path.name)) if name in files[path.parent])
+            if found := next((files[path.parent][name] for name in names), None):
                 return found
         return None
 
@@ -214,7 +225,7 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
         inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
         wanted = names[1] if len(names) == 2 else str(inside.with_suffix(""))
         alone = masks == images and len(names) == 1  # then the bare name is the picture's own
-        label = find(wanted, masks, (*MASK_ENDINGS[alone:], image.suffix))  # also a.jpg.png
+        label = find(wanted, masks, functools.partial(mask_names, suffix=image.suffix, alone=alone))
         if label is None:
             raise NoMask(f"{masks / wanted}{'' if Path(wanted).suffix else '.png'}: not found; the mask of {image}")
         pairs.append((image, label))
@@ -228,10 +239,9 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
 def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """All pictures of a folder with their masks in another."""
     found, labels = named_files(images), named_files(masks)
-    endings = MASK_ENDINGS
-    if images == masks:  # side by side
-        endings = MASK_ENDINGS[1:]
-        masks_of = {name + ending for name in found for ending in endings}
+    beside = images == masks
+    if beside:
+        masks_of = {mask for name, path in found.items() for mask in mask_names(name, path.suffix, beside)}
         found = {name: path for name, path in found.items() if name not in masks_of and not name.endswith("_mask")}
     if not found:
         lists = "; list those in its folders in train.txt" * any(path.is_dir() for path in images.iterdir())
@@ -239,7 +249,7 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     labels |= {name.lower(): path for name, path in labels.items() if name.lower() not in labels}
     pairs = []
     for name, path in found.items():
-        names = [name + ending for ending in (*endings, path.suffix)]  # also a.jpg.png
+        names = mask_names(name, path.suffix, beside)
         label = next((labels[name] for name in (*names, *map(str.lower, names)) if name in labels), None)
         if label is None:
             raise NoMask(f"{path}: no mask of that name in {masks}; list those that have one in train.txt")

@@ -1312,6 +1312,10 @@ EXPORTS = {  # folders of pictures and masks, and their names
     "Carvana": ("train/images", "train/masks", "{}.jpg", "{}_mask.gif"),
     "ISIC": ("images", "masks", "{}.jpg", "{}_segmentation.png"),
     "whole names": ("images", "masks", "{}.jpg", "{}.jpg.png"),
+    "DeepGlobe": ("train", "train", "{}_sat.jpg", "{}_mask.png"),
+    "said in front": ("images", "masks", "image_{}.jpg", "mask_{}.png"),
+    "in front of all of it": ("images", "masks", "{}.jpg", "label_{}.png"),
+    "in front, side by side": ("train", "train", "img-{}.jpg", "mask_{}.png"),
 }
 
 

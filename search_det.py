@@ -65,6 +65,7 @@ from data.coco import (
     places,
     run_lengths,
 )
+from data.pictures import decode as decode  # the way in for one picture; tests and users call it
 from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads
 from evolve import Branch, DataError, InvalidLoss, fail, note, warn
 from loss_ops import Expr, evaluate, parse, python_module, softmax_leaves, sources, wide

@@ -53,8 +53,9 @@ from data.coco import (
     mirror,
     one_sided,
     places,
-    read_keypoints,
+    read_annotations,
 )
+from data.pictures import decode as decode  # the way in for one picture; tests and users call it
 from data.pictures import fingerprint, group_size, read_pictures, shared_bytes, threads
 from evolve import Branch, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, python_source, sources, wide
@@ -214,7 +215,7 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
     data, skeletons, left, read, files = {}, [], args.memory * 2**30, None, {}
     for name, (path, folder, choose) in list_data(args).items():
         if read != path:  # train and val mostly share one file
-            whole, read = read_keypoints(path, folder), path
+            whole, read = read_annotations(path, folder), path
         content = {**whole, "images": choose(whole["images"])}
         files[name] = [folder.resolve() / picture["file_name"] for picture in content["images"]]
         skeletons.append(read_skeleton(content, args.sigmas))

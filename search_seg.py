@@ -45,6 +45,7 @@ import evolve
 from data import shapes
 from data.layouts import cityscapes_pairs, download_voc, folder_pairs, voc_pairs
 from data.masks import CLASSES, IGNORE, Meaning, find_meaning, full_size, plain_meaning, read_label
+from data.pictures import decode as decode  # the way in for one picture; tests and users call it
 from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads
 from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, parse, python_source, softmax_leaves, sources, standalone, wide

@@ -414,7 +414,7 @@ def check_extents(path: Path | str, coco: dict) -> None:
 # Joints
 
 
-def read_keypoints(path: Path, folder: Path | None = None) -> dict:
+def read_annotations(path: Path, folder: Path | None = None) -> dict:
     """A file of COCO keypoints, checked (see `check_coco`); raises DataError naming what is missing or does not fit."""
     coco = load_coco(path)
     categories = [category for category in entries_of(coco, "categories", path) if category.get("keypoints")]

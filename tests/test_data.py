@@ -529,6 +529,7 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
 
 
 def test_plain_jpegs_are_decoded_as_by_pil(tmp_path):
+    assert all(script.decode is decode for script in SCRIPTS.values())
     for mode in ("RGB", "L"):
         Image.fromarray(noise(37, 53)).convert(mode).save(path := tmp_path / "a.jpg")
         want = np.asarray(Image.open(path).convert("RGB"))

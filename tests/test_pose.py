@@ -620,9 +620,9 @@ def test_limbs(tmp_path, given, limbs):
     (tmp_path / "a.json").write_text(json.dumps(truth))
     if limbs is None:
         with pytest.raises(DataError, match="a.json: category 1: 'skeleton' must be pairs of joints 1..4"):
-            search_pose.read_keypoints(tmp_path / "a.json")
+            search_pose.read_annotations(tmp_path / "a.json")
     else:
-        assert search_pose.read_keypoints(tmp_path / "a.json")["categories"][0]["skeleton"] == limbs
+        assert search_pose.read_annotations(tmp_path / "a.json")["categories"][0]["skeleton"] == limbs
 
 
 def one_picture(folder, joints=((5, 6, 2), (30, 25, 1), (0, 0, 0)), number=2):
@@ -650,7 +650,7 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
     truth["annotations"].append(person(7, np.ones((3, 3)), 99))
     truth["categories"].insert(0, {"id": 0, "name": "group"})  # as exporters add, without joints
     path.write_text(json.dumps(truth), "utf-16")
-    read = search_pose.read_keypoints(path, tmp_path)
+    read = search_pose.read_annotations(path, tmp_path)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"warning: {path}: left out 1 empty annotations (first: annotation 'a': " in said
     assert "1 annotations of unlisted images (first: annotation 7 of image 99)" in said
@@ -672,13 +672,13 @@ def test_joints_in_other_units(tmp_path, change, words):
     for entry in truth["annotations"]:
         entry["bbox"] = [34, 15, 18, 16]
     path.write_text(json.dumps(truth))
-    search_pose.read_keypoints(path)
+    search_pose.read_annotations(path)
     for entry in truth["annotations"]:
         places = np.reshape(entry["keypoints"], (-1, 3)).tolist()
         entry["keypoints"] = [value for x, y, v in places for value in (*change(x, y), v)]
     path.write_text(json.dumps(truth))
     with pytest.raises(DataError, match=f"a.json: {words}"):
-        search_pose.read_keypoints(path)
+        search_pose.read_annotations(path)
 
 
 def test_areas_that_are_none(tmp_path):
@@ -688,12 +688,12 @@ def test_areas_that_are_none(tmp_path):
         for entry in truth["annotations"]:
             entry["area"] = area
         path.write_text(json.dumps(truth))
-        assert {entry["area"] for entry in search_pose.read_keypoints(path)["annotations"]} == {want}
+        assert {entry["area"] for entry in search_pose.read_annotations(path)["annotations"]} == {want}
     for entry in truth["annotations"]:
         entry["area"] = 1.0
     path.write_text(json.dumps(truth))
     with pytest.raises(DataError, match="a.json: most areas are no hundredth of their boxes .* or leave 'area' out"):
-        search_pose.read_keypoints(path)
+        search_pose.read_annotations(path)
 
 
 def test_a_file_without_joints_is_named(tmp_path):
@@ -701,14 +701,14 @@ def test_a_file_without_joints_is_named(tmp_path):
     del truth["categories"][0]["keypoints"]
     path.write_text(json.dumps(truth))
     with pytest.raises(DataError, match="a.json: no category has 'keypoints', the names of its joints"):
-        search_pose.read_keypoints(path)
+        search_pose.read_annotations(path)
 
 
 def test_a_joint_far_away_is_told(tmp_path, capsys):
     truth, path = one_picture(tmp_path), tmp_path / "a.json"
     truth["annotations"][1]["keypoints"][:2] = [-90, 6]
     path.write_text(json.dumps(truth))
-    search_pose.read_keypoints(path)
+    search_pose.read_annotations(path)
     assert "1 of 4 joints are far from their boxes (first: annotation 2: [-90.0, 6.0], box" in capsys.readouterr().err
 
 
@@ -725,7 +725,7 @@ def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path, capsys, scoring):
             if scoring:
                 assert all(-1 <= number <= 1 for number in oks_eval(path, [], [0.1] * 3).values()), what
             else:
-                content = search_pose.read_keypoints(path, tmp_path)
+                content = search_pose.read_annotations(path, tmp_path)
                 skeleton = search_pose.read_skeleton(content, None)
                 assert all(1 <= joint <= 3 for limb in skeleton.limbs for joint in limb), what
                 split = search_pose.read_split(content, tmp_path, 16, 16)

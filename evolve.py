@@ -9,6 +9,7 @@
     closing round: the best few are trained with all steps; the best of these is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
+A child that is ahead of the baseline shows from later base networks, too, whether that lasts (`proxy_scores`) [D].
 With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 

@@ -9,7 +9,7 @@
     closing round: the best few are trained with all steps; the best of these is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
-A child that is ahead of the baseline shows from later base networks, too, whether that lasts (`proxy_scores`) [D].
+A child that is ahead of the baseline shows from later base networks, too, whether that lasts (`train_by_proxy`) [D].
 With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
@@ -145,7 +145,7 @@ def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
     """The proxy training of a child, as its record in the journal."""
     start = time.time()
     worker.works_on(child.losses)
-    score, later, curve = proxy_scores(state, child.losses)
+    score, later, curve = train_by_proxy(state, child.losses)
     return {
         "losses": texts(child.losses),
         "parent": texts(child.parent),
@@ -161,11 +161,12 @@ def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
     }
 
 
-def proxy_scores(state: "State", losses) -> tuple[float | None, list[float | None], list[tuple[int, float]]]:
+def train_by_proxy(state: "State", losses) -> tuple[float | None, list[float | None], list[tuple[int, float]]]:
     """The proxy score of losses, what they score from later base networks, and the curve of their first training.
 
     Where they are ahead of the baseline, they go on from later base networks, too, and how far they are ahead there is
-    added: what starts well may not last. What is behind is not looked at any further [D].
+    added: what starts well may not last. What is behind is not looked at any further, and nothing is until the baseline
+    has been trained, as by another worker in the first seconds of a search [D].
     """
     task, later = state.task, []
     score, curve = proxy_score(task, losses), task.curve
@@ -179,7 +180,7 @@ def proxy_scores(state: "State", losses) -> tuple[float | None, list[float | Non
 def proxy_score(task: "Task", losses, base: int = 0) -> float | None:
     """What a proxy training of losses scores; None where that is no number, or the training became invalid."""
     try:
-        score = float(task.train(losses, base) if base else task.train(losses))
+        score = float(task.train(losses, base))
     except InvalidLoss:
         return None
     return score if math.isfinite(score) else None

@@ -39,7 +39,7 @@ FOLDERS = (
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 BESIDE = ("_masks", "_mask", "_labels", "_label", "annot")  # what a folder of masks has more than its pictures'
 # What the name of a mask has more than its picture's.
-MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_gt", "_L", "_P")
+MASK_ENDINGS = ("_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_gt", "_L", "_P")
 MASK_ENDINGS += ("_labelIds", "_labelTrainIds")
 MASK_BEGINNINGS = ("mask_", "mask-", "masks_", "label_", "labels_", "seg_", "gt_")
 # ... and what the name of a picture may have where that of its mask has one of these.
@@ -49,7 +49,7 @@ PICTURE_ENDINGS, PICTURE_BEGINNINGS = r"[_-](image|img|sat|rgb)$", r"^(image|img
 def mask_names(name: str, suffix: str, alone: bool = False) -> list[str]:
     """What the mask of a picture may be called, the likeliest first; `alone`: not as the picture itself."""
     stems = dict.fromkeys((name, re.sub(PICTURE_ENDINGS, "", name), re.sub(PICTURE_BEGINNINGS, "", name)))
-    ended = [stem + ending for stem in stems for ending in MASK_ENDINGS[1:]]
+    ended = [stem + ending for stem in stems for ending in MASK_ENDINGS]
     begun = [beginning + stem for stem in stems for beginning in MASK_BEGINNINGS]
     return [name][alone:] + ended + begun + [name + suffix]  # the last one of a.jpg.png
 

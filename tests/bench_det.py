@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection import roi_heads
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
-from bench_proxy import show_ranking  # noqa: E402
+from bench_proxy import own_proxies, show_ranking  # noqa: E402
 
 import search_det  # noqa: E402
 
@@ -147,12 +147,7 @@ def show_seconds(task: search_det.DetTask) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     own = search_det.PROXY["shapes"]
-    parser.add_argument(
-        "--proxies",
-        nargs="+",
-        default=["/".join(map(str, (own.base or (0,))[:1] + (own.base_of,))) + f"+{own.steps}"],
-        metavar="BASE/OF+STEPS",
-    )
+    parser.add_argument("--proxies", nargs="+", default=own_proxies(own), metavar="BASE/OF+STEPS")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_det.DetTask(search_det.parse_arguments(["--device", "cpu"]))

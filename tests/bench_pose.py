@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench_proxy import show_ranking  # noqa: E402
+from bench_proxy import own_proxies, show_ranking  # noqa: E402
 
 import search_pose  # noqa: E402
 from loss_ops import parse  # noqa: E402
@@ -108,12 +108,7 @@ def show_seconds(task: search_pose.PoseTask) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     own = search_pose.PROXY["small"]
-    parser.add_argument(
-        "--proxies",
-        nargs="+",
-        default=["/".join(map(str, (own.base or (0,))[:1] + (own.base_of,))) + f"+{own.steps}"],
-        metavar="BASE/OF+STEPS",
-    )
+    parser.add_argument("--proxies", nargs="+", default=own_proxies(own), metavar="BASE/OF+STEPS")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_pose.PoseTask(search_pose.parse_arguments(["--device", "cpu"]))

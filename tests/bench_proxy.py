@@ -114,7 +114,7 @@ PROXIES = {
     "1200 of 2400, then 120": (1200, 2400, 120, 0),
 }
 AGAIN = ("again, seed 0", "again, seed 1")  # re-trainings
-# What is ahead of cross entropy by the first proxy has its lead by the second one added, as in `evolve.proxy_scores`.
+# What is ahead of cross entropy by the first proxy has its lead by the second one added, as in `evolve.train_by_proxy`.
 LATER = ("250 of 600, then 120", ("400 of 600, then 120", "600 of 600, then 120", "1200 of 2400, then 120"))
 
 
@@ -135,8 +135,21 @@ def correlations(proxy: list[float], again: list[float]) -> str:
     return f"{spearman(proxy, again):.2f} {half:.2f}"
 
 
+def with_leads(first: list[float], later: list[float], baseline: int) -> list[float]:
+    """Scores by the first proxy, with the leads over the baseline by a later one of what is ahead by the first."""
+    return [a + (b - later[baseline]) * (a > first[baseline]) for a, b in zip(first, later)]
+
+
+def own_proxies(plan) -> list[str]:
+    """The proxy of a script, as `show_ranking` takes it."""
+    return [f"{base}/{plan.base_of}+{plan.steps}" for base in plan.base]
+
+
 def show_ranking(task, losses: dict, proxies: list[str]) -> None:
-    """For the other tasks: proxies such as "100/1200+80", steps of the base, of its training and of the loss."""
+    """For the other tasks: proxies such as "100/1200+80", steps of the base, of its training and of the loss.
+
+    The leads by each of the others are added to the first one, too.
+    """
     table, spent = {}, {}
     for proxy in ("again", *proxies):
         if proxy != "again":
@@ -155,11 +168,14 @@ def show_ranking(task, losses: dict, proxies: list[str]) -> None:
             print(f"{proxy:<16} " + " ".join(f"{value:.3f}" for value in table[proxy, name].values()), name, flush=True)
         spent[proxy] = (time.process_time() - start) / len(losses)
     print(f"\n{'Spearman, all and the better half':<36}{'s':>7}" + "".join(f"{m:>12}" for m in task.metrics))
-    for proxy in proxies:
-        cells = ""
+    baseline = [*losses].index(task.baseline)
+    for proxy in (*proxies, *(f"... and {later}" for later in proxies[1:])):
+        cells, names = "", [proxies[0], proxy.removeprefix("... and ")] if proxy not in proxies else [proxy]
         for metric in task.metrics:
-            cells += f"{correlations(*([table[p, name][metric] for name in losses] for p in (proxy, 'again'))):>12}"
-        print(f"{proxy:<36}{spent[proxy]:>7.1f}{cells}")
+            again, *scores = ([table[p, name][metric] for name in losses] for p in ("again", *names))
+            ranked = with_leads(*scores, baseline) if len(scores) == 2 else scores[0]
+            cells += f"{correlations(ranked, again):>12}"
+        print(f"{proxy:<36}{sum(spent[name] for name in names):>7.1f}{cells}")
     print(f"{len(losses)} losses; a re-training takes {spent['again']:.1f} s; s is the processor's time")
 
 
@@ -229,8 +245,7 @@ def main() -> None:
         for metric in search_seg.METRICS:
             scores = column((name,), metric)
             if later:
-                leads = [score - bench.done[later, "ce"][metric] for score in column((later,), metric)]
-                scores = [s + lead * (s > bench.done[name, "ce"][metric]) for s, lead in zip(scores, leads)]
+                scores = with_leads(scores, column((later,), metric), losses.index("ce"))
             cells.append(correlations(scores, column(wanted, metric)))
         print(f"{f'... and {later}' if later else name:<36}{seconds:>7.1f}" + "".join(f"{cell:>12}" for cell in cells))
 
@@ -238,7 +253,6 @@ def main() -> None:
     for name in PROXIES:
         row(name, again)
     first, others = LATER
-    row(first, again)
     for later in others:
         row(first, again, later)
     if args.seeds == 2:

@@ -87,7 +87,7 @@ class ToyTask(evolve.Task):
             raise InvalidLoss("step 0")
         return round(F.cosine_similarity(gradient, self.want, dim=0).item(), 6)
 
-    def train(self, losses):
+    def train(self, losses, base=0):
         self.calls.append(evolve.losses_text(losses))
         return self.score(losses)
 
@@ -1691,7 +1691,7 @@ def test_what_is_ahead_of_the_baseline_goes_on_from_later_bases():
     assert scores[SIX[2]] == (None, [None, 0.9]), "invalid later is invalid"
     assert [base for text, base in task.calls if text == SIX[0]] == [0, 1, 2]
     state.later = [None, 0.8]
-    assert evolve.proxy_scores(state, {"loss": parse(SIX[0])})[0] == pytest.approx(0.7), "where the baseline failed"
+    assert evolve.train_by_proxy(state, {"loss": parse(SIX[0])})[0] == pytest.approx(0.7), "where the baseline failed"
 
 
 def test_the_baseline_is_trained_from_every_base(tmp_path, short):
@@ -2137,7 +2137,7 @@ def test_the_best_so_far_never_falls(tmp_path, monkeypatch):
 
 def test_what_goes_wrong_in_a_training_its_worker_says(tmp_path, monkeypatch, capsys):
     class Late(ToyTask):
-        def train(self, losses):
+        def train(self, losses, base=0):
             raise evolve.DataError("img_77.jpg: cut off")
 
     monkeypatch.setenv("AUTOLOSS_RUN_DIR", str(tmp_path))

@@ -1287,7 +1287,7 @@ class PoseTask(evolve.Task):
     def prepare(self, base: Path) -> None:
         """The base network: the first steps of a training with the baseline's loss.
 
-        Proxy trainings go on from its last state; the gates look at losses at all of STATES.
+        Proxy trainings go on from each of its states at `base`; the gates look at losses at STATES, up to the first.
         """
         self.states = evolve.base_states(base, self.device, self.train_base, self.network(self.proxy, self.args.seed))
         self.bases = len(self.states) - len(STATES) + 1

@@ -175,6 +175,14 @@ def test_base_and_re_trainings_have_their_steps(name, task, root, monkeypatch):
     assert steps == [40, 50] and not task.whole
 
 
+@pytest.mark.parametrize("name, task", TASKS)
+def test_a_shorter_proxy_has_shorter_bases(name, task, root):
+    own = next(iter(importlib.import_module(name).PROXY.values()))
+    for steps, share in ((own.steps // 2, 0.5), (4 * own.steps, 1)):
+        _, other = loaded(name, task, root, "--proxy-steps", str(steps))
+        assert other.proxy.steps == steps and other.proxy.base == tuple(round(share * base) for base in own.base)
+
+
 @pytest.mark.parametrize("last", [4, 6])
 @pytest.mark.parametrize("name, task", TASKS)
 def test_proxies_go_on_from_each_base(name, task, last, root, tmp_path, monkeypatch):

@@ -1029,7 +1029,7 @@ def test_every_candidate_invalid(tmp_path, capsys):
 
 def test_a_score_that_is_no_number_is_invalid(tmp_path):
     task = ToyTask()
-    task.train = lambda losses: math.nan
+    task.train = lambda losses, base: math.nan
     directory = run(tmp_path, "--evals", "5", task=task)
     assert all(line["score"] is None for line in journal(directory)) and result_of(directory)["gates"]["invalid"] == 5
 

@@ -14,6 +14,7 @@ from data.pictures import plain_name
 from evolve import DataError, note, warn_once
 
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGES += (".avif", ".jp2", ".tga")
 
 
 def is_picture(path: Path) -> bool:
@@ -245,14 +246,16 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         found = {name: path for name, path in found.items() if name not in masks_of and not name.endswith("_mask")}
     if not found:
         lists = "; list those in its folders in train.txt" * any(path.is_dir() for path in images.iterdir())
-        raise DataError(f"{images}: no pictures in it{lists}")
+        raise DataError(f"{images}: no pictures in it{other_kinds(images.iterdir()) or lists}")
     labels |= {name.lower(): path for name, path in labels.items() if name.lower() not in labels}
     pairs = []
     for name, path in found.items():
         names = mask_names(name, path.suffix, beside)
         label = next((labels[name] for name in (*names, *map(str.lower, names)) if name in labels), None)
         if label is None:
-            raise NoMask(f"{path}: no mask of that name in {masks}; list those that have one in train.txt")
+            kinds = other_kinds(masks / called for called in os.listdir(masks) if Path(called).stem in names)
+            cure = kinds or "; list those that have one in train.txt"
+            raise NoMask(f"{path}: no mask of that name in {masks}{cure}")
         pairs.append((path, label))
     used = {path for pair in pairs for path in pair}
     for folder, why in {masks: "masks of no picture", images: "no pictures of a kind that is read"}.items():
@@ -260,6 +263,12 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if rest:
             warn_once(f"{folder}: left out {len(rest):,} files or folders (first: {min(rest).name}), {why}")
     return pairs
+
+
+def other_kinds(paths: Iterable[Path]) -> str:
+    """What to say of files that are no pictures; nothing where there are none."""
+    first = min((path for path in paths if path.is_file() and not path.name.startswith(".")), default=None)
+    return f"; {first.name} is of no kind that is read: save it, and those like it, as PNG" if first else ""
 
 
 def in_use(places: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:

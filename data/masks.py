@@ -148,9 +148,9 @@ def grey_step(picture: Image.Image) -> float:
 
 
 def blurs(picture: Image.Image, path: Path) -> bool:
-    """Whether the picture is compressed with loss: JPEG, also inside of a TIFF, or lossy WebP."""
+    """Whether the picture is compressed with loss: JPEG, also inside of a TIFF, or lossy WebP; AVIF mostly is."""
     lossy_webp = picture.format == "WEBP" and b"VP8L" not in path.read_bytes()
-    return picture.format == "JPEG" or picture.info.get("compression") == "jpeg" or lossy_webp
+    return picture.format in ("JPEG", "AVIF") or picture.info.get("compression") == "jpeg" or lossy_webp
 
 
 def full_size(image: Path, label: Path) -> tuple[int, int]:

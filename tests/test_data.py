@@ -19,7 +19,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ready, refused
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, features
 
 import evolve
 import search_det
@@ -397,6 +397,16 @@ def test_broken_tags_say_nothing_of_the_pixels(tmp_path, tags, suffix):
     assert pixels.shape == (8, 9, 3) and (pixels.float() - 200).abs().max() < 9
 
 
+@pytest.mark.parametrize("suffix", ["avif", "jp2", "tga"])
+def test_rarer_kinds_of_pictures(tmp_path, suffix):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("PIL is without it")
+    root = write_folder(tmp_path, [index_map()] * 4, suffixes=(suffix, "png"))
+    pairs = search_seg.folder_pairs(root)
+    split = search_seg.read_split(pairs["train"], 21)
+    assert [path.suffix for path, _ in pairs["train"]] == [f".{suffix}"] * 2 and split.images.float().std() > 40
+
+
 def test_pictures_in_other_modes(tmp_path):
     pixels = noise(8, 9)
     for suffix in ("jpg", "png"):
@@ -682,6 +692,7 @@ def test_a_value_that_is_no_class_is_named(tmp_path):
         ("class", "class 21; expected 0..20 or 255"),
         ("16 bits", "class 300; expected 0..20 or 255"),
         ("lossy webp", "a JPEG or the like, which blurs"),
+        ("avif", "a JPEG or the like, which blurs"),
         ("jpeg in tiff", "a JPEG or the like, which blurs"),
         ("lab", "mode LAB"),
         ("RGB of 16 bits", "RGB with 16 bits a channel"),
@@ -699,6 +710,7 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
         "class": Image.fromarray(np.where(index == 1, 21, 0).astype(np.uint8)),
         "16 bits": Image.fromarray(np.where(index == 1, 300, 0).astype(np.uint16)),
         "lossy webp": Image.fromarray(index),
+        "avif": Image.fromarray(index),
         "jpeg in tiff": Image.fromarray(index),
         "lab": Image.fromarray(np.stack([index] * 3, -1)).convert("RGB"),
         "RGB of 16 bits": Image.fromarray(index),
@@ -710,7 +722,9 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
         picture = ImageCms.profileToProfile(
             picture, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
         )
-    form = {"jpeg": "JPEG", "lossy webp": "WEBP"}.get(
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("PIL is without it")
+    form = {"jpeg": "JPEG", "lossy webp": "WEBP", "avif": "AVIF"}.get(
         kind, "TIFF" if kind in ("jpeg in tiff", "float", "lab") else "PNG"
     )
     how = {
@@ -1271,7 +1285,9 @@ def test_lists_are_read_in_any_locale(tmp_path):
         ("no folders", "no training pictures; it must hold folders images and masks"),
         ("no mask", "0.jpg: no mask of that name in"),
         ("two pictures", "beside 0.jpg; move away"),
-        ("no pictures", "images: no pictures in it"),
+        ("no pictures", "images: no pictures in it$"),
+        ("pictures of another kind", "images: no pictures in it; 0.heic is of no kind that is read"),
+        ("masks of another kind", "no mask of that name in .*; 0.npy is of no kind that is read"),
         ("one picture", "the only training picture; give two or more"),
         ("mixed", "an RGB mask, and .* is none"),
         ("half a table", "'dog' has no colour"),
@@ -1291,6 +1307,10 @@ def test_broken_folders_are_named(tmp_path, broken, message):
     elif broken == "no pictures":
         for path in images.iterdir():
             path.unlink()
+    elif broken.endswith("another kind"):
+        folder, suffix = ("images", ".heic") if broken.startswith("pictures") else ("masks", ".npy")
+        for path in (tmp_path / "train" / folder).iterdir():
+            path.rename(path.with_suffix(suffix))
     elif broken == "one picture":
         (tmp_path / "train.txt").write_text("1")
     elif broken == "half a table":

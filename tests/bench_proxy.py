@@ -6,18 +6,22 @@ Losses of all qualities (fast and slow starters, hand-made ones, found ones) are
 seeds, by re-trainings (2,400 steps, other weights and batches). All are scored on the search-validation split of the
 embedded data. Shown: Spearman's rank correlation over all losses, and over the better half of them.
 
-Measured (AMD EPYC, torch 2.14.1; stopped after 32 of the 52 losses, the better ones by proxy, one seed):
+Measured (AMD EPYC, torch 2.14.1, one seed; `600 from scratch` begins with the weights and batches of the re-training):
 
     Spearman, all and the better half         s        miou       fwiou        macc        gacc        biou         bf1
-    100 of 600, then 120                    2.8   0.84 0.69   0.91 0.95   0.85 0.56   0.91 0.87   0.79 0.71   0.77 0.69
-    100 of 600, then 240                    5.7   0.89 0.78   0.89 0.84   0.90 0.76   0.88 0.66   0.88 0.85   0.83 0.78
-    250 of 600, then 80                     2.0   0.84 0.93   0.93 0.93   0.91 0.50   0.90 0.87   0.73 0.88   0.79 0.68
-    250 of 600, then 120                    2.9   0.91 0.89   0.93 0.81   0.92 0.51   0.91 0.69   0.89 0.90   0.81 0.63
-    400 of 600, then 120                    3.0   0.90 0.89   0.93 0.86   0.91 0.51   0.89 0.83   0.84 0.91   0.73 0.56
-    600 of 600, then 120                    2.9   0.91 0.90   0.94 0.89   0.89 0.61   0.90 0.86   0.85 0.91   0.68 0.51
-    1200 of 2400, then 120                  2.9   0.85 0.89   0.94 0.83   0.73 0.47   0.90 0.79   0.82 0.92   0.66 0.44
+    600 from scratch                       14.4   0.95 0.93   0.94 0.78   0.97 0.94   0.94 0.77   0.96 0.93   0.93 0.82
+    100 of 600, then 120                    2.7   0.91 0.84   0.94 0.92   0.94 0.82   0.93 0.92   0.90 0.82   0.88 0.75
+    100 of 600, then 240                    5.3   0.93 0.89   0.94 0.83   0.96 0.89   0.93 0.81   0.94 0.89   0.91 0.85
+    250 of 600, then 80                     1.9   0.93 0.89   0.94 0.92   0.97 0.82   0.92 0.88   0.89 0.78   0.89 0.78
+    250 of 600, then 120                    2.8   0.93 0.90   0.93 0.90   0.97 0.83   0.92 0.87   0.94 0.89   0.88 0.80
+    400 of 600, then 120                    2.8   0.89 0.87   0.88 0.89   0.94 0.83   0.86 0.83   0.88 0.82   0.80 0.79
+    600 of 600, then 120                    2.7   0.90 0.86   0.90 0.89   0.94 0.86   0.90 0.82   0.89 0.83   0.79 0.77
+    1200 of 2400, then 120                  2.7   0.84 0.78   0.89 0.89   0.89 0.82   0.88 0.82   0.83 0.80   0.67 0.67
+    ... and 400 of 600, then 120            5.6   0.93 0.89   0.94 0.91   0.97 0.84   0.93 0.88   0.94 0.88   0.87 0.80
+    ... and 600 of 600, then 120            5.5   0.93 0.89   0.94 0.91   0.97 0.86   0.93 0.88   0.94 0.88   0.86 0.80
+    ... and 1200 of 2400, then 120          5.5   0.93 0.89   0.94 0.91   0.96 0.83   0.92 0.86   0.94 0.87   0.88 0.79
 
-Among what searches find the difference is larger: see tests/RESULTS.md.
+A later base adds nothing over such a list, but tells among the finalists of searches: see tests/RESULTS.md.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from evolve import DataError, note, warn_once
 
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 IMAGES += (".avif", ".jp2", ".tga")
+CLUTTER = r"\.|Thumbs\.db|desktop\.ini"  # names of what systems leave in folders
 
 
 def is_picture(path: Path) -> bool:
@@ -259,7 +260,7 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         pairs.append((path, label))
     used = {path for pair in pairs for path in pair}
     for folder, why in {masks: "masks of no picture", images: "no pictures of a kind that is read"}.items():
-        rest = {path for path in folder.iterdir() if not re.match(r"\.|Thumbs\.db|desktop\.ini", path.name)} - used
+        rest = {path for path in folder.iterdir() if not re.match(CLUTTER, path.name)} - used
         if rest:
             warn_once(f"{folder}: left out {len(rest):,} files or folders (first: {min(rest).name}), {why}")
     return pairs
@@ -267,7 +268,7 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
 
 def other_kinds(paths: Iterable[Path]) -> str:
     """What to say of files that are no pictures; nothing where there are none."""
-    first = min((path for path in paths if path.is_file() and not path.name.startswith(".")), default=None)
+    first = min((path for path in paths if path.is_file() and not re.match(CLUTTER, path.name)), default=None)
     return f"; {first.name} is of no kind that is read: save it, and those like it, as PNG" if first else ""
 
 

@@ -1307,6 +1307,7 @@ def test_broken_folders_are_named(tmp_path, broken, message):
     elif broken == "no pictures":
         for path in images.iterdir():
             path.unlink()
+        (images / "Thumbs.db").write_bytes(b"")
     elif broken.endswith("another kind"):
         folder, suffix = ("images", ".heic") if broken.startswith("pictures") else ("masks", ".npy")
         for path in (tmp_path / "train" / folder).iterdir():

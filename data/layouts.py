@@ -254,7 +254,7 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         names = mask_names(name, path.suffix, beside)
         label = next((labels[name] for name in (*names, *map(str.lower, names)) if name in labels), None)
         if label is None:
-            kinds = other_kinds(masks / called for called in os.listdir(masks) if Path(called).stem in names)
+            kinds = other_kinds(other for other in masks.iterdir() if other.stem in names)
             cure = kinds or "; list those that have one in train.txt"
             raise NoMask(f"{path}: no mask of that name in {masks}{cure}")
         pairs.append((path, label))

@@ -148,9 +148,10 @@ def grey_step(picture: Image.Image) -> float:
 
 
 def blurs(picture: Image.Image, path: Path) -> bool:
-    """Whether the picture is compressed with loss: JPEG, also inside of a TIFF, or lossy WebP; AVIF mostly is."""
+    """Whether the picture is compressed with loss, or may be: JPEG, also inside of a TIFF, lossy WebP and their like."""
     lossy_webp = picture.format == "WEBP" and b"VP8L" not in path.read_bytes()
-    return picture.format in ("JPEG", "AVIF") or picture.info.get("compression") == "jpeg" or lossy_webp
+    lossy = picture.format in ("JPEG", "JPEG2000", "AVIF")
+    return lossy or lossy_webp or picture.info.get("compression") == "jpeg"
 
 
 def full_size(image: Path, label: Path) -> tuple[int, int]:

@@ -693,6 +693,7 @@ def test_a_value_that_is_no_class_is_named(tmp_path):
         ("16 bits", "class 300; expected 0..20 or 255"),
         ("lossy webp", "a JPEG or the like, which blurs"),
         ("avif", "a JPEG or the like, which blurs"),
+        ("jpeg 2000", "a JPEG or the like, which blurs"),
         ("jpeg in tiff", "a JPEG or the like, which blurs"),
         ("lab", "mode LAB"),
         ("RGB of 16 bits", "RGB with 16 bits a channel"),
@@ -711,6 +712,7 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
         "16 bits": Image.fromarray(np.where(index == 1, 300, 0).astype(np.uint16)),
         "lossy webp": Image.fromarray(index),
         "avif": Image.fromarray(index),
+        "jpeg 2000": Image.fromarray(index),
         "jpeg in tiff": Image.fromarray(index),
         "lab": Image.fromarray(np.stack([index] * 3, -1)).convert("RGB"),
         "RGB of 16 bits": Image.fromarray(index),
@@ -724,7 +726,7 @@ def test_masks_that_make_no_sense_are_refused(tmp_path, kind, message):
         )
     if kind == "avif" and not features.check("avif"):
         pytest.skip("PIL is without it")
-    form = {"jpeg": "JPEG", "lossy webp": "WEBP", "avif": "AVIF"}.get(
+    form = {"jpeg": "JPEG", "lossy webp": "WEBP", "avif": "AVIF", "jpeg 2000": "JPEG2000"}.get(
         kind, "TIFF" if kind in ("jpeg in tiff", "float", "lab") else "PNG"
     )
     how = {

@@ -148,7 +148,7 @@ def grey_step(picture: Image.Image) -> float:
 
 
 def blurs(picture: Image.Image, path: Path) -> bool:
-    """Whether the picture is compressed with loss, or may be: JPEG, also inside of a TIFF, lossy WebP and their like."""
+    """Whether the picture is, or may be, compressed with loss: JPEG, also inside of a TIFF, lossy WebP and the like."""
     lossy_webp = picture.format == "WEBP" and b"VP8L" not in path.read_bytes()
     lossy = picture.format in ("JPEG", "JPEG2000", "AVIF")
     return lossy or lossy_webp or picture.info.get("compression") == "jpeg"

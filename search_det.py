@@ -1620,10 +1620,11 @@ class DetTask(evolve.Task):
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
         """A schedule with the user's flags in it."""
         args = self.args
-        share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy has shorter bases
-        base = tuple(round(share * number) for number in plan.base)
-        flags = dict(steps=steps, size=args.size, batch=args.batch, lr=args.lr, model=args.model, base=base)
-        return plan._replace(**{name: value for name, value in flags.items() if value is not None})
+        share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy goes on from a shorter training
+        base, base_of = tuple(round(share * number) for number in plan.base), max(1, round(share * plan.base_of))
+        flags = dict(steps=steps, size=args.size, batch=args.batch, lr=args.lr, model=args.model)
+        given = {name: value for name, value in flags.items() if value is not None}
+        return plan._replace(**given, base=base, base_of=base_of)
 
     def network(self, plan: Schedule, seed: int) -> Detector:
         torch.manual_seed(seed)

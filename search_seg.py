@@ -79,13 +79,12 @@ class Schedule(NamedTuple):
 # warm-up its first steps are its longest: cross entropy ends .02 mIoU lower, and with some losses a network never
 # learns one of the classes. On the real data sets optimizer, rates, steps, batches and crops are those of Auto Seg-Loss
 # [A]; there a picture is brought to the size of a crop before it is scaled, here crops are of source pixels. That, the
-# base, and crops and batch of Cityscapes are ours [D].
+# bases, chosen after those of shapes, and crops and batch of Cityscapes are ours [D].
 PROXY = {
     "shapes": Schedule(120, 16, 48, (0.75, 1.5), "adamw", 0.01, warmup=0.3, base=(250, 600), base_of=600),
-    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=(1000,), base_of=2500, model="r50-dlv3p"),
-    "cityscapes": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=(1000,), base_of=2500, model="r50-dlv3p"),
+    "voc": Schedule(1000, 32, 128, (0.5, 2.0), "sgd", 0.02, 10.0, base=(1000, 2500), base_of=2500, model="r50-dlv3p"),
 }
-PROXY["folder"] = PROXY["voc"]
+PROXY |= dict.fromkeys(("cityscapes", "folder"), PROXY["voc"])
 RETRAIN = {
     "shapes": PROXY["shapes"]._replace(steps=2400, base=()),
     "voc": Schedule(10_000, 32, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
@@ -1353,10 +1352,11 @@ class SegTask(evolve.Task):
         if args.model in WIDTHS:
             own = ("optimizer", "lr", "head_lr", "warmup")
             plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in own})
-        share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy has shorter bases
-        base = tuple(round(share * number) for number in plan.base)
-        flags = dict(steps=steps, crop=args.crop, batch=args.batch, lr=args.lr, model=args.model, base=base)
-        return plan._replace(**{name: value for name, value in flags.items() if value is not None})
+        share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy goes on from a shorter training
+        base, base_of = tuple(round(share * number) for number in plan.base), max(1, round(share * plan.base_of))
+        flags = dict(steps=steps, crop=args.crop, batch=args.batch, lr=args.lr, model=args.model)
+        given = {name: value for name, value in flags.items() if value is not None}
+        return plan._replace(**given, base=base, base_of=base_of)
 
     def network(self, plan: Schedule, seed: int) -> nn.Module:
         torch.manual_seed(seed)

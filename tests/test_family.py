@@ -181,6 +181,7 @@ def test_a_shorter_proxy_has_shorter_bases(name, task, root):
     for steps, share in ((own.steps // 2, 0.5), (4 * own.steps, 1)):
         _, other = loaded(name, task, root, "--proxy-steps", str(steps))
         assert other.proxy.steps == steps and other.proxy.base == tuple(round(share * base) for base in own.base)
+        assert other.proxy.base_of == round(share * own.base_of), "and they come from a shorter training"
 
 
 @pytest.mark.parametrize("last", [4, 6])

@@ -1302,32 +1302,36 @@ def best_trials_together(state: State, at_work: Sequence[dict]) -> Child | None:
 
 
 def close(state: State, worker: "Worker", args) -> None:
-    """One worker's part of the closing round. What is decided is decided once, in a file that all of them read."""
-    task = state.task
+    """One worker's part of the closing round. What is decided is decided once, in a file that all of them read.
+
+    Who has nothing to do before a decision trains the baseline for the table.
+    """
+    task, table_seeds = state.task, range(args.seed + TABLE_SEEDS, args.seed + TABLE_SEEDS + args.seeds)
+
+    def table_jobs(losses: dict | str) -> list[tuple]:
+        picture = predictions_of(worker.directory, losses)
+        return [(losses, seed, picture if seed == table_seeds[0] else None) for seed in table_seeds]
 
     def score(losses: dict, seeds: Sequence[int]) -> float:  # a resumed round may know other seeds, too
         return state.full_score(losses_text(losses), seeds)
 
     worker.wait_for_searching(state)
     finalists = worker.agree("finalists", state, lambda: select_finalists(state))
+    baseline = table_jobs(task.baseline)
     for number, several in task.rungs:
         seeds = state.choice_seeds[: min(several, 2 * args.seeds)]
-        worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]])
+        worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]], baseline)
         finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", state, lambda: found and shorten(task, found))
     if short != found:
-        worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)])
+        worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)], baseline)
         found = short if score(short, seeds) >= score(found, seeds) else found
     found = worker.agree("found", state, lambda: found)
     if found and (picture := draw_gradients(task, found)):
         write_atomically(worker.directory / "gradients.png", picture)
-    table = {"baseline": task.baseline} | ({"found": found} if found else {})
-    jobs = []
-    for k in range(args.seeds):
-        pictures = {name: predictions_of(worker.directory, losses) for name, losses in table.items() if k == 0}
-        jobs += [(losses, args.seed + TABLE_SEEDS + k, pictures.get(name)) for name, losses in table.items()]
-    worker.serve(state, jobs)
+    pairs = zip(baseline, table_jobs(found)) if found else [baseline]
+    worker.serve(state, [*itertools.chain(*pairs)])
 
 
 def predictions_of(directory: Path, losses: dict[str, str] | str) -> Path:
@@ -1702,19 +1706,25 @@ class Worker(Journal):
             write_once(path, json.dumps(make()))
         return read_agreed(path, name, state.task)
 
-    def serve(self, state: State, jobs: list[tuple]) -> None:
-        """Re-trainings (losses, seed[, picture]) that nobody else has claimed, until all are done."""
+    def serve(self, state: State, jobs: list[tuple], others: Sequence[tuple] = ()) -> None:
+        """Re-trainings (losses, seed[, picture]) that nobody else has claimed, until all `jobs` are done.
+
+        While the last of them are with other workers, `others` are begun.
+        """
+
+        def left(jobs: Sequence[tuple]) -> list[tuple]:
+            return [job for job in jobs if job[1] not in state.again.get(losses_text(job[0]), {})]
+
         while True:
             self.hear(state)
-            left = [job for job in jobs if job[1] not in state.again.get(losses_text(job[0]), {})]
-            mine = next((job for job in left if self.claim(f"{losses_text(job[0])} {job[1]}")), None)
-            if mine:
+            if not left(jobs):
+                return
+            free = (job for job in left([*jobs, *others]) if self.claim(f"{losses_text(job[0])} {job[1]}"))
+            if mine := next(free, None):
                 losses, seed, *picture = mine
                 self.tell(retraining(state.task, self, state.task.read_losses(losses), seed, *picture))
-            elif left:
-                time.sleep(0.1)
             else:
-                return
+                time.sleep(0.1)
 
     def wait_for_searching(self, state: State) -> None:
         """Until no living worker goes on searching."""

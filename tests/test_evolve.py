@@ -1583,6 +1583,26 @@ def test_a_job_of_the_living_is_waited_for(two, monkeypatch):
     assert len(naps) == 30 and task.calls == ["ce", "ce"] and set(state.again["ce"]) == {0, 1}
 
 
+def test_who_would_wait_for_a_job_begins_others(two, monkeypatch):
+    first, second = two
+    task, jobs, others = ToyTask(), [("ce", 0), ("ce", 1)], [("ce", 100), ("ce", 101)]
+    state = begin(task)
+    assert first.claim("ce 0")
+    monkeypatch.setattr(evolve.time, "sleep", lambda seconds: pytest.fail("there is work to do"))
+    retraining = evolve.retraining
+
+    def train(task, worker, losses, seed, *picture):
+        if seed == 100:
+            first.tell(retraining(task, first, "ce", 0))
+        return retraining(task, worker, losses, seed, *picture)
+
+    monkeypatch.setattr(evolve, "retraining", train)
+    second.serve(state, jobs, others)
+    assert set(state.again["ce"]) == {0, 1, 100}, "what is decided next needs no more"
+    second.serve(state, jobs + others)
+    assert set(state.again["ce"]) == {0, 1, 100, 101} and len(task.calls) == 4
+
+
 def test_who_searches_is_waited_for_and_who_hangs_is_not(two, monkeypatch):
     first, second = two
     state, naps = begin(ToyTask()), []

@@ -7,8 +7,8 @@ six metrics. A search trains only what the table lacks: what one kind of search,
 get for nothing, and the whole can be stopped and taken up again. Seconds are those of the training when it was made.
 
 Each search is stopped after 25, 50, 100, ... trainings; what it would have given then, its best candidate by
-proxy, has its score on the test split after others read off the table (mean of two seeds). Shown:
-median and quartiles over the seeds of the search, per metric and kind; `--picture FILE` draws the curves.
+proxy, has its score on the test split after others read off the table (mean of two seeds). Per metric and kind the
+quartiles over the seeds of the search follow. tests/bench_runs.py compares whole runs, with their closing rounds.
 """
 
 import argparse
@@ -19,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,15 +33,6 @@ KINDS = {
     "cse": ["--search", "cse"],
     "aml": ["--search", "aml"],
     "asl": ["--search", "asl"],
-}
-COLOURS = {  # BGR
-    "evolve": (40, 40, 200),
-    "published": (200, 120, 30),
-    "random": (120, 120, 120),
-    "naive": (60, 160, 60),
-    "cse": (160, 60, 160),
-    "aml": (140, 140, 40),
-    "asl": (30, 140, 230),
 }
 AT = (25, 50, 100, 200, 400)  # trainings
 
@@ -147,44 +136,6 @@ def final_score(task: ReplayTask, best, metric: str) -> float:
     return sum(runs) / len(runs)
 
 
-def draw(rows: dict, path: Path, title: str, baseline: float) -> None:
-    """Medians and quartiles over trainings, a curve per kind of search."""
-    width, height, left, bottom = 760, 420, 70, 50
-    picture = np.full((height, width, 3), 255, np.uint8)
-    values = [value for row in rows.values() for quartiles in row.values() for value in quartiles] + [baseline]
-    low, high = min(values) - 0.01, max(values) + 0.01
-    steps = sorted({step for row in rows.values() for step in row})
-
-    def spot(step: float, value: float) -> tuple[int, int]:
-        x = left + (width - left - 150) * (steps.index(step) + 0.5) / len(steps)
-        return round(x), round(height - bottom - (height - bottom - 40) * (value - low) / (high - low))
-
-    def write(text: str, at: tuple[int, int], colour=(0, 0, 0), size: float = 0.45) -> None:
-        cv2.putText(picture, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
-
-    write(title, (left, 24), size=0.55)
-    for k in range(6):
-        value = low + (high - low) * k / 5
-        y = spot(steps[0], value)[1]
-        cv2.line(picture, (left, y), (width - 150, y), (230, 230, 230))
-        write(f"{value:.3f}", (12, y + 5))
-    for step in steps:
-        write(str(step), (spot(step, low)[0] - 12, height - bottom + 20))
-    write("proxy trainings", (width // 2 - 110, height - 10))
-    y = spot(steps[0], baseline)[1]
-    cv2.line(picture, (left, y), (width - 150, y), (0, 0, 0), 1, cv2.LINE_AA)
-    write("cross entropy", (width - 140, y + 5))
-    for k, (kind, row) in enumerate(rows.items()):
-        line = np.array([spot(step, row[step][1]) for step in row], np.int32)
-        cv2.polylines(picture, [line], False, COLOURS[kind], 2, cv2.LINE_AA)
-        for step in row:
-            shift = 4 * k - 8
-            (x, y0), (_, y1) = spot(step, row[step][0]), spot(step, row[step][2])
-            cv2.line(picture, (x + shift, y0), (x + shift, y1), COLOURS[kind], 2, cv2.LINE_AA)
-        write(kind, (width - 140, 60 + 22 * k), COLOURS[kind], 0.5)
-    cv2.imwrite(str(path), picture)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", type=Path, required=True, help="file that keeps the scores")
@@ -192,40 +143,27 @@ def main() -> None:
     parser.add_argument("--metrics", default="miou", help="comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evals", type=int, default=100)
-    parser.add_argument("--picture", type=Path, help="PNG to draw the curves to; of the first metric")
     args = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(args.table)
     judge = ReplayTask(search_seg.parse_arguments(["--device", "cpu"]), table)
     judge.load()
     for metric in args.metrics.split(","):
-        rows = {}
         reference = [judge.retrain("ce", evolve.TABLE_SEEDS + k)["test"][metric] for k in (0, 1)]
-        baseline = sum(reference) / 2
+        baseline, at = sum(reference) / 2, [n for n in AT if n <= args.evals]
         print(f"\n{metric}, test after {judge.retraining.steps:,} steps; cross entropy {baseline:.3f}")
-        print(f"{'search':<12}{'seed':>5}" + "".join(f"{n:>9}" for n in AT if n <= args.evals) + f"{'seconds':>9}")
+        print(f"{'search':<12}{'seed':>8}" + "".join(f"{n:>9}" for n in at) + f"{'seconds':>9}")
         for kind in args.kinds.split(","):
-            results = []
+            found = []  # by seed, after each number of trainings
             for seed in range(args.seeds):
                 curve = replay(kind, metric, seed, args.evals, table)
-                at = {n: final_score(judge, curve[n - 1][2], metric) for n in AT if n <= len(curve)}
-                results.append(at)
-                cells = "".join(f"{at[n]:>9.3f}" if n in at else f"{'-':>9}" for n in AT if n <= args.evals)
-                print(f"{kind:<12}{seed:>5}{cells}{curve[-1][1]:>9.0f}", flush=True)
-            rows[kind] = {}
-            for n in results[0]:
-                found = sorted(result[n] for result in results if n in result)
-                quartiles = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
-                rows[kind][n] = quartiles
-            cells = "".join(f"{row[1]:>9.3f}" for row in rows[kind].values())
-            print(f"{kind:<12}{'median':>5}{cells}", flush=True)
-        if args.picture and metric == args.metrics.split(",")[0]:
-            draw(
-                rows,
-                args.picture,
-                f"{metric} of the best loss so far, after {judge.retraining.steps:,} steps",
-                baseline,
-            )
+                found.append([final_score(judge, curve[n - 1][2], metric) for n in at])
+                cells = "".join(f"{score:>9.3f}" for score in found[-1])
+                print(f"{kind:<12}{seed:>8}{cells}{curve[-1][1]:>9.0f}", flush=True)
+            if args.seeds > 1:
+                columns = [statistics.quantiles(scores, n=4, method="inclusive") for scores in zip(*found)]
+                for name, row in zip(("quarter", "median", "quarter"), zip(*columns)):
+                    print(f"{kind:<12}{name:>8}" + "".join(f"{score:>9.3f}" for score in row), flush=True)
 
 
 if __name__ == "__main__":

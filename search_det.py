@@ -106,7 +106,7 @@ PROXY = {
     "coco": Schedule(2000, 16, 512, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 2000, clip=35.0),
 }
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=2400, base=(), warmup=10 / 1200),
+    "shapes": PROXY["shapes"]._replace(steps=2400, base=(), base_of=1, warmup=10 / 1200),
     "coco": Schedule(90_000, 16, 1024, (0.8, 1.25), "sgd", 0.02, 1e-4, "r50-fpn", 500 / 90_000, clip=35.0),
 }
 

@@ -90,8 +90,8 @@ PROXY = {
     "r50": Schedule(3200, 64, 256, 2.0, (0.7, 1.3), 40.0, 0.001, base=(3200,), base_of=80_000),
 }
 RETRAIN = {
-    "small": PROXY["small"]._replace(steps=2400, base=()),
-    "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=()),
+    "small": PROXY["small"]._replace(steps=2400, base=(), base_of=1),
+    "r50": PROXY["r50"]._replace(steps=160_000, batch=128, base=(), base_of=1),
 }
 
 

@@ -86,7 +86,7 @@ PROXY = {
 }
 PROXY |= dict.fromkeys(("cityscapes", "folder"), PROXY["voc"])
 RETRAIN = {
-    "shapes": PROXY["shapes"]._replace(steps=2400, base=()),
+    "shapes": PROXY["shapes"]._replace(steps=2400, base=(), base_of=1),
     "voc": Schedule(10_000, 32, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
     "cityscapes": Schedule(10_000, 16, 512, (0.5, 2.0), "sgd", 0.02, 10.0, model="r101-dlv3p"),
 }

@@ -25,7 +25,7 @@ from evolve import write  # noqa: E402
 
 AT = (25, 50, 100, 150, 200)  # trainings
 COLOURS = [(200, 80, 0), (40, 40, 200), (60, 160, 60), (30, 140, 230), (160, 60, 160)]  # BGR
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, COLUMN = 520, 360, 60, 30, 50, 110
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, COLUMN = 520, 360, 60, 30, 50, 130
 
 
 class Run(NamedTuple):
@@ -45,7 +45,7 @@ def read_run(directory: Path) -> Run:
     records = sorted(map(json.loads, lines), key=lambda record: record["elapsed"])
     baseline = next(record["baseline"] for record in records if "baseline" in record)
     leads = [-1.0 if r["score"] is None else r["score"] - baseline for r in records if "losses" in r]
-    kind = about["search"] + "".join(f" without {gate}" for gate in about["without"])
+    kind = "without " + ", ".join(about["without"]) if about["without"] else about["search"]
     ahead, error = json.loads((directory / "result.json").read_text())["difference"][about["metric"]]
     return Run(kind, about["seed"], about["metric"], list(itertools.accumulate(leads, max)), ahead, error)
 
@@ -78,7 +78,7 @@ def draw(runs: list[Run], path: Path) -> None:
     row = axis(WIDTH + 30, canvas.shape[1] - 10, -0.01, 0.03, 0.01)
     write(canvas, f"{runs[0].metric} on test, found minus baseline", (WIDTH + 30, 18))
     for k, kind in enumerate(kinds):
-        write(canvas, kind[:18], (WIDTH + 40 + COLUMN * k, HEIGHT - BOTTOM + 20), COLOURS[k])
+        write(canvas, kind[:20], (WIDTH + 40 + COLUMN * k, HEIGHT - BOTTOM + 20), COLOURS[k])
         for j, run in enumerate(run for run in runs if run.kind == kind):
             x = WIDTH + 50 + COLUMN * k + 16 * j
             cv2.line(canvas, (x, row(run.ahead - run.error)), (x, row(run.ahead + run.error)), COLOURS[k], 1)

@@ -6,8 +6,8 @@
     python tests/bench_runs.py RUN_DIR... --picture .github/searches.png
 
 Per run: the best proxy score minus that of the baseline after so many trainings, and what the closing table says of the
-found loss on test, found minus baseline with its standard error. On the picture a line per run on the left, the closing
-tables on the right.
+found loss on test, found minus baseline with its standard error (so with two --seeds at least). On the picture a line
+per run on the left, the closing tables on the right.
 """
 
 import argparse
@@ -75,7 +75,9 @@ def draw(runs: list[Run], path: Path) -> None:
         write(canvas, str(k), (round(LEFT + (WIDTH - LEFT - 30) * k / most) - 8, HEIGHT - BOTTOM + 20))
     write(canvas, f"best proxy {runs[0].metric} minus the baseline's, over trainings", (LEFT, 18))
 
-    row = axis(WIDTH + 30, canvas.shape[1] - 10, -0.01, 0.03, 0.01)
+    low, high = min(run.ahead - run.error for run in runs), max(run.ahead + run.error for run in runs)
+    low, high = 0.01 * np.floor(100 * min(low, 0)), 0.01 * np.ceil(100 * max(high, 0))
+    row = axis(WIDTH + 30, canvas.shape[1] - 10, low, high, 0.01)
     write(canvas, f"{runs[0].metric} on test, found minus baseline", (WIDTH + 30, 18))
     for k, kind in enumerate(kinds):
         write(canvas, kind[:20], (WIDTH + 40 + COLUMN * k, HEIGHT - BOTTOM + 20), COLOURS[k])

@@ -1772,6 +1772,19 @@ def test_what_a_run_has_re_trained_is_not_re_trained_when_it_goes_on(tmp_path, s
     assert evolve.losses_text(best["retrained"]) in finalists, "what was the best then is a finalist again"
 
 
+def test_the_table_of_the_baseline_is_begun_before_the_decision(tmp_path, monkeypatch):
+    serve, meanwhile = Worker.serve, []
+
+    def listen(self, state, jobs, others=()):
+        meanwhile.append([(losses, seed) for losses, seed, _ in others])
+        serve(self, state, jobs, others)
+
+    monkeypatch.setattr(Worker, "serve", listen)
+    _, trained = converge(tmp_path, {"Neg(Mul(y, p))": 0.7, "Neg(y)": 0.5}, "--seeds", "2")
+    baseline = [("ce", seed) for seed in trained["ce"]]
+    assert len(baseline) == 2 and meanwhile == [baseline] * (len(meanwhile) - 1) + [[]]
+
+
 def test_halving_keeps_the_better_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(evolve.Task, "rungs", ((6, 1), (3, 2), (2, 4)))
     found, trained = converge(tmp_path, dict(zip(SIX, (0.1, 0.6, 0.2, 0.8, 0.3, 0.7))), "--seeds", "2")

@@ -686,7 +686,7 @@ def settle_rejection(branch: Branch) -> Branch:
     gain = rejection_gain(branch, expr, early=())
     if math.isfinite(gain):
         branch.eta = min(branch.eta, gain / 2, gain)  # it may lose, where an untrained network is right
-    if rejection_gain(branch, expr) < branch.eta:
+    if branch.eta <= 0 or rejection_gain(branch, expr) < branch.eta:  # shares of nothing decide nothing
         branch.early = ()
     return branch
 

@@ -9,7 +9,8 @@ A loss is a rooted tree of primitive operators over a few leaves (AutoLoss-Zero,
 Leaves are the target `y`, the prediction `p` (after softmax or sigmoid) and the constant `1`; for box regression the
 intersection `i`, the union `u` and the enclosing area `e` of predicted and target box. Every tensor is
 (..., N, C, H, W): leading dimensions hold independent losses, H = W = 1 where a task has no space. The value of a tree
-is summed over C and averaged over N, H and W, so that `Neg(Mul(y, Log(p)))` is exactly cross entropy (but at p = 0).
+is summed over C and averaged over N, H and W, so that `Neg(Mul(y, Log(p)))` is exactly cross entropy (but near p = 0,
+where EPS is not small).
 
 Ignored positions (mask False) are left out of every sum, mean and pool.
 
@@ -91,7 +92,7 @@ def mean_c(x):
 
 
 def max_pool3(x, mask):
-    if not x.numel():  # which torch's pool refuses
+    if x.shape[-2:] == (1, 1) or not x.numel():  # without neighbours, whatever the mask's size; torch refuses the empty
         return x
     # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum.
     seen = x if mask is None else torch.where(mask, x, float("-inf"))

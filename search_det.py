@@ -1198,7 +1198,8 @@ def mask_ce(logits: Tensor, target: Tensor) -> Tensor:
 def box_leaves(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     """Intersection i, union u and enclosing area e of boxes x1 y1 x2 y2 (..., N, 4), each (..., N, 1, 1, 1).
 
-    In units of the wanted box's own area [D]: a tree then means the same for small and large objects and pictures.
+    In units of the wanted box's own area, not 0 [D]: a tree then means the same for small and large objects and
+    pictures.
     """
 
     def area(low, high):
@@ -1311,7 +1312,7 @@ HEADS = {
     "reg": '''def NAME(boxes, target):
     """{expr}
 
-    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives.
+    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives, none true without area.
     i, u, e: intersection, union and enclosing area, in units of the true box's own area.
     Returns a scalar, float32 at least, averaged over boxes; 0 where there are none.
     """

@@ -985,7 +985,7 @@ def l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 def ce(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Cross entropy of the joint's position, with heatmaps as logits: the tree Neg(Mul(y, Log(p)))."""
+    """Cross entropy of the joint's position, with heatmaps as logits: Neg(Mul(y, Log(p))), but near p = 0."""
     log = (SHARPNESS * wide(prediction)).flatten(2).log_softmax(-1).view_as(prediction)
     return mean_over_joints(-(target * log).mean((2, 3)), weight)
 
@@ -1316,8 +1316,9 @@ class PoseTask(evolve.Task):
         size = (GATE_SIZE, round(GATE_SIZE * self.args.aspect))
         corner = [(n - m) // 2 for n, m in zip(train.images.shape[-2:], self.size)]
         joints = train.joints[index] - torch.tensor(corner).flip(0).to(self.device)
-        target = batch_heatmaps(joints * (size[0] / self.size[0]), size, 1.0) * train.labelled[index, :, None, None]
-        target = target.cpu()
+        scale = torch.tensor(size) / torch.tensor(self.size)  # of height and width
+        target = batch_heatmaps(joints * scale.flip(0).to(self.device), size, 1.0)
+        target = (target * train.labelled[index, :, None, None]).cpu()
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
         images = normalise(middle(train.images[index], self.size).to(self.device).float())
         net, logits = self.network(self.proxy, self.args.seed), [noise]

@@ -1108,6 +1108,9 @@ class Asl(NamedTuple):
         theta = tuple(float(number) for number in numbers.split()) or ASL_THETA[metric]
         if len(theta) != len(ASL_THETA[metric]) or not all(0 <= value <= 1 for value in theta):
             raise ValueError(f"{metric} takes {len(ASL_THETA[metric])} numbers in 0..1, got {len(theta)}")
+        curves = torch.tensor(theta, dtype=torch.float64).view(ASL_CURVES[metric], -1, 2)
+        if (curves.diff(dim=1) < 0).any():
+            raise ValueError("its curves fall; within each neither the xs nor the ys may")
         return cls(metric, theta)
 
 

@@ -59,17 +59,22 @@ def only(folder):
 # The same numbers
 
 
+POOLED = "MaxPool3(MinPool3(Mul(y, p)))", "Mul(y, MaxPool3(MeanNHW(p)))", "Mul(MinPool3(1), Mul(y, p))"
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_trees_have_the_same_value_and_gradient(seed):
     rng = random.Random(seed)
-    exprs = [evolve.random_tree(rng, ("y", "p", "1")) for _ in range(4)] + [parse("MaxPool3(MinPool3(Mul(y, p)))")]
+    exprs = [evolve.random_tree(rng, ("y", "p", "1")) for _ in range(4)] + [*map(parse, POOLED)]
+    mask = torch.rand(3, 1, 9, 8, generator=torch.Generator().manual_seed(seed)) < 0.8 if seed % 2 else None
     logits = torch.randn(3, 5, 9, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     target = torch.zeros_like(logits).scatter_(1, logits.roll(1, 2).argmax(1, keepdim=True), 1.0)
     found = []
     for device in ("cpu", "cuda"):
-        x, y = logits.to(device).requires_grad_(), target.to(device)
-        values = evaluate_batch(exprs, {"y": y.expand(len(exprs), *y.shape), "p": x.softmax(1).expand(5, *x.shape)})
-        alone = torch.stack([evaluate(expr, {"y": y, "p": x.softmax(1)}) for expr in exprs])
+        x, y, valid = logits.to(device).requires_grad_(), target.to(device), mask if mask is None else mask.to(device)
+        leaves, K = {"y": y, "p": x.softmax(1)}, len(exprs)
+        values = evaluate_batch(exprs, {name: leaf.expand(K, *y.shape) for name, leaf in leaves.items()}, valid)
+        alone = torch.stack([evaluate(expr, leaves, valid) for expr in exprs])
         assert torch.allclose(values, alone, rtol=1e-9, equal_nan=True)
         slope = torch.autograd.grad(values.sum(), x)[0] if values.requires_grad else torch.zeros_like(x)
         found.append((values.detach().cpu(), slope.cpu()))
@@ -104,7 +109,7 @@ def test_metrics_are_the_same(seed):
         assert search_det.coco_eval(truth, found, kind, "cuda") == pytest.approx(want, abs=1e-12, nan_ok=True)
     truth, found, sigmas = test_pose.random_case(seed)
     want = search_pose.oks_eval(truth, found, sigmas)
-    assert search_pose.oks_eval(truth, found, sigmas) == pytest.approx(want, abs=1e-12, nan_ok=True)
+    assert search_pose.oks_eval(truth, found, sigmas, "cuda") == pytest.approx(want, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", search_seg.LOSSES)

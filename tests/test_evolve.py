@@ -491,6 +491,7 @@ def test_the_baseline_passes_with_a_margin(monkeypatch):
     assert evolve.rejection_gain(nearly, parse("Mul(y, Log(p))")) < nearly.eta
     losing = settled(score=lambda x, y: 1 - 0.1 * plain.score(x, y))
     assert losing.eta < 0 and evolve.rejection_gain(losing, CE) >= losing.eta
+    assert losing.early == () == settled(score=lambda x, y: 0 * plain.score(x, y)).early, "shares of nothing"
     nothing = settled(score=lambda x, y: torch.full(x.shape[:-4], math.nan))
     assert nothing.eta == 0.3
 

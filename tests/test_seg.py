@@ -380,6 +380,13 @@ def exported_asl(metric):
     return scope["loss"]
 
 
+@pytest.mark.parametrize("theta", ["0.9 0.1 0.5 0.9 0.95 1", "0.1 0.9 0.5 0.2 0.95 1"])
+def test_curves_that_fall_are_refused(theta):
+    with pytest.raises(ValueError, match="fall"):
+        search_seg.Asl.read(f"asl(macc: {theta})")
+    assert search_seg.Asl.read(f"asl(bf1: {theta} 0.2 0.1)"), "which has a curve for each point"
+
+
 @pytest.mark.parametrize("metric", search_seg.METRICS)
 def test_exported_asl(metric):
     logits, label = sample(8, H=14, W=15)

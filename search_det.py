@@ -1312,7 +1312,7 @@ HEADS = {
     "reg": '''def NAME(boxes, target):
     """{expr}
 
-    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives, none true without area.
+    boxes, target: (N, 4) predicted (decoded) and true boxes x1 y1 x2 y2 of the sampled positives; true ones have area.
     i, u, e: intersection, union and enclosing area, in units of the true box's own area.
     Returns a scalar, float32 at least, averaged over boxes; 0 where there are none.
     """

@@ -23,7 +23,7 @@ import evolve
 import search_det
 import search_pose
 import search_seg
-from data import shapes
+from data import pictures, shapes
 from loss_ops import evaluate, evaluate_batch, parse
 
 if not torch.cuda.is_available():
@@ -83,8 +83,9 @@ def test_trees_have_the_same_value_and_gradient(seed):
 
 
 @pytest.mark.parametrize(("name", "metric"), METRICS)
-def test_gates_look_at_the_same_predictions(root, name, metric):
+def test_gates_look_at_the_same_predictions(root, monkeypatch, name, metric):
     """On the CPU, whatever trains: an untrained network's are the same up to the rounding of its convolutions."""
+    monkeypatch.setattr(pictures, "is_plain_jpeg", lambda *picture: False)  # nvJPEG's pixels are a little coarser
     sides = [task_of(root, name, device, "--metric", metric).branches for device in ("cpu", "cuda")]
     assert sides[0].keys() == sides[1].keys()
     for one, other in zip(*(side.values() for side in sides)):
@@ -93,7 +94,7 @@ def test_gates_look_at_the_same_predictions(root, name, metric):
         if name != "det":  # where other proposals may be drawn
             assert torch.allclose(one.target, other.target, atol=1e-5), "heatmaps are drawn on the device"
             off = (one.prediction[0] - other.prediction[0]).abs().mean()
-            assert off < 0.1 * one.prediction[0].std(), "nvJPEG is a little coarser"
+            assert off < 0.02 * one.prediction[0].std()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -261,7 +262,8 @@ def test_a_training_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch, na
     for runs in (tmp_path / "whole", tmp_path / "part"):
         state = torch.load(only(runs) / "training_0_0.pt", weights_only=True, map_location="cpu")
         curves.append([float(value) for _, value in state["curve"]])
-    assert len(curves[0]) == len(curves[1]) and curves[1] == pytest.approx(curves[0], rel=0.05)
+    near = 0.2 if name == "det" else 0.05  # its sums over boxes come in any order
+    assert len(curves[0]) == len(curves[1]) and curves[1] == pytest.approx(curves[0], rel=near)
 
 
 def test_workers_share_one_gpu_and_outlive_a_kill(root, tmp_path):

@@ -99,10 +99,11 @@ def max_pool3(x, mask):
     if x.is_cuda:
         pooled = F.max_pool2d(seen.reshape(1, -1, *x.shape[-2:]), 3, stride=1, padding=1).reshape(x.shape)
     else:  # a CPU pools all planes at once where they are the fast dimension: several times as fast
-        planes = seen.movedim((-2, -1), (0, 1))
-        pixels = planes.reshape(1, *x.shape[-2:], -1).movedim(-1, 1)
-        pooled = F.max_pool2d(pixels, 3, stride=1, padding=1).movedim(1, -1)
-        pooled = pooled.reshape(planes.shape).movedim((0, 1), (-2, -1))
+        last = x.dim() - 2, x.dim() - 1  # one of torch's ONNX exporters counts from the front only
+        planes = seen.movedim(last, (0, 1))
+        pixels = planes.reshape(1, *x.shape[-2:], -1).movedim(3, 1)
+        pooled = F.max_pool2d(pixels, 3, stride=1, padding=1).movedim(1, 3)
+        pooled = pooled.reshape(planes.shape).movedim((0, 1), last)
     return pooled if mask is None else torch.where(mask, pooled, x)
 
 
@@ -295,7 +296,10 @@ def has_pool(nodes: Sequence[Expr]) -> bool:
 
 def planes_last(x):
     """The same tensor, or None, as a CPU pools it fastest; what is computed from it element by element stays so."""
-    return x if x is None or x.is_cuda else x.movedim((-2, -1), (0, 1)).contiguous().movedim((0, 1), (-2, -1))
+    if x is None or x.is_cuda:
+        return x
+    last = x.dim() - 2, x.dim() - 1
+    return x.movedim(last, (0, 1)).contiguous().movedim((0, 1), last)
 
 
 def evaluate(expr: Expr, leaves: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:

@@ -777,8 +777,8 @@ def edges(label):
         one = slice(None), slice(down, H), slice(max(right, 0), W + min(right, 0))
         other = slice(None), slice(0, H - down), slice(max(-right, 0), W - max(right, 0))
         differ = label[one] != label[other]
-        found[one] |= differ
-        found[other] |= differ
+        for part in (one, other):
+            found[part] = found[part] | differ  # which both of torch's ONNX exporters know
     return found
 
 

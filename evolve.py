@@ -96,11 +96,14 @@ def search(state: "State", worker: "Worker", args) -> None:
 
     Every turn has a random generator of its own, and all else comes from the journal: a resumed search goes on exactly.
     """
-    deadline = time.time() + 60 * args.minutes - state.searched
+    deadline = time.monotonic() + 60 * args.minutes - state.searched
     while True:
         worker.hear(state)
-        if state.evaluated >= args.evals or time.time() >= deadline:
+        if state.evaluated >= args.evals or time.monotonic() >= deadline:
             return
+        if not state.compared and worker.claim("baseline"):
+            worker.tell(baseline_training(state, worker))
+            continue
         turn = state.next_turn(worker.rank)
         rng = Random(f"{args.seed}/{worker.rank}/{turn}")
         at_work = worker.others_at_work(state)
@@ -127,7 +130,7 @@ def next_child(
         return tried.close(state, together)
     early = len(state.island()) < (state.initial if len(state.task.branches) == 1 else TRIALS)
     fresh = rng.random() < FRESH or not state.method.mutate or early
-    while time.time() < deadline:
+    while time.monotonic() < deadline:
         if guide:
             pool = breed(state, rng, guide, fresh, tried)
         else:
@@ -141,9 +144,17 @@ def next_child(
     return None
 
 
+def baseline_training(state: "State", worker: "Worker") -> dict:
+    """The proxy trainings of the baseline, one from each base network, as their record in the journal."""
+    task = state.task
+    worker.works_on(task.baseline)
+    first, *later = [proxy_score(task, task.baseline, base) for base in range(task.bases)]
+    return {"baseline": first, "later": later}
+
+
 def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
     """The proxy training of a child, as its record in the journal."""
-    start = time.time()
+    start = time.monotonic()
     worker.works_on(child.losses)
     score, later, curve = train_by_proxy(state, child.losses)
     return {
@@ -156,7 +167,7 @@ def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
         "predicted": child.predicted,
         "tried": child.tried,
         "curve": [[step, float(f"{loss:.4g}")] for step, loss in curve if math.isfinite(loss)],
-        "seconds": round(time.time() - start, 3),
+        "seconds": round(time.monotonic() - start, 3),
         **child.more,
     }
 
@@ -188,13 +199,13 @@ def proxy_score(task: "Task", losses, base: int = 0) -> float | None:
 
 def retraining(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None) -> dict:
     """A training of losses, or of the baseline by its name, from fresh weights, as its record in the journal."""
-    start = time.time()
+    start = time.monotonic()
     worker.works_on(losses)
     try:
         scores = task.retrain(losses, seed, picture)
     except InvalidLoss:
         scores = None
-    seconds = round(time.time() - start, 3)
+    seconds = round(time.monotonic() - start, 3)
     return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds}
 
 
@@ -888,7 +899,7 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
     elite: list[Child] = []
     ranked = 0  # size of the pool when the elite was chosen
     for _ in range(ATTEMPTS):
-        if len(pool) >= POOL or time.time() >= tried.deadline:
+        if len(pool) >= POOL or time.monotonic() >= tried.deadline:
             break
         if len(pool) >= ranked + POOL // 5:
             elite, ranked = guide.rank(task, list(pool.values()))[: POOL // 10], len(pool)
@@ -1022,7 +1033,8 @@ class State:
     again: dict[str, dict[int, dict | None]] = field(default_factory=dict)  # `Task.retrain` by text and seed
     turns: dict[int, set[int]] = field(default_factory=dict)  # numbers of the proxy trainings, by worker
     programs: dict[str, list] = field(default_factory=dict)  # by branch and tree, the latest that computes it
-    baseline: float | None = None  # its proxy score ...
+    compared: bool = False  # whether the baseline has had its proxy trainings:
+    baseline: float | None = None  # its score ...
     later: Sequence[float | None] = ()  # ... and what it scores from later base networks
     simulated: float | None = None  # its score in the short training of CSE
     choice_seeds: Sequence[int] = range(CHOICE_SEEDS, TABLE_SEEDS)  # of the re-trainings by which losses are chosen
@@ -1099,7 +1111,7 @@ class State:
         kind, record = next((kind for kind in RECORDS if kind in record), "losses"), UNSAID | record
         checked(record, RECORDS[kind])
         if kind == "baseline":
-            self.baseline, self.later = record["baseline"], record["later"]
+            self.compared, self.baseline, self.later = True, record["baseline"], record["later"]
         elif kind == "retrained":
             key, scores = losses_text(self.task.read_losses(record["retrained"])), record["scores"]
             if scores is not None:
@@ -1273,7 +1285,7 @@ def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
     for name, branch in state.task.branches.items():
         passes = False
         while not passes:
-            if time.time() >= tried.deadline:
+            if time.monotonic() >= tried.deadline:
                 return None
             tree = state.tree(name, state.method.fresh(state, rng, name, branch))
             passes = judge(state, Child({name: tree.expr}, None, [tree]), (*CHEAP, *DEAR), tried)
@@ -1301,10 +1313,11 @@ def best_trials_together(state: State, at_work: Sequence[dict]) -> Child | None:
 # Closing round: finalists with all steps, a short formula, the table
 
 
-def close(state: State, worker: "Worker", args) -> None:
-    """One worker's part of the closing round. What is decided is decided once, in a file that all of them read.
+def close(state: State, worker: "Worker", args) -> int:
+    """One worker's part of the closing round; of how many evaluations it was.
 
-    Who has nothing to do before a decision trains the baseline for the table.
+    What is decided is decided once, in a file that all of them read. Who has nothing to do before a decision trains the
+    baseline for the table.
     """
     task, table_seeds = state.task, range(args.seed + TABLE_SEEDS, args.seed + TABLE_SEEDS + args.seeds)
 
@@ -1316,22 +1329,24 @@ def close(state: State, worker: "Worker", args) -> None:
         return state.full_score(losses_text(losses), seeds)
 
     worker.wait_for_searching(state)
-    finalists = worker.agree("finalists", state, lambda: select_finalists(state))
+    evaluated = state.evaluated
+    finalists = worker.agree("finalists", evaluated, task, lambda: select_finalists(state))
     baseline = table_jobs(task.baseline)
     for number, several in task.rungs:
         seeds = state.choice_seeds[: min(several, 2 * args.seeds)]
         worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]], baseline)
         finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
-    short = worker.agree("short", state, lambda: found and shorten(task, found))
+    short = worker.agree("short", evaluated, task, lambda: found and shorten(task, found))
     if short != found:
         worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)], baseline)
         found = short if score(short, seeds) >= score(found, seeds) else found
-    found = worker.agree("found", state, lambda: found)
+    found = worker.agree("found", evaluated, task, lambda: found)
     if found and (picture := draw_gradients(task, found)):
         write_atomically(worker.directory / "gradients.png", picture)
     pairs = zip(baseline, table_jobs(found)) if found else [baseline]
     worker.serve(state, [*itertools.chain(*pairs)])
+    return evaluated
 
 
 def predictions_of(directory: Path, losses: dict[str, str] | str) -> Path:
@@ -1474,7 +1489,7 @@ def read_weights(path: Path, device: str, use: Callable[[object], object], cure:
 def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: torch.nn.Module) -> list[dict]:
     """The weights of the base network at some of its steps; who finds no file trains it, the first for all workers."""
     if not path.exists():
-        make_once(path, functools.partial(torch.save, train()))
+        make_once(path, tensors_as_bytes(train()))
 
     def use(states: list[dict]) -> list[dict]:
         for state in checked(states, [{str: Tensor}]) or [{}]:  # no state at all fits no network either
@@ -1502,27 +1517,47 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
+@contextlib.contextmanager
+def named(path: Path):
+    """A write that fails meanwhile says in which file, what Python leaves out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     part = unfinished(path)
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
+    try:
+        with named(path):
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def make_once(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written unless somebody else has, whoever comes first."""
+def make_once(path: Path, content: bytes) -> None:
+    """Write a file unless somebody else has, whoever comes first."""
     part = unfinished(path)
     try:
-        write(part)
-        os.link(part, path)  # fails if the file is there, in one step
+        with named(path):
+            part.write_bytes(content)
+            os.link(part, path)  # fails if the file is there, in one step
     except FileExistsError:
         pass
     finally:
         part.unlink(missing_ok=True)
 
 
+def tensors_as_bytes(tensors) -> bytes:
+    """What torch.save writes, which by itself meets a full disk with an error of another kind."""
+    torch.save(tensors, content := io.BytesIO())
+    return content.getvalue()
+
+
 def write_once(path: Path, text: str) -> str:
     """Write a text unless somebody else has; what then stands there."""
-    make_once(path, lambda part: part.write_text(text, encoding="utf-8"))
+    make_once(path, text.encode())
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -1612,7 +1647,7 @@ class Worker(Journal):
 
     def __init__(self, directory: Path, report: Callable[[], None] = lambda: None):
         super().__init__(directory)
-        self.report, self.start = report, time.time()
+        self.report, self.start = report, time.monotonic()
         self.room = directory / "workers"
         self.room.mkdir(exist_ok=True)
         self.rank, self.file = self.enlist()
@@ -1655,7 +1690,7 @@ class Worker(Journal):
     @property
     def elapsed(self) -> float:
         """Seconds of this run, also those of searching before a resume."""
-        return time.time() - self.start
+        return time.monotonic() - self.start
 
     def hear(self, state: State) -> list[dict]:
         heard = super().hear(state)
@@ -1699,12 +1734,12 @@ class Worker(Journal):
                 holder = path.read_text(encoding="utf-8", errors="replace")
         return holder == self.life
 
-    def agree(self, name: str, state: State, make: Callable):
-        """What the first worker to come here makes of it, for all of them and for every resume."""
-        path = self.room / f"{name}-{state.evaluated}.json"
+    def agree(self, name: str, evaluated: int, task: Task, make: Callable):
+        """What the first worker to come here makes of so many evaluations, for all and for every resume."""
+        path = self.room / f"{name}-{evaluated}.json"
         if not path.exists():
             write_once(path, json.dumps(make()))
-        return read_agreed(path, name, state.task)
+        return read_agreed(path, name, task)
 
     def serve(self, state: State, jobs: list[tuple], others: Sequence[tuple] = ()) -> None:
         """Re-trainings (losses, seed[, picture]) that nobody else has claimed, until all `jobs` are done.
@@ -1778,7 +1813,7 @@ class Reporter:
         self.journal = Journal(directory)
         self.journal.hear(state)
         self.board = SummaryWriter(str(directory))
-        self.start, self.explored_earlier = time.time(), state.explored
+        self.start, self.explored_earlier = time.monotonic(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
         self.island_start = state.island_start
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()) if value is not None)
@@ -1823,7 +1858,7 @@ class Reporter:
         state, args, score = self.state, self.args, record["score"]
         self.told += 1
         n, gates = self.told, state.gate_counts()
-        seconds = time.time() - self.start
+        seconds = time.monotonic() - self.start
         rate = (state.explored - self.explored_earlier) / max(1e-9, seconds)
         share = max(n / args.evals, state.searched / (60 * args.minutes))
         left = max(0, int(state.searched * (1 / max(share, 1e-9) - 1)))
@@ -2087,10 +2122,11 @@ def main(args, make_task: Callable[..., Task]) -> None:
         cure = "take a smaller batch, window or network" + ", or fewer --workers" * (args.workers > 1)
         fail(f"--device {args.device}: out of memory ({error!s:.80}); {cure}", everyone=True)
     except OSError as error:  # no right to write, no space, a folder that has gone
-        if error.filename is None or error.strerror is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write does not say in which file
+        if error.strerror is None or error.filename is None and not full:
             raise
         cure = "mend it and go on with --resume, or choose other folders by --data-root and --runs"
-        fail(f"{error.filename}: {error.strerror}; {cure}", everyone=True)
+        fail(f"{error.filename or args.resume or args.runs}: {error.strerror}; {cure}", everyone=True)
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 
@@ -2115,7 +2151,10 @@ def run(args, task: Task) -> None:
     lock = (directory / "report.lock").open("a") if first else None
     if lock is None or not hold(lock):
         print(f"joining {directory} as another worker; whoever started it reports", flush=True)
-        return work(args, task, directory)
+        work(args, task, directory)
+        if lock is None or not hold(lock):
+            return
+        launching = False  # who started it has gone: this one reports
     reporter = Reporter(directory, make_state(args, task), args)
     children = launch(args.workers, directory) if launching else []
     try:
@@ -2186,12 +2225,11 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         task.prepare(directory / "base.pt")
         task.ready = True
         worker.hear(state)
-        worker.start = time.time() - state.searched
-        if state.baseline is None and worker.claim("baseline"):
-            first, *later = [proxy_score(task, task.baseline, base) for base in range(task.bases)]
-            worker.tell({"baseline": first, "later": later})
+        worker.start = time.monotonic() - state.searched
         search(state, worker, args)
-        close(state, worker, args)
+        closed = -1
+        while closed != state.evaluated:  # until nobody has come with more evaluations meanwhile
+            closed = close(state, worker, args)
     finally:
         worker.leave()
 
@@ -2210,18 +2248,19 @@ def launch(number: int, directory: Path) -> list[subprocess.Popen]:
 
 def watch(children: list[subprocess.Popen], reporter: Reporter) -> None:
     """Listen until the closing table is complete. A worker that ends too early is named; the others go on."""
-    named = set()
+    named, before = set(), reporter.state.evaluated if reporter.found() else -1  # a finished run goes on
     while True:
         ended = [child for child in children if child.poll() is not None]  # all that these have written is heard now
         reporter.hear()
-        if reporter.found() is not None:
+        over = len(ended) == len(children)
+        if reporter.found() and (over or reporter.state.evaluated > before):
             return
         for child in ended:
             if child.returncode not in (0, 2) and child.pid not in named:
                 named.add(child.pid)
                 how = f"by signal {-child.returncode}" if child.returncode < 0 else f"with code {child.returncode}"
                 warn(f"worker {child.pid} ended {how}; the others go on, its training is lost")
-        if len(ended) == len(children):
+        if over:
             raise ChildProcessError("all workers have ended")
         time.sleep(0.05)
 
@@ -2573,10 +2612,12 @@ class Checkpoint:
         if world > 1:
             dist.all_gather_object(states, states[rank])
         if rank == 0:
-            unfinished = self.path.with_suffix(".part")
             parts = [part.state_dict() for part in parts]
-            torch.save({"steps": steps, "curve": curve, "parts": parts, "generators": states}, unfinished)
-            unfinished.replace(self.path)
+            state = {"steps": steps, "curve": curve, "parts": parts, "generators": states}
+            part = self.path.with_suffix(".part")  # the next one overwrites what a kill has left
+            with named(self.path):
+                part.write_bytes(tensors_as_bytes(state))
+                part.replace(self.path)
 
 
 def compare(args, task: Task) -> None:
@@ -2650,18 +2691,19 @@ def finished_lines(directory: Path, metrics: tuple[str, ...]) -> list[dict]:
 
 def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Checkpoint) -> dict:
     """One training of `compare` as its line in retrain.jsonl, and its curve in TensorBoard."""
-    line, start, directory = {"loss": name, "seed": seed, "scores": None}, time.time(), checkpoint.path.parent
+    line, start, directory = {"loss": name, "seed": seed, "scores": None}, time.monotonic(), checkpoint.path.parent
     task.curve = []  # where this one becomes invalid, it has none
     try:
         line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
     except InvalidLoss as error:
         line["invalid"] = f"the loss or its gradient became invalid at {error}"
-    line["seconds"] = round(time.time() - start, 2)
+    line["seconds"] = round(time.monotonic() - start, 2)
     if rank_and_world()[0] == 0:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
 
-        with (directory / "retrain.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        log = directory / "retrain.jsonl"
+        with named(log), log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         with held_back(), SummaryWriter(str(directory)) as board:
             for step, value in task.curve:
                 board.add_scalar(f"retrain/{checkpoint.path.stem}", value, step)

@@ -140,7 +140,7 @@ class Full(io.FileIO):
             return super().write(data)
         half = super().write(bytes(data)[: len(data) // 2])
         if self.buffered:
-            raise OSError(errno.ENOSPC, "No space left on device", self.name)
+            raise OSError(errno.ENOSPC, "No space left on device")  # without the file's name, as Python does
         return half
 
 

@@ -1,6 +1,7 @@
 """The real command: files, table, TensorBoard, resume after kills, workers, and what wrong input is told."""
 
 import contextlib
+import errno
 import functools
 import importlib
 import json
@@ -47,7 +48,8 @@ def call(root, runs, *argv, **options):
 def started(root, runs, *argv, resume=None):
     """A command that runs beside the test: the process, and what it has printed so far. Ends with the test."""
     out = runs.parent / f"out-{resume is not None}"
-    line = [sys.executable, "search_seg.py", "--resume", str(resume)] if resume else command(root, runs, *argv)
+    again = [sys.executable, "search_seg.py", "--resume", str(resume), *argv]
+    line = again if resume else command(root, runs, *argv)
     with out.open("w") as file:
         process = subprocess.Popen(line, cwd=REPOSITORY, stdout=file, stderr=file)
     try:
@@ -121,6 +123,16 @@ def test_out_of_memory_has_cures(capsys, workers):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: --device cpu: out of memory") and "batch" in error
     assert ("fewer --workers" in error) == (workers > 1)
+
+
+def test_a_full_disk_is_one_line_also_where_nobody_says_which_file(capsys):
+    def full(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit) as stop:
+        evolve.main(search_seg.parse_arguments(["--device", "cpu", "--runs", "somewhere"]), full)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: somewhere: No space left on device; ")
 
 
 def test_found_loss_stands_alone(finished, tmp_path):
@@ -250,6 +262,41 @@ def test_who_resumes_a_running_search_joins_it(root, tmp_path):
     assert len(re.findall(r"^eval +\d+/14  ", printed(), re.M)) == len(journal(directory)) in (14, 15)
     assert {line["worker"] for line in journal(directory)} == {0, 1}
     assert json.loads((directory / "result.json").read_text())["evaluated"] == len(journal(directory))
+
+
+def test_who_joins_with_a_larger_budget_is_waited_for_in_the_closing_round(root, tmp_path):
+    flags = ("--retrain-steps", "100", "--evals", "4", "--workers", "1", "--seeds", "1")
+    with started(root, tmp_path / "runs", *flags) as (first, printed):
+        wait_until(lambda: "re-training" in printed(), first, printed)
+        (directory,) = (tmp_path / "runs").iterdir()
+        with started(root, tmp_path / "runs", "--evals", "8", resume=directory) as (second, answer):
+            assert first.wait(280) == 0 == second.wait(280), printed() + answer()
+    result = json.loads((directory / "result.json").read_text())
+    assert result["evaluated"] == len(journal(directory)) == 8 and "trained 8;" in printed()
+
+
+def test_who_outlives_the_one_that_reports_does_so(root, tmp_path):
+    flags = ("--evals", "14", "--workers", "1", "--seeds", "1")
+    with started(root, tmp_path / "runs", *flags) as (first, printed):
+        wait_until(lambda: "eval   2/14" in printed(), first, printed)
+        (directory,) = (tmp_path / "runs").iterdir()
+        with started(root, tmp_path / "runs", resume=directory) as (second, answer):
+            other = directory / "journal-1.jsonl"
+            wait_until(lambda: other.exists() and other.read_bytes().count(b"\n") >= 2, second, answer)
+            first.kill()
+            assert second.wait(280) == 0, answer()
+    assert ">>>>" in answer() and json.loads((directory / "result.json").read_text())["evaluated"] >= 14
+
+
+def test_a_finished_run_of_two_workers_goes_on_with_a_larger_budget(root, tmp_path):
+    done = call(root, tmp_path / "runs", "--evals", "4", "--workers", "2", "--seeds", "1")
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert done.returncode == 0 and len(journal(directory)) in (4, 5), done.stderr
+    for evals in ("8", "8"):
+        again = [sys.executable, "search_seg.py", "--resume", str(directory), "--evals", evals]
+        done = subprocess.run(again, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        number = len(journal(directory))
+        assert done.returncode == 0 and number in (8, 9) and f"trained {number};" in done.stdout, done.stderr
 
 
 def test_torchrun_enters_the_same_way(root, tmp_path):

@@ -2435,6 +2435,10 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
         fail(f"--data-root {args.data_root}: a file; give a folder")
     if args.resume and args.data_root != default and not os.path.isdir(args.data_root):
         fail(f"--data-root {args.data_root}: not found; say where the data of this run lie now")
+    try:
+        os.fspath(args.resume or args.runs).encode()
+    except UnicodeEncodeError:
+        fail(f"--runs {args.resume or args.runs}: a name that TensorBoard cannot write; give one in UTF-8")
     args.pretrained = os.path.abspath(args.pretrained) if isinstance(args.pretrained, str) else args.pretrained
     if args.loss is not None and args.compare is not None:
         fail(f"--compare {args.compare}: not together with --loss; give one of them")

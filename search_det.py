@@ -408,7 +408,7 @@ def read_data(args, size: int, masks: bool) -> dict[str, Split]:
                     "both the same categories"
                 )
         chosen = [image["file_name"] for k, image in enumerate(coco["images"]) if source.keep(k)]
-        files[name] = [source.folder.resolve() / file for file in chosen]
+        files[name] = [source.folder.resolve() / file.lstrip("/") for file in chosen]
         splits[name] = split = read_split(source, size, masks, args.skip_empty, left, args.device, coco)
         left -= split.images.nbytes + split.bits.nbytes
         if split.images.nbytes == 0:

@@ -217,7 +217,7 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
         if read != path:  # train and val mostly share one file
             whole, read = read_annotations(path, folder), path
         content = {**whole, "images": choose(whole["images"])}
-        files[name] = [folder.resolve() / picture["file_name"] for picture in content["images"]]
+        files[name] = [folder.resolve() / picture["file_name"].lstrip("/") for picture in content["images"]]
         skeletons.append(read_skeleton(content, args.sigmas))
         if skeletons[-1].names != skeletons[0].names:
             raise DataError(f"{path}: other joints than in the training split")

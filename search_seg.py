@@ -251,7 +251,7 @@ def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
         pairs = {"train": cityscapes_pairs(root, "train"), "test": cityscapes_pairs(root, "val")}
     else:
         pairs = folder_pairs(root)
-    evolve.warn_of_shared({split: [image for image, _ in chosen] for split, chosen in pairs.items()})
+    evolve.warn_of_shared({split: [image.resolve() for image, _ in chosen] for split, chosen in pairs.items()})
     if "val" not in pairs:
         if len(pairs["train"]) < 2:
             raise DataError(f"{pairs['train'][0][0]}: the only training picture; give two or more, one is held out")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -267,12 +268,13 @@ def found_files(folder: Path, names: list[str]) -> list[Path]:
     elsewhere: list[str] = []
     for name in dict.fromkeys(names):
         path = folder / name
-        for place in (path.parent, folder):
+        as_link = urllib.parse.unquote(re.sub(r".*\?d=|\?.*", "", name))  # what labelling tools make of a file
+        for place, file in itertools.product((path.parent, folder), (path.name, Path(as_link).name)):
             if place not in there:
                 listed = sorted(os.listdir(place)) if os.path.isdir(place) else ()  # unlike Path's, of no name too long
                 there[place] = [{key(file): file for file in listed} for key in (plain_name, capless_name)]
             exact, capless = there[place]
-            if file := exact.get(plain_name(path.name)) or capless.get(capless_name(path.name)):
+            if file := exact.get(plain_name(file)) or capless.get(capless_name(file)):
                 found[name] = place / file
                 elsewhere += [name] * (place != path.parent)
                 break
@@ -537,6 +539,9 @@ SIDES += [
     ("izq", "der"),
     ("esquerd", "direit"),
     ("sinistr", "destr"),
+    ("sx", "dx"),
+    ("izdo", "dcho"),
+    ("esq", "dir"),
     ("лев", "прав"),
     ("左", "右"),
 ]
@@ -552,9 +557,10 @@ def mirror(names: tuple[str, ...]) -> list[int]:
     bare = tuple(re.sub(r"^\d+[\W_]*", "", name) for name in names)
     if all(bare) and len({*bare}) == len(names):  # 1_left_eye and 2_right_eye; numbers alone tell no joints apart
         names = bare
-    known = {re.sub(r"[\W_]", "", name.lower()): k for k, name in enumerate(names)}
+    exact = {name.lower(): k for k, name in enumerate(names)}
+    known = {re.sub(r"[\W_]", "", name): k for name, k in exact.items()}
 
-    def other(name: str) -> int | None:
+    def other(own: int, name: str) -> int | None:
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+|[\W\d_]+", name)
         words = [word.lower() for word in words]
         ways = [[dict(SIDES).get(word, word) for word in words]]
@@ -564,11 +570,12 @@ def mirror(names: tuple[str, ...]) -> list[int]:
                     ways.append([*words[:k], opposite + word[len(side) :], *words[k + 1 :]])
                 if word.endswith(side):
                     ways.append([*words[:k], word[: -len(side)] + opposite, *words[k + 1 :]])
-        found = (re.sub(r"[\W_]", "", "".join(way)) for way in ways)  # left_eye and right-eye are a pair
-        own = re.sub(r"[\W_]", "", name.lower())
-        return next((known[way] for way in found if way in known and way != own), None)
+        ways = ["".join(way) for way in ways]
+        found = [exact.get(way) for way in ways]
+        found += [known.get(re.sub(r"[\W_]", "", way)) for way in ways]  # left_eye and right-eye are a pair
+        return next((k for k in found if k not in (None, own)), None)
 
-    others = [other(name) for name in names]
+    others = [other(k, name) for k, name in enumerate(names)]
     return [k if n is None or others[n] != k else n for k, n in enumerate(others)]
 
 

@@ -1,6 +1,7 @@
 """Where the pictures and masks of segmentation lie: VOC, Cityscapes, and any folder of images and masks."""
 
 import contextlib
+import csv
 import fcntl
 import functools
 import os
@@ -135,7 +136,7 @@ def folder_pairs(root: Path) -> dict[str, list[tuple[Path, Path]]]:
             if found := split_pairs(root, names, whole):
                 pairs[split] = found
         except NoMask as error:
-            if split != "test" or "val" not in pairs:
+            if split != "test" or not {"train", "val"} & pairs.keys():
                 raise
             warn_once(f"{error}; the test split is left out")  # as it is published without masks
     if "train" not in pairs:  # all that no list and no folder has
@@ -169,7 +170,7 @@ def split_pairs(root: Path, names: Sequence[str], whole: list[tuple[Path, Path]]
             places.append((inside(root, images, name), inside(root, masks, name)))
             places.append((inside(root, f"{name}_{images}"), inside(root, f"{name}_{masks}")))
         places += [(inside(root, name), inside(root, name + ending)) for ending in BESIDE]
-        if any(map(any, map(inside(root, name).glob, ("*_mask.*", "mask_*")))):  # beside the pictures, as by Roboflow
+        if any(re.match(r".*_mask\.|mask_", file) for file in entries(inside(root, name))):  # beside, as by Roboflow
             places.append((inside(root, name), inside(root, name)))
         lists += [inside(root, f"{name}.txt"), inside(root, "ImageSets", "Segmentation", f"{name}.txt")]
     folders = in_use(places)
@@ -177,7 +178,7 @@ def split_pairs(root: Path, names: Sequence[str], whole: list[tuple[Path, Path]]
     if listing is None:
         return paired(*folders[0]) if folders else []
     lines = [line for line in read_lines(listing) if not line.startswith("#")]
-    both = [(root, root)] * any(re.search(r"[,\t ]", line) for line in lines[:1])  # pictures and masks are listed
+    both = [(root, root)] * any(re.search(r"[,;\t ]", line) for line in lines[:1])  # pictures and masks are listed
     if not (choices := folders or whole or both):
         return []
     try:
@@ -201,22 +202,22 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
         text = text[: text.rindex(".")] if text.lower().endswith(IMAGES) else text
         for path in (folder / text, root / text.lstrip("/")):
             if path.parent not in files:
-                files[path.parent] = named_files(path.parent) if os.path.isdir(path.parent) else {}
-            names = (name for name in map(plain_name, called(path.name)) if name in files[path.parent])
-            if found := next((files[path.parent][name] for name in names), None):
+                files[path.parent] = in_any_case(named_files(path.parent)) if os.path.isdir(path.parent) else {}
+            there, names = files[path.parent], [*map(plain_name, called(path.name))]
+            if found := next((there[name] for name in (*names, *map(str.lower, names)) if name in there), None):
                 return found
         return None
 
     pairs = []
     for line in read_lines(listing):
-        names, image = re.split(r"\s*[,\t]\s*" if re.search("[,\t]", line) else r"\s+", line), find(line, images)
-        if image is None and len(names) == 2:
-            image = find(names[0], images)
-            if names[1] in ("-1", "0", "1"):  # in VOC's lists by class it says whether a picture has some of it
-                names = names[:1]
-        else:
+        names, image = columns(line), find(line, images)
+        if image is not None or len(names) not in (1, 2):
             names = [line]
-        if image is None and line.startswith("#"):
+        else:
+            image = find(names[0], images)
+            if names[1:] and names[1] in ("-1", "0", "1"):  # in VOC's lists by class: whether a picture has some of it
+                names = names[:1]
+        if image is None and (line.startswith("#") or not pairs and re.fullmatch(HEAD, line)):
             continue
         if image is None:
             missing = images / (names[0] if Path(names[0]).suffix else f"{names[0]}.jpg")
@@ -238,18 +239,32 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
     return pairs
 
 
+HEAD = r"(?i)\W*(images?|pictures?|file_?names?|(image_?)?paths?)\W+(masks?|labels?|annotations?)(_?paths?)?\W*"
+
+
+def columns(line: str) -> list[str]:
+    """The columns of a line, between tabs, semicolons or commas, in quotes or not, else between blanks."""
+    for mark in "\t;,":
+        if mark in line:
+            (row,) = csv.reader([line], delimiter=mark, skipinitialspace=True)
+            return [column.strip() for column in row if column.strip()]
+    return [line.strip('"')] if line.startswith('"') else line.split()
+
+
 def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """All pictures of a folder with their masks in another."""
     found, labels = named_files(images), named_files(masks)
     beside = images == masks
     if beside:
         masks_of = {mask for name, path in found.items() for mask in mask_names(name, path.suffix, beside)}
-        found = {name: path for name, path in found.items() if name not in masks_of and not name.endswith("_mask")}
+        found = {
+            name: path for name, path in found.items() if name not in masks_of and not name.lower().endswith("_mask")
+        }
     if not found:
         lists = "; list those in its folders in train.txt" * any(path.is_dir() for path in images.iterdir())
         raise DataError(f"{images}: no pictures in it{other_kinds(images.iterdir()) or lists}")
-    labels |= {name.lower(): path for name, path in labels.items() if name.lower() not in labels}
-    pairs = []
+    labels = in_any_case(labels)
+    pairs, owners = [], {}
     for name, path in found.items():
         names = mask_names(name, path.suffix, beside)
         label = next((labels[name] for name in (*names, *map(str.lower, names)) if name in labels), None)
@@ -257,6 +272,8 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
             kinds = other_kinds(other for other in masks.iterdir() if other.stem in names)
             cure = kinds or "; list those that have one in train.txt"
             raise NoMask(f"{path}: no mask of that name in {masks}{cure}")
+        if (other := owners.setdefault(label, path)) != path:
+            raise DataError(f"{label}: the mask of {path}, and of {other} too; list each picture with its own")
         pairs.append((path, label))
     used = {path for pair in pairs for path in pair}
     for folder, why in {masks: "masks of no picture", images: "no pictures of a kind that is read"}.items():
@@ -264,6 +281,11 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if rest:
             warn_once(f"{folder}: left out {len(rest):,} files or folders (first: {min(rest).name}), {why}")
     return pairs
+
+
+def in_any_case(files: dict[str, Path]) -> dict[str, Path]:
+    """Files by their names, and by these in small letters where no other file has them."""
+    return {name.lower(): path for name, path in files.items()} | files
 
 
 def other_kinds(paths: Iterable[Path]) -> str:
@@ -294,7 +316,8 @@ def inside(folder: Path, *names: str) -> Path:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8, without blank ones."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = re.split(r"[\r\n]+", path.read_text(encoding="utf-8-sig"))  # str.splitlines knows others, too
+        return [line.strip() for line in lines if line.strip()]
     except OSError:
         raise DataError(f"{path}: not found") from None
     except UnicodeDecodeError:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import shapes
-from data.layouts import read_lines
+from data.layouts import inside, read_lines
 from data.pictures import BROKEN, deep, opened, threads, turning, unreadable
 from evolve import DataError, note, warn_once
 
@@ -100,6 +100,7 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
                     raise DataError(f"{path}: {picture.n_frames} pictures in one file; save a mask as one")
                 picture.seek(0)
             step = grey_step(picture)  # of the file: a picture that is turned has no tiles any more
+            inverted = picture.format == "TIFF" and picture.tag_v2.get(262) == 0
             turn, upright = turning(picture)
             if turn is not None and upright == listed:
                 picture = picture.transpose(turn)
@@ -108,6 +109,8 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
             pixels = np.array(picture)
             if step != 1:
                 pixels = (pixels / step).round().astype(pixels.dtype)
+            if picture.mode == "L" and inverted:  # white is 0: PIL shows what the file means, not what it holds
+                pixels = 255 - pixels
             if picture.mode in ("LA", "PA", "RGBA"):
                 pixels, clear = pixels[..., :-1], pixels[..., -1] == 0
                 if clear.any() and not clear.all():  # transparent all over: some renderers leave alpha at 0
@@ -183,7 +186,7 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
     if args.data == "cityscapes":
         return Meaning(19, {number: k for k, number in enumerate(CITYSCAPES_IDS)}, {}, rest=IGNORE)
     masks = list(dict.fromkeys(label for split in pairs.values() for _, label in split))
-    table = args.data_root / "labelmap.txt"
+    table = inside(args.data_root, "labelmap.txt")
     if args.classes is None and args.data == "folder" and table.is_file():
         number, colours = read_classes(table)
     elif args.classes is not None:
@@ -205,6 +208,9 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
     values = {value for kind in kinds if not kind.coloured for value in kind.shares} | {value & 255 for value in shown}
     if number == 2 and values in ({0, 255}, {0, 65535}):  # a binary mask as many tools save it
         return Meaning(2, {0: 0, max(values): 1}, {})
+    if number == 2 and {1, 255} <= values and not any({1, 255} <= kind.shares.keys() for kind in kinds):
+        mixed = sum(255 in kind.shares for kind in kinds)
+        warn_once(f"{args.data_root}: 255 is ignored in {mixed} masks, others have class 1; save binary ones all alike")
     if args.data == "folder" and shown:  # all grey, saved as RGB: some greys are colours of VOC's palette, too
         return plain_meaning(number)._replace(colours={})
     return plain_meaning(number)
@@ -214,19 +220,20 @@ def read_classes(source: int | Path) -> tuple[int, list[int]]:
     """The number of classes, and their colours if `source` is a file with a colour on each line.
 
     A line is a name, or a name and three numbers: `cat:64,0,0::` as CVAT writes it, `cat,64,0,0` below the head of a
-    table, or `64 0 0 cat`. Black comes first. labelme's `__ignore__` is no class.
+    table, `64 0 0 cat`, `cat #400000`, with whatever brackets and quotes. Black comes first. labelme's `__ignore__` is
+    no class.
     """
     if isinstance(source, int):
         return source, []
-    lines = [line for line in read_lines(Path(source)) if not line.startswith("#") and line != "__ignore__"]
-    head = r"(?i)\W*(name|class|label)\w*\W+(r(ed)?\W+g.*|(id|index)\W*)|\W*(id|index)\W+(name|class|label)\w*\W*"
-    lines = lines[1:] if lines and re.fullmatch(head, lines[0]) else lines
-    lines = [re.sub(r"^(\d+)[,\s]+(\d+)[,\s]+(\d+)[,:\s]+(\D.*)", r"\4,\1,\2,\3", line) for line in lines]
-    if wrong := [line for line in lines if re.match(r"[\[\]{}]|- |.*(?<!:)[:\[{]$|(?i:pixel value)", line)]:
+    lines = [line for line in read_lines(Path(source)) if not re.match(r"#(?!\w{6}\W)", line) and line != "__ignore__"]
+    lines = lines[1:] if lines and is_head(lines[0]) else lines
+    plain = [colour_line(line) for line in lines]
+    found = [re.fullmatch(r"(.+?)[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)\b.*", line) for line in plain]
+    no_class = r"[\[\]{}]|- |.*(?<!:)[:\[{]$|(?i:pixel value)"
+    if wrong := [line for line, match in zip(lines, found) if not match and re.match(no_class, line)]:
         raise DataError(f"{source}: '{wrong[0]:.40}' is no class; give one name a line, no JSON, YAML or other table")
-    if wrong := [line for line in lines if re.search(r"\D\d+([,\s]+\d+){3}", line)]:
+    if wrong := [line for line in plain if re.search(r"\D\d+([,\s]+\d+){3}", line)]:
         raise DataError(f"{source}: '{wrong[0]:.40}': which three of these numbers? give name, red, green and blue")
-    found = [re.fullmatch(r"(.+?)[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)\b.*", line) for line in lines]
     if None in found:
         if any(found):
             raise DataError(f"{source}: '{lines[found.index(None)]}' has no colour; give every class one, or none")
@@ -241,6 +248,22 @@ def read_classes(source: int | Path) -> tuple[int, list[int]]:
     if not 1 < len(names) < 256 or len(set(colours)) != len(colours):
         raise DataError(f"{source}: {len(names)} classes; 2 to 255 are possible, each of its own colour")
     return len(names), colours
+
+
+def is_head(line: str) -> bool:
+    """Whether a line of a table of classes says what is in its columns, as `name,r,g,b` or `class_id class_name`."""
+    name = r"(class|label|category)?_?names?|class(es)?|labels?|categor(y|ies)"
+    number, colour = r"(class|label|category|train)?_?(id|idx|index)", r"r|g|b|red|green|blue|value|(colou?r_?)?(rgb)?"
+    words = re.findall(r"\w+", line.lower())
+    known = all(re.fullmatch(f"{name}|{number}|{colour}|parts|actions", word) for word in words)
+    return known and any(re.fullmatch(name, word) for word in words)
+
+
+def colour_line(line: str) -> str:
+    """A line of a table of classes with its colour, where it has one, in three numbers at the end, between commas."""
+    line = re.sub(r"#([0-9a-fA-F]{6})\b", lambda hexadecimal: ",".join(map(str, bytes.fromhex(hexadecimal[1]))), line)
+    line = re.sub(r"[,:\s]*(?:[\"'()\[\]=|;]|\brgb(?=\())+[,:\s]*", ",", line).strip(",")
+    return re.sub(r"^(\d+)[,\s]+(\d+)[,\s]+(\d+)[,:\s]+(\D.*)", r"\4,\1,\2,\3", line)
 
 
 def found_meaning(masks: list[Path], number: int | None) -> Meaning:

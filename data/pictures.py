@@ -25,10 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image  # comes with torchvision
+from PIL import Image, PngImagePlugin  # comes with torchvision
 from torch import Tensor
 
 from evolve import DataError
+
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # profiles and notes of some megabytes
 
 
 def read_pictures(paths: list[Path], listed: list[tuple[int, int] | None], device: str) -> list[Tensor]:
@@ -91,7 +93,10 @@ def opened(path: Path) -> Image.Image:
     if picture.format != "TIFF":
         return picture
     picture.close()
-    return Image.open(io.BytesIO(path.read_bytes()))
+    picture = Image.open(io.BytesIO(path.read_bytes()))
+    if picture.tag_v2.get(284) == 2 and max(picture.tag_v2.get(258, (8,))) > 8:
+        raise DataError(f"{path}: 16 bits a channel in separate planes; save its channels side by side, or with 8 bits")
+    return picture
 
 
 def turning(picture: Image.Image) -> tuple[int | None, tuple[int, int]]:
@@ -114,6 +119,9 @@ def unreadable(path: Path, kinds: str = "JPEG or PNG") -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
     unread = f"not a readable image, or cut off; save it as {kinds}"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(4) in (b"II*\0", b"MM\0*"):
+            unread = f"not a readable image: a TIFF cut off, or of a kind that is not read; save it as {kinds}"
     return DataError(f"{path}: {unread if os.path.exists(path) else 'not found'}")
 
 

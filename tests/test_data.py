@@ -19,7 +19,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ready, refused
-from PIL import Image, ImageCms, ImageFile, features
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 
 import evolve
 import search_det
@@ -839,6 +839,12 @@ def test_palettes_that_differ_are_told(tmp_path, capsys):
         ("64 128 64\tAnimal\n192 0 128\tArchway\n0 0 0\tVoid\n", 3, True),  # CamVid
         ("__ignore__\n_background_\ncat\ndog\n", 3, False),  # labelme
         ("id,name\n0,sky\n1,sea\n", 2, False),
+        ("class_id,class_name\n0,sky\n1,sea\n", 2, False),
+        ("name\nsky\nsea\n", 2, False),
+        ("red\nindex\ngreen\n", 3, False),  # classes
+        ("id,name,r,g,b\n0,sky,128,128,128\n1,sea,0,0,255\n", 2, True),
+        ("r,g,b,name\n128,128,128,sky\n0,0,255,sea\n", 2, True),
+        ("sky:128,128,128:high,low:\nsea:0,0,255::\n", 2, True),  # CVAT, with parts
     ],
 )
 def test_tables_of_classes(tmp_path, text, number, coloured):
@@ -847,7 +853,13 @@ def test_tables_of_classes(tmp_path, text, number, coloured):
     assert (found, len(colours)) == (number, number if coloured else 0)
 
 
-@pytest.mark.parametrize("line", ["{}:{},{},{}::", "{}, {}, {}, {}", "{} {} {} {}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}:{},{},{}::", "{}, {}, {}, {}", "{} {} {} {}", "{};{};{};{}", '"{}","{}","{}","{}"', '{},"{},{},{}"',
+        "{} ({}, {}, {})", "{}: [{}, {}, {}]", "{}=rgb({},{},{})", "{} #{:02x}{:02X}{:02x}", "{}|{}|{}|{}",
+    ],
+)  # fmt: skip
 def test_colour_table_of_a_labelling_tool(tmp_path, line):
     colours = {"cat": (250, 50, 83), "background": (0, 0, 0), "dog": (51, 221, 255)}
     table = "\n".join(line.format(name, *colour) for name, colour in colours.items())
@@ -859,6 +871,40 @@ def test_colour_table_of_a_labelling_tool(tmp_path, line):
     data = read_folder(write_folder(tmp_path, [coloured, palette] * 3))
     for label in data["test"].labels:
         assert torch.equal(label, torch.from_numpy(index_map()))
+
+
+def test_two_kinds_of_binary_masks_are_warned_of(tmp_path, capsys):
+    search_seg.warn_once.cache_clear()
+    binary = np.uint8(index_map() > 0)
+    args = arguments(search_seg, write_folder(tmp_path, [binary, 255 * binary] * 3), "--data", "folder")
+    args.classes = 2
+    find_meaning(args, search_seg.list_data(args))
+    assert "255 is ignored in 3 masks, others have class 1" in capsys.readouterr().err
+    find_meaning(args, {"train": [(Path(f"{k}.jpg"), tmp_path / f"masks/{k}.png") for k in (1, 3)]})
+    assert not capsys.readouterr().err
+
+
+def test_a_mask_whose_white_is_zero_has_the_values_of_the_file(tmp_path):
+    Image.fromarray(255 - index_map()).save(tmp_path / "0.tif", tiffinfo={262: 0})  # PIL stores the inverse
+    assert (np.array(Image.open(tmp_path / "0.tif")) == 255 - index_map()).all()
+    values, coloured = read_values(tmp_path / "0.tif")
+    assert not coloured and (values == index_map()).all()
+
+
+def test_pictures_with_long_remarks(tmp_path):
+    about = PngImagePlugin.PngInfo()
+    about.add_itxt("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
+    Image.fromarray(noise(20, 30)).save(tmp_path / "0.png", pnginfo=about, icc_profile=bytes(1_500_000))
+    assert (search_seg.decode(tmp_path / "0.png").numpy() == noise(20, 30)).all()
+
+
+def test_one_mask_is_not_that_of_two_pictures(tmp_path):
+    root = write_folder(tmp_path, [index_map()] * 4, "no splits")
+    (root / "images/0.jpg").rename(root / "images/1_L.jpg")
+    (root / "labels/0.png").unlink()
+    (root / "labels/1.png").rename(root / "labels/1_L.png")
+    with pytest.raises(DataError, match="1_L.png: the mask of .*1_L.jpg, and of .*1.jpg too"):
+        read_folder(root)
 
 
 def test_classes_by_number_and_by_names(tmp_path, monkeypatch, capsys):
@@ -1267,6 +1313,31 @@ def test_lists_as_people_write_them(tmp_path, capsys):
     listing.write_bytes("0\n".encode("utf-16"))
     with pytest.raises(DataError, match="train.txt: not a text in UTF-8"):
         search_seg.voc_pairs(root, "train")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "image,mask\nimages/0.jpg,masks/0.png\nimages/1.jpg,masks/1.png\n",
+        "images/0.jpg;masks/0.png\nimages/1.jpg;masks/1.png\n",
+        '"images/0.jpg","masks/0.png"\n"images/1.jpg","masks/1.png"\n',
+        "0.jpg,\n1.jpg,\n",
+        "0.JPG\n1.Jpg\n",
+    ],
+)
+def test_tables_of_pictures(tmp_path, lines):
+    root = write_folder(tmp_path, [index_map()] * 4)
+    (root / "train.txt").write_text(lines)
+    assert splits_of(root) == {"train": [*"01"], "test": [*"23"]}
+
+
+def test_lists_in_other_capitals_than_the_files(tmp_path):
+    root = write_folder(tmp_path, [index_map()] * 4)
+    (root / "images/0.jpg").rename(root / "images/IMG_0.JPG")
+    (root / "masks/0.png").rename(root / "masks/img_0.png")
+    for line in ("IMG_0", "img_0.jpg"):
+        (root / "train.txt").write_text(line + "\n1\n")
+        assert splits_of(root) == {"train": ["1", "IMG_0"], "test": [*"23"]}
 
 
 def test_lists_are_read_in_any_locale(tmp_path):

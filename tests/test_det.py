@@ -668,6 +668,13 @@ def test_names_as_they_were_elsewhere(tmp_path, capsys):
     split = search_det.read_split(search_det.Source(listing, folder), 64, False, True)
     assert len(split.images) == 5
     assert "4 pictures (first: images/0.jpg) are not where the annotations say" in capsys.readouterr().err
+    links = ["0.jpg?X-Amz=1", "%31.jpg", "/data/local-files/?d=2.jpg", "up/3.jpg?a=b", "4.jpg"]
+    for image, name in zip(content["images"], links):
+        image["file_name"] = name
+    listing.write_text(json.dumps(content))
+    assert len(search_det.read_split(search_det.Source(listing, folder), 64, False, True).images) == 5
+    for image, name in zip(content["images"], names):
+        image["file_name"] = name
     content["images"][1]["file_name"] = "train/0.jpg"  # two pictures that this folder cannot tell apart
     listing.write_text(json.dumps(content))
     with pytest.raises(DataError, match="0.jpg: the annotations mean it by 'images/0.jpg' and by 'train/0.jpg'"):

@@ -558,7 +558,7 @@ SIDES = [
     "left_eye_left_corner right_eye_right_corner", "left_eye right-eye", "Auge_links Auge_rechts", "左目 右目",
     "oreille_gauche oreille_droite", "ojo izquierda|ojo derecha", "oeil_gauche oeil_droit", "ojo_izquierdo ojo_derecho",
     "linkes_Auge rechtes_Auge", "linker Arm|rechter Arm", "olho_esquerdo olho_direito", "occhio_sinistro occhio_destro",
-    "глаз_левый глаз_правый",
+    "глаз_левый глаз_правый", "occhio_sx occhio_dx", "ojo_izdo ojo_dcho", "olho_esq olho_dir",
 ]  # fmt: skip
 
 
@@ -576,6 +576,7 @@ def test_mirror_of_whole_skeletons():
     assert search_pose.mirror(("Eye", "eye_left")) == [0, 1], "the other side is not there"
     assert search_pose.mirror(("1_nose", "2_left_eye", "3_right_eye")) == [0, 2, 1], "numbered"
     assert search_pose.mirror(("1L", "1R", "2L", "2R")) == [1, 0, 3, 2], "numbers that tell joints apart"
+    assert search_pose.mirror(("l_ear", "r_ear", "rear")) == [1, 0, 2], "what is between the words counts"
 
 
 def test_skeletons_without_sides_are_told(tmp_path, capsys):

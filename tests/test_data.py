@@ -1331,6 +1331,15 @@ def test_tables_of_pictures(tmp_path, lines):
     assert splits_of(root) == {"train": [*"01"], "test": [*"23"]}
 
 
+def test_a_link_to_a_training_picture_tests_nothing(tmp_path, capsys):
+    search_seg.warn_once.cache_clear()
+    root = write_folder(tmp_path, [index_map()] * 6)
+    (root / "images/5.jpg").unlink()
+    (root / "images/5.jpg").symlink_to(root / "images/0.jpg")
+    read_folder(root)
+    assert "1 test pictures (first: " in (error := capsys.readouterr().err) and "it tests nothing" in error
+
+
 def test_lists_in_other_capitals_than_the_files(tmp_path):
     root = write_folder(tmp_path, [index_map()] * 4)
     (root / "images/0.jpg").rename(root / "images/IMG_0.JPG")

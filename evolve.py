@@ -1518,7 +1518,7 @@ def unfinished(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def named(path: Path):
+def naming(path: Path):
     """A write that fails meanwhile says in which file, what Python leaves out."""
     try:
         yield
@@ -1529,7 +1529,7 @@ def named(path: Path):
 def write_atomically(path: Path, content: str | bytes) -> None:
     part = unfinished(path)
     try:
-        with named(path):
+        with naming(path):
             part.write_bytes(content.encode() if isinstance(content, str) else content)
             part.replace(path)
     finally:
@@ -1540,7 +1540,7 @@ def make_once(path: Path, content: bytes) -> None:
     """Write a file unless somebody else has, whoever comes first."""
     part = unfinished(path)
     try:
-        with named(path):
+        with naming(path):
             part.write_bytes(content)
             os.link(part, path)  # fails if the file is there, in one step
     except FileExistsError:
@@ -2619,7 +2619,7 @@ class Checkpoint:
             parts = [part.state_dict() for part in parts]
             state = {"steps": steps, "curve": curve, "parts": parts, "generators": states}
             part = self.path.with_suffix(".part")  # the next one overwrites what a kill has left
-            with named(self.path):
+            with naming(self.path):
                 part.write_bytes(tensors_as_bytes(state))
                 part.replace(self.path)
 
@@ -2706,7 +2706,7 @@ def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Check
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
 
         log = directory / "retrain.jsonl"
-        with named(log), log.open("a") as file:
+        with naming(log), log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         with held_back(), SummaryWriter(str(directory)) as board:
             for step, value in task.curve:

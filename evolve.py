@@ -2438,7 +2438,8 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
     try:
         os.fspath(args.resume or args.runs).encode()
     except UnicodeEncodeError:
-        fail(f"--runs {args.resume or args.runs}: a name that TensorBoard cannot write; give one in UTF-8")
+        flag = f"--resume {args.resume}" if args.resume else f"--runs {args.runs}"
+        fail(f"{flag}: a name that TensorBoard cannot write; give one in UTF-8")
     args.pretrained = os.path.abspath(args.pretrained) if isinstance(args.pretrained, str) else args.pretrained
     if args.loss is not None and args.compare is not None:
         fail(f"--compare {args.compare}: not together with --loss; give one of them")

@@ -215,7 +215,7 @@ def listed_pairs(root: Path, listing: Path, images: Path, masks: Path) -> list[t
             names = [line]
         else:
             image = find(names[0], images)
-            if names[1:] and names[1] in ("-1", "0", "1"):  # in VOC's lists by class: whether a picture has some of it
+            if len(names) == 2 and names[1] in ("-1", "0", "1"):  # in VOC: whether a class is there
                 names = names[:1]
         if image is None and (line.startswith("#") or not pairs and re.fullmatch(HEAD, line)):
             continue
@@ -244,11 +244,13 @@ HEAD = r"(?i)\W*(images?|pictures?|file_?names?|(image_?)?paths?)\W+(masks?|labe
 
 def columns(line: str) -> list[str]:
     """The columns of a line, between tabs, semicolons or commas, in quotes or not, else between blanks."""
-    for mark in "\t;,":
-        if mark in line:
-            (row,) = csv.reader([line], delimiter=mark, skipinitialspace=True)
-            return [column.strip() for column in row if column.strip()]
-    return [line.strip('"')] if line.startswith('"') else line.split()
+    mark = next((mark for mark in "\t;," if mark in line), None)
+    if mark is None:
+        return [line.strip('"')] if line.startswith('"') else line.split()
+    with contextlib.suppress(csv.Error):  # a line of a hundred thousand letters
+        (row,) = csv.reader([line], delimiter=mark, skipinitialspace=True)
+        return [column.strip() for column in row if column.strip()]
+    return [line]
 
 
 def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
@@ -257,9 +259,8 @@ def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     beside = images == masks
     if beside:
         masks_of = {mask for name, path in found.items() for mask in mask_names(name, path.suffix, beside)}
-        found = {
-            name: path for name, path in found.items() if name not in masks_of and not name.lower().endswith("_mask")
-        }
+        masks_of |= {name for name in found if name.lower().endswith("_mask")}
+        found = {name: path for name, path in found.items() if name not in masks_of}
     if not found:
         lists = "; list those in its folders in train.txt" * any(path.is_dir() for path in images.iterdir())
         raise DataError(f"{images}: no pictures in it{other_kinds(images.iterdir()) or lists}")

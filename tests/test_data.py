@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -891,6 +892,22 @@ def test_a_mask_whose_white_is_zero_has_the_values_of_the_file(tmp_path):
     assert not coloured and (values == index_map()).all()
 
 
+def test_deep_tiffs_in_planes_are_refused(tmp_path):
+    """PIL reads their bytes as pixels."""
+    tags = {256: 4, 257: 3, 259: 1, 262: 2, 277: 3, 278: 3, 284: 2}  # width, height, plain, RGB, three, rows, in planes
+    rows = [(tag, 3, 1, struct.pack("<HH", value, 0)) for tag, value in tags.items()]
+    end = 8 + 2 + 12 * 10 + 4  # of the table: what is longer than four bytes lies behind it
+    rows += [(258, 3, 3, struct.pack("<I", end)), (273, 4, 3, struct.pack("<I", end + 6))]
+    rows += [(279, 4, 3, struct.pack("<I", end + 18))]
+    table = b"".join(struct.pack("<HHI", *row[:3]) + row[3] for row in sorted(rows))
+    behind = struct.pack("<3H3I3I", 16, 16, 16, *(end + 30 + 24 * k for k in range(3)), 24, 24, 24)
+    file = tmp_path / "0.tif"
+    file.write_bytes(b"II*\0" + struct.pack("<IH", 8, 10) + table + bytes(4) + behind + bytes(72))
+    for read in (search_seg.decode, read_values):
+        with pytest.raises(DataError, match="0.tif: 16 bits a channel in separate planes"):
+            read(file)
+
+
 def test_pictures_with_long_remarks(tmp_path):
     about = PngImagePlugin.PngInfo()
     about.add_itxt("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
@@ -1329,6 +1346,38 @@ def test_tables_of_pictures(tmp_path, lines):
     root = write_folder(tmp_path, [index_map()] * 4)
     (root / "train.txt").write_text(lines)
     assert splits_of(root) == {"train": [*"01"], "test": [*"23"]}
+
+
+def test_names_of_folders_files_and_tables_in_capitals(tmp_path):
+    (tmp_path / "Train").mkdir()
+    for k in range(8):
+        Image.fromarray(noise(20, 30, k)).save(tmp_path / f"Train/{k}.png")
+        Image.fromarray(index_map()).save(tmp_path / f"Train/{k}_Mask.png")
+    assert splits_of(tmp_path) == {"train": [*"0123456"], "test": ["7"]}
+    (tmp_path / "LabelMap.txt").write_text("a:0,0,0::\nb:1,1,1::\nc:2,2,2::\nd:3,3,3::\n")
+    args = arguments(search_seg, tmp_path, "--data", "folder")
+    assert find_meaning(args, search_seg.list_data(args)).number == 4
+
+
+def test_a_test_split_without_masks_beside_training_pictures_alone(tmp_path, capsys):
+    search_seg.warn_once.cache_clear()
+    root = write_folder(tmp_path, [index_map()] * 16, "split first")
+    shutil.rmtree(root / "val")
+    shutil.copytree(root / "train/images", root / "test/images")
+    (root / "test/masks").mkdir()
+    assert splits_of(root) == {"train": [*"0123456"], "test": ["7"]}
+    assert "the test split is left out" in capsys.readouterr().err
+
+
+def test_a_line_of_a_list_ends_where_its_line_ends(tmp_path):
+    root = write_folder(tmp_path, [index_map()] * 4)
+    for folder, suffix in (("images", "jpg"), ("masks", "png")):
+        (root / folder / f"0.{suffix}").rename(root / folder / f"0\u2028.x.{suffix}")
+    (root / "train.txt").write_text("0\u2028.x\r1\r", encoding="utf-8")
+    assert splits_of(root) == {"train": ["0\u2028.x", "1"], "test": [*"23"]}
+    (root / "train.txt").write_text("0," + "x" * 200_000)
+    with pytest.raises(DataError, match="not found; .*train.txt has it"):
+        splits_of(root)
 
 
 def test_a_link_to_a_training_picture_tests_nothing(tmp_path, capsys):

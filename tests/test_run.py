@@ -135,6 +135,11 @@ def test_a_full_disk_is_one_line_also_where_nobody_says_which_file(capsys):
     assert stop.value.code == 2 and error.startswith("error: somewhere: No space left on device; ")
 
 
+def test_a_folder_that_tensorboard_cannot_name_is_refused(monkeypatch, capsys):
+    error = refused(search_seg, monkeypatch, capsys, "--runs", os.fsdecode(b"sur-\xfc"))
+    assert error.startswith("error: --runs sur-") and "UTF-8" in error
+
+
 def test_found_loss_stands_alone(finished, tmp_path):
     directory, _ = finished
     shutil.copy(directory / "best_loss.py", tmp_path)

@@ -8,8 +8,8 @@
         journal <- child, score;    population <- the newest P of population + child
     closing round: the best few are trained with all steps; the best of these is the found loss
 
-Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected.
-A child that is ahead of the baseline shows from later base networks, too, whether that lasts (`train_by_proxy`) [D].
+Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected,
+unstable. One that is ahead of the baseline shows from later base networks, too, if that lasts (`train_by_proxy`) [D].
 With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -71,6 +72,8 @@ REJECTION_STEPS = 500  # [P]
 # [D] Decisions before the last step: at `step`, a gain below `low` rejects and one of at least `high` accepts, both as
 # shares of eta. Measured, not guessed: tests/bench_gates.py counts the verdicts that differ from the full protocol.
 EARLY = ((10, 0.02, 1.30), (25, 0.10, 1.25), (50, 0.25, 1.20), (100, 0.45, 1.15), (200, 0.70, 1.10))
+RECOVERY = 0.05  # [D] of what the baseline gains from predictions that are sure and wrong
+STEEPNESS = 30  # [D] times the baseline's, of gradients where predictions are sure and right
 REJECTION_LR = 0.1  # [D] step of Adam on the raw predictions: saturates a softmax within some fifty steps
 GPU_WORKERS = 8  # [D] that share a GPU by default, on the embedded data (tests/bench_gpu.py)
 POOL = 200  # [D] children from which the surrogate chooses ...
@@ -83,6 +86,7 @@ ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes o
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
+HOLDS = 0.9  # [D] share of a score that another seed may not fall below
 CHOICE_SEEDS = 50  # [D] seeds of the re-trainings by which losses are chosen; the closing table has ...
 TABLE_SEEDS = 100  # [D] ... those from here on, by which nothing was chosen
 
@@ -231,7 +235,9 @@ class Branch:
     first state, an untrained network, is where the rejection protocol starts. target: (B, N, ...) in whatever form the
     two functions take. leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target)
     -> (..., B), how well each prediction scores. Both take leading dimensions. `ideal` (B, N, C, H, W) is right about
-    the target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone.
+    the target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone. `wrong`, like
+    `ideal`, is sure of what is not so, `sure` (R, B, N, C, H, W) is sure and right, but for some noise: where a task
+    has them, the gate `unstable` looks there, too, with the last two numbers as its limits (`settle_limits`).
     """
 
     symbols: tuple[str, ...]
@@ -245,6 +251,10 @@ class Branch:
     scale_free: bool = False  # the task trains with an optimiser that a factor before the loss does not change
     ideal: Tensor | None = None
     known: tuple[str, ...] = ()
+    wrong: Tensor | None = None
+    sure: Tensor | None = None
+    recovery: float = 0.0
+    steepness: float = math.inf
 
 
 class Sampler(Protocol):
@@ -272,7 +282,7 @@ class Task:
     metrics: tuple[str, ...]
     symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
-    rungs: tuple = ((6, 1),)  # closing round: so many finalists, so many seeds; further rungs would halve them [D]
+    rungs: tuple = ((5, 1), (2, 2))  # closing round: so many finalists, so many seeds; the best go on [D]
     whole = True  # whether `retrain` has all the steps of its schedule, and not fewer by --retrain-steps
     ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on
@@ -572,6 +582,20 @@ def rejected(state: "State", tree: Tree) -> Verdict | None:
     return None if gain >= branch.eta else Verdict("rejected", tree.key or "", tree.gain)
 
 
+def unstable(state: "State", tree: Tree) -> Verdict | None:
+    """What no training from a base network shows: it may not learn from random weights, or collapse late [D].
+
+    From random weights a network comes to be sure of what is wrong: the loss must lead away from there. In the end it
+    is sure of what is right: a pole that predictions meet on their way there would throw it far back.
+    """
+    branch = state.task.branches[tree.branch]
+    if branch.wrong is None:
+        return None
+    stable = recovery(branch, tree.expr, branch.recovery) >= branch.recovery
+    stable = stable and steepness(branch, tree.expr) <= branch.steepness
+    return None if stable else Verdict("unstable", tree.key or "", tree.gain)
+
+
 def describe(task: Task, tree: Tree) -> str:
     """The key of a tree, "" where its gradient is of no use; this and the sketch are computed once."""
     if tree.key is None:
@@ -688,10 +712,33 @@ def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, ear
     return gain
 
 
-def settle_rejection(branch: Branch) -> Branch:
-    """The branch, so that its baseline passes the loss-rejection protocol with a margin [D].
+def recovery(branch: Branch, expr: Expr, enough: float = math.inf) -> float:
+    """What the loss-rejection protocol gains from predictions that are sure of what is wrong, until that is enough."""
+    early = [(step, -math.inf, 1.0) for step, *_ in EARLY]
+    return rejection_gain(dataclasses.replace(branch, prediction=branch.wrong[None], eta=enough), expr, early=early)
 
-    Where nearly all of a picture is one class an untrained network may be nearly right, and nothing gains much.
+
+def steepness(branch: Branch, expr: Expr) -> float:
+    """The longest gradient where predictions are sure and right, over the mean of those at the last base network.
+
+    inf where one of them is not finite, or there is none.
+    """
+    norms = []
+    for x in (branch.prediction[-1], branch.sure):
+        x = x.detach().requires_grad_()
+        value = evaluate(expr, branch.leaves(x, branch.target)).sum()
+        if not value.requires_grad:  # as above
+            return math.inf
+        norms.append(torch.autograd.grad(value, x)[0].double().flatten(-4).norm(dim=-1))  # (..., B)
+    ratio = (norms[1].max() / norms[0].mean()).item()
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def settle_limits(branch: Branch) -> Branch:
+    """The branch, so that its baseline passes `rejected` and `unstable` with a margin [D].
+
+    Where nearly all of a picture is one class an untrained network may be nearly right, and nothing gains much; where
+    there are two, the boundaries are right when the classes are exchanged.
     """
     expr = parse(branch.baseline)
     gain = rejection_gain(branch, expr, early=())
@@ -699,12 +746,16 @@ def settle_rejection(branch: Branch) -> Branch:
         branch.eta = min(branch.eta, gain / 2, gain)  # it may lose, where an untrained network is right
     if branch.eta <= 0 or rejection_gain(branch, expr) < branch.eta:  # shares of nothing decide nothing
         branch.early = ()
+    if branch.wrong is not None:
+        regained = recovery(branch, expr)
+        branch.recovery = RECOVERY * regained if regained > 0 else -math.inf
+        branch.steepness = STEEPNESS * steepness(branch, expr)
     return branch
 
 
 CHEAP = ("dead", "seen", "gradient", "equivalent", "rising")
-DEAR = ("rejected", "simulation")
-GATES = {"dead": dead, "seen": seen, "gradient": gradient, "equivalent": equivalent, "rejected": rejected}
+DEAR = ("rejected", "unstable", "simulation")
+GATES = {gate.__name__: gate for gate in (dead, seen, gradient, equivalent, rejected, unstable)}
 COUNTERS = (*CHEAP, "surrogate", *DEAR)
 
 
@@ -1333,9 +1384,12 @@ def close(state: State, worker: "Worker", args) -> int:
     finalists = worker.agree("finalists", evaluated, task, lambda: select_finalists(state))
     baseline = table_jobs(task.baseline)
     for number, several in task.rungs:
-        seeds = state.choice_seeds[: min(several, 2 * args.seeds)]
-        worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]], baseline)
-        finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
+        seeds, failed = state.choice_seeds[: min(several, 2 * args.seeds)], True
+        while failed:  # with another seed, the best that are left: the next one has its turn
+            worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]], baseline)
+            finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
+            others, number = finalists[number:], number + 1
+            failed = others and score(finalists[0], seeds) < HOLDS * score(others[0], seeds)
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", evaluated, task, lambda: found and shorten(task, found))
     if short != found:
@@ -2378,7 +2432,7 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     return flag
 
 
-def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 7.5) -> None:
+def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None = None, minutes: float = 7) -> None:
     """The flags of the search itself, the same in every script but for the task's `own` kinds and its budget."""
     kinds = {name: method.about for name, method in METHODS.items()} | (own or {})
     flag = flags(parser, "search")
@@ -2897,14 +2951,14 @@ def mutated_compiled(state: State, rng: Random, name: str, branch: Branch, expr:
     return compiled(state, name, branch, lambda: mutate_program(rng, parent, branch.symbols))
 
 
-PUBLISHED = ("dead", "seen", "gradient", "equivalent", "rejected")
+OWN = ("dead", "seen", "gradient", "equivalent", "rejected", "unstable")
 SIMULATED = ("seen", "rising", "simulation")
 METHODS = {
-    "evolve": Method("all gates", (*PUBLISHED, "surrogate"), random_loss, mutated_loss),
-    "random": Method("the same gates but the surrogate, no evolution", PUBLISHED, random_loss),
+    "evolve": Method("all gates", (*OWN, "surrogate"), random_loss, mutated_loss),
+    "random": Method("the same gates but the surrogate, no evolution", OWN, random_loss),
     "naive": Method("evolution without gates", (), random_loss, mutated_loss),
     "cse": Method("convergence simulation, from known losses", SIMULATED, known_loss, mutated_loss),
     "cse-rand": Method("the same from random trees", SIMULATED, random_loss, mutated_loss),
     "aml": Method("programs as in AutoML-Zero, without gates", (), random_compiled, mutated_compiled),
 }
-SWITCHABLE = ("dead", "seen", "gradient", "equivalent", "surrogate", "rejected", "invalid")  # by --without
+SWITCHABLE = (*OWN, "surrogate", "invalid")  # by --without

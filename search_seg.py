@@ -1434,20 +1434,25 @@ class SegTask(evolve.Task):
         # The upper left pixel of each cell, half a cell beside what is predicted there; so were all searches made that
         # tests/RESULTS.md tells of [D].
         label = small(labels.unsqueeze(1).float(), "nearest").squeeze(1).long()
-        onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float()
+        onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float().unsqueeze(1)  # (B, 1, C, H, W)
+        often, generator = max(1, 420 // self.num_classes), torch.Generator().manual_seed(0)
+        margin = 4 + 16 * torch.rand(often, *label.shape, generator=generator)[:, :, None, None]  # of the right logit
+        noise = 1.5 * torch.randn(often, *onehot.shape, generator=generator)
         branch = Branch(
             ("y", "p", "1"),
             torch.stack(logits).unsqueeze(2),  # (S, B, 1, C, H, W)
-            onehot.unsqueeze(1),
+            onehot,
             self.gate_leaves,
             self.gate_score,
             ETA[self.args.metric],
             baseline=KNOWN[0],
             scale_free=self.proxy.optimizer == "adamw",
-            ideal=10 * onehot.unsqueeze(1),
+            ideal=10 * onehot,
             known=KNOWN,
+            wrong=5 * onehot.roll(1, 2),  # of the next class
+            sure=margin * onehot + noise,
         )
-        return evolve.settle_rejection(branch)
+        return evolve.settle_limits(branch)
 
     @staticmethod
     def gate_leaves(logits: Tensor, onehot: Tensor) -> dict[str, Tensor]:

@@ -1,19 +1,24 @@
 """The gates against the plain protocol: speed, agreement of verdicts, and what a rejection is worth.
 
-    python tests/bench_gates.py [--trees 400] [--quality 200] [--metric miou]
+    python tests/bench_gates.py [--trees 400] [--quality 200] [--metric miou] [--runs RUN_DIR ...]
 
 Half of the trees are random, half are mutations of good losses. The plain protocol is what one would write first: for
 every tree 500 optimisation steps on the five rejection samples, no symbolic test, no cache, no early decision. This
 project's code judges the same trees in the same order. Rejected is rejected, for whatever reason; verdicts are
-compared tree by tree. One thread; both sides are timed in the same run.
+compared tree by tree, without the gate `unstable`. One thread; both sides are timed in the same run.
 
 Quality: that many trees get their proxy training whatever they gain in the rejection protocol: what does each limit
 lose? And how much do good losses gain, those with pools included?
+
+Stability: what the gate `unstable` measures of the losses in tests/RESULTS.md, and of those that searches for this
+metric have trained and found ahead of cross entropy; which it turns away, and how near the limits the others come.
 """
 
 import argparse
+import contextlib
 import math
 import random
+import re
 import sys
 import tempfile
 import time
@@ -25,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evolve  # noqa: E402
 import search_seg  # noqa: E402
-from loss_ops import evaluate, parse  # noqa: E402
+from loss_ops import evaluate, leaves_of, parse  # noqa: E402
 
 GOOD = (
     "Neg(Mul(y, Log(p)))",
@@ -101,9 +106,37 @@ def show_quality(task: search_seg.SegTask, number: int) -> None:
         print(f"{gain:.2f} {'passes' if gain >= branch.eta else 'is rejected'}  {text}")
 
 
+def some_losses(runs: list[Path]):
+    """(where from, text) of the losses in RESULTS.md and of those ahead in these run directories."""
+    for text in re.findall(r"`([A-Z]\w+\([^`\n]*\))`", Path(__file__).with_name("RESULTS.md").read_text()):
+        with contextlib.suppress(ValueError):
+            if set(leaves_of(parse(text))) <= set("yp1"):
+                yield "RESULTS.md", text
+    for journal in (file for run in runs for file in run.glob("journal*.jsonl")):
+        for record in evolve.read_records(journal)[0]:
+            if "losses" in record and record["later"] and None not in record["later"]:
+                yield f"{journal.parent.name}, {record['score']:.3f}", record["losses"]["loss"]
+
+
+def show_stability(task: search_seg.SegTask, runs: list[Path]) -> None:
+    branch, known = task.branches["loss"], {text: origin for origin, text in some_losses(runs)}
+    limits = f"they have to regain {branch.recovery:.3f} and may be as steep as {branch.steepness:.1f}"
+    print(f"\n{len(known)} losses; {limits}")
+    measured = []
+    for text, origin in known.items():
+        regained = evolve.recovery(branch, parse(text))
+        measured.append((regained, evolve.steepness(branch, parse(text)), origin, text))
+    stable = [row for row in measured if row[0] >= branch.recovery and row[1] <= branch.steepness]
+    for regained, steep, origin, text in sorted(set(measured) - set(stable)):
+        print(f"unstable {regained:>9.3f} {steep:>9.2f}  {origin}: {text}")
+    least, most = min(row[0] for row in stable), max(row[1] for row in stable)
+    print(f"of the {len(stable)} others the least regains {least:.3f}, the steepest has {most:.2f}")
+
+
 def verdicts_of(task: search_seg.SegTask, trees: list) -> tuple[float, list[tuple[str, str]]]:
     """Seconds, and for each tree its verdict and the gate that gave it."""
     state, found, start = evolve.make_state(task.args, task), [], time.perf_counter()
+    state.gates -= {"unstable"}
     for expr in trees:
         child, tried = evolve.Child({"loss": expr}, None, [state.tree("loss", expr)]), evolve.Tried()
         if evolve.judge(state, child, (*evolve.CHEAP, *evolve.DEAR), tried):
@@ -118,6 +151,7 @@ def main() -> None:
     parser.add_argument("--trees", type=int, default=400)
     parser.add_argument("--quality", type=int, default=200)
     parser.add_argument("--metric", default="miou")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], metavar="RUN_DIR")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_seg.SegTask(search_seg.parse_arguments(["--metric", args.metric, "--device", "cpu"]))
@@ -145,6 +179,7 @@ def main() -> None:
         print(f"verdicts agree with the plain protocol: {1 - len(differ) / len(trees):.2%}")
     if args.quality:
         show_quality(task, args.quality)
+    show_stability(task, args.runs)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
     closing round: the best few are trained with all steps; the best of these is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected,
-unstable. One that is ahead of the baseline shows from later base networks, too, if that lasts (`train_by_proxy`) [D].
+unstable. A child ahead of the baseline shows from later base networks, too, whether that lasts (`train_by_proxy`) [D].
 With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
@@ -86,7 +86,7 @@ ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes o
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
-HOLDS = 0.9  # [D] share of a score that another seed may not fall below
+HOLDS = 0.9  # [D] share of what the next finalist has scored that the best must hold with further seeds
 CHOICE_SEEDS = 50  # [D] seeds of the re-trainings by which losses are chosen; the closing table has ...
 TABLE_SEEDS = 100  # [D] ... those from here on, by which nothing was chosen
 
@@ -235,9 +235,9 @@ class Branch:
     first state, an untrained network, is where the rejection protocol starts. target: (B, N, ...) in whatever form the
     two functions take. leaves(prediction, target) -> tensors (..., B, N, C, H, W) by symbol; score(prediction, target)
     -> (..., B), how well each prediction scores. Both take leading dimensions. `ideal` (B, N, C, H, W) is right about
-    the target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone. `wrong`, like
-    `ideal`, is sure of what is not so, `sure` (R, B, N, C, H, W) is sure and right, but for some noise: where a task
-    has them, the gate `unstable` looks there, too, with the last two numbers as its limits (`settle_limits`).
+    the target, and `known` holds hand-made losses as formulas; both are there for `--search cse` alone. `wrong` has
+    the shape of `ideal` and is sure of something false; `sure` (R, B, N, C, H, W) is right, but for noise, and more or
+    less sure. Where a task has these two the gate `unstable` looks there; the last two numbers are its limits.
     """
 
     symbols: tuple[str, ...]
@@ -253,7 +253,7 @@ class Branch:
     known: tuple[str, ...] = ()
     wrong: Tensor | None = None
     sure: Tensor | None = None
-    recovery: float = 0.0
+    recovery: float = -math.inf
     steepness: float = math.inf
 
 
@@ -282,7 +282,7 @@ class Task:
     metrics: tuple[str, ...]
     symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
-    rungs: tuple = ((5, 1), (2, 2))  # closing round: so many finalists, so many seeds; the best go on [D]
+    rungs: tuple = ((5, 1), (2, 2))  # closing round: so many finalists, so many seeds; the best ones go on [D]
     whole = True  # whether `retrain` has all the steps of its schedule, and not fewer by --retrain-steps
     ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on
@@ -585,15 +585,9 @@ def rejected(state: "State", tree: Tree) -> Verdict | None:
 def unstable(state: "State", tree: Tree) -> Verdict | None:
     """What no training from a base network shows: it may not learn from random weights, or collapse late [D].
 
-    From random weights a network comes to be sure of what is wrong: the loss must lead away from there. In the end it
-    is sure of what is right: a pole that predictions meet on their way there would throw it far back.
+    Losses with the same gradients at the base networks may differ in this, so that the verdict has no key.
     """
-    branch = state.task.branches[tree.branch]
-    if branch.wrong is None:
-        return None
-    stable = recovery(branch, tree.expr, branch.recovery) >= branch.recovery
-    stable = stable and steepness(branch, tree.expr) <= branch.steepness
-    return None if stable else Verdict("unstable", tree.key or "", tree.gain)
+    return None if is_stable(state.task.branches[tree.branch], tree.expr) else Verdict("unstable", "", tree.gain)
 
 
 def describe(task: Task, tree: Tree) -> str:
@@ -712,6 +706,18 @@ def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, ear
     return gain
 
 
+def is_stable(branch: Branch, expr: Expr) -> bool:
+    """Whether a loss leads away from what is sure and wrong, and meets no pole on the way to what is sure and right.
+
+    From random weights a network may come to be sure of what is wrong; in the end it is sure of what is right, and one
+    gradient far longer than all before would throw it back.
+    """
+    if branch.wrong is None:
+        return True
+    lost = recovery(branch, expr, branch.recovery) < branch.recovery
+    return not lost and steepness(branch, expr) <= branch.steepness
+
+
 def recovery(branch: Branch, expr: Expr, enough: float = math.inf) -> float:
     """What the loss-rejection protocol gains from predictions that are sure of what is wrong, until that is enough."""
     early = [(step, -math.inf, 1.0) for step, *_ in EARLY]
@@ -737,8 +743,8 @@ def steepness(branch: Branch, expr: Expr) -> float:
 def settle_limits(branch: Branch) -> Branch:
     """The branch, so that its baseline passes `rejected` and `unstable` with a margin [D].
 
-    Where nearly all of a picture is one class an untrained network may be nearly right, and nothing gains much; where
-    there are two, the boundaries are right when the classes are exchanged.
+    Where nearly all of a picture is one class an untrained network may be nearly right, and nothing gains much; of two
+    classes that are exchanged the boundaries are right, and nothing can be regained.
     """
     expr = parse(branch.baseline)
     gain = rejection_gain(branch, expr, early=())
@@ -973,9 +979,10 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
 def in_short(task: Task, name: str, expr: Expr) -> Expr:
     """The tree of a branch without the operators that make no difference to its gradients [D]; nothing is trained.
 
-    Double negations and the like go first. Where the scale of a loss counts, the norms must stay the same, too.
+    Double negations and the like go first. Where the scale of a loss counts, the norms must stay the same, too. What
+    would be unstable without them stays as it is.
     """
-    branch = task.branches[name]
+    branch, whole = task.branches[name], expr
     expr = min(expr, canonical(expr), key=lambda tree: len(nodes(tree)))
     wanted = gradients(branch, expr)
     free = branch.scale_free and len(task.branches) == 1
@@ -994,7 +1001,7 @@ def in_short(task: Task, name: str, expr: Expr) -> Expr:
         shortest_first = sorted(cuts, key=lambda cut: (len(nodes(cut)), str(cut)))
         cut = next((cut for cut in shortest_first if not is_dead(canonical(cut)) and same(cut)), None)
         if cut is None:
-            return expr
+            return expr if expr == whole or is_stable(branch, expr) else whole
         expr = cut
 
 
@@ -1381,18 +1388,18 @@ def close(state: State, worker: "Worker", args) -> int:
 
     worker.wait_for_searching(state)
     evaluated = state.evaluated
-    finalists = worker.agree("finalists", evaluated, task, lambda: select_finalists(state))
+    finalists = worker.agree("finalists", evaluated, task, lambda: select_finalists(state))[: task.rungs[0][0]]
     baseline = table_jobs(task.baseline)
-    for number, several in task.rungs:
-        seeds, failed = state.choice_seeds[: min(several, 2 * args.seeds)], True
-        while failed:  # with another seed, the best that are left: the next one has its turn
+    rungs = [(number, state.choice_seeds[: min(several, 2 * args.seeds)]) for number, several in task.rungs]
+    for most, seeds in rungs:
+        for number in itertools.count(most):  # where the best fail with further seeds, the next has its turn
             worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]], baseline)
             finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
-            others, number = finalists[number:], number + 1
-            failed = others and score(finalists[0], seeds) < HOLDS * score(others[0], seeds)
+            if number >= len(finalists) or score(finalists[0], seeds) >= HOLDS * score(finalists[number], rungs[0][1]):
+                break
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", evaluated, task, lambda: found and shorten(task, found))
-    if short != found:
+    if found and short != found:
         worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)], baseline)
         found = short if score(short, seeds) >= score(found, seeds) else found
     found = worker.agree("found", evaluated, task, lambda: found)
@@ -1418,7 +1425,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     number, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.full_score(result.text) not in (None, -math.inf)]
-    candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
+    candidates = [*proven[: (number + 1) // 2], *state.ranking()[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []
@@ -2951,14 +2958,14 @@ def mutated_compiled(state: State, rng: Random, name: str, branch: Branch, expr:
     return compiled(state, name, branch, lambda: mutate_program(rng, parent, branch.symbols))
 
 
-OWN = ("dead", "seen", "gradient", "equivalent", "rejected", "unstable")
+TREE_GATES = ("dead", "seen", "gradient", "equivalent", "rejected", "unstable")
 SIMULATED = ("seen", "rising", "simulation")
 METHODS = {
-    "evolve": Method("all gates", (*OWN, "surrogate"), random_loss, mutated_loss),
-    "random": Method("the same gates but the surrogate, no evolution", OWN, random_loss),
+    "evolve": Method("all gates", (*TREE_GATES, "surrogate"), random_loss, mutated_loss),
+    "random": Method("the same gates but the surrogate, no evolution", TREE_GATES, random_loss),
     "naive": Method("evolution without gates", (), random_loss, mutated_loss),
     "cse": Method("convergence simulation, from known losses", SIMULATED, known_loss, mutated_loss),
     "cse-rand": Method("the same from random trees", SIMULATED, random_loss, mutated_loss),
     "aml": Method("programs as in AutoML-Zero, without gates", (), random_compiled, mutated_compiled),
 }
-SWITCHABLE = (*OWN, "surrogate", "invalid")  # by --without
+SWITCHABLE = (*TREE_GATES, "surrogate", "invalid")  # by --without

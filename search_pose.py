@@ -115,7 +115,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
     flag("--batch", "N", about, evolve.at_least(2, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
-    evolve.add_search_flags(parser, minutes=10)
+    evolve.add_search_flags(parser, minutes=9.5)
     args = parser.parse_args(argv)
     if args.resume:
         args = evolve.resume_arguments(parser, argv, PoseTask)

@@ -1435,8 +1435,9 @@ class SegTask(evolve.Task):
         # tests/RESULTS.md tells of [D].
         label = small(labels.unsqueeze(1).float(), "nearest").squeeze(1).long()
         onehot = F.one_hot(label, self.num_classes).movedim(-1, 1).float().unsqueeze(1)  # (B, 1, C, H, W)
-        often, generator = max(1, 420 // self.num_classes), torch.Generator().manual_seed(0)
-        margin = 4 + 16 * torch.rand(often, *label.shape, generator=generator)[:, :, None, None]  # of the right logit
+        often, generator = max(4, 420 // self.num_classes), torch.Generator().manual_seed(0)
+        same = math.log(max(1, self.num_classes - 1) / 6)  # the same probability as among the seven classes of shapes
+        margin = 4 + same + 16 * torch.rand(often, *label.shape, generator=generator)[:, :, None, None]
         noise = 1.5 * torch.randn(often, *onehot.shape, generator=generator)
         branch = Branch(
             ("y", "p", "1"),
@@ -1449,7 +1450,7 @@ class SegTask(evolve.Task):
             scale_free=self.proxy.optimizer == "adamw",
             ideal=10 * onehot,
             known=KNOWN,
-            wrong=5 * onehot.roll(1, 2),  # of the next class
+            wrong=(5 + same) * onehot.roll(1, 2),  # of the next class
             sure=margin * onehot + noise,
         )
         return evolve.settle_limits(branch)

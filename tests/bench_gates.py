@@ -114,7 +114,7 @@ def some_losses(runs: list[Path]):
                 yield "RESULTS.md", text
     for journal in (file for run in runs for file in run.glob("journal*.jsonl")):
         for record in evolve.read_records(journal)[0]:
-            if "losses" in record and record["later"] and None not in record["later"]:
+            if record.get("later") and None not in record["later"] and "losses" in record:
                 yield f"{journal.parent.name}, {record['score']:.3f}", record["losses"]["loss"]
 
 

@@ -27,8 +27,8 @@ ROWS = {
     "+ rejection": ({"rejected"}, False),
     "+ equivalence": ({"rejected", "equivalent"}, False),
     "+ invalid stop": ({"rejected", "equivalent"}, True),
-    "+ symbolic gates, early decisions": (set(evolve.OWN), True),
-    "+ surrogate": ({*evolve.OWN, "surrogate"}, True),
+    "+ symbolic gates, early decisions": ({*evolve.TREE_GATES} - {"unstable"}, True),
+    "+ surrogate": ({*evolve.TREE_GATES, "surrogate"} - {"unstable"}, True),
 }
 
 
@@ -38,7 +38,7 @@ def norms_alone(gradient, scale_free) -> str:
 
 
 def climb(task: search_seg.SegTask, gates: set[str], stop_invalid: bool) -> evolve.State:
-    switched = [gate for gate in (*evolve.OWN, "surrogate") if gate not in gates]
+    switched = [gate for gate in (*evolve.TREE_GATES, "surrogate") if gate not in gates]
     task.args.without = switched + ["invalid"] * (not stop_invalid)
     state = evolve.make_state(task.args, task)
     with tempfile.TemporaryDirectory() as folder:

@@ -1243,6 +1243,8 @@ def test_more_classes_than_bits(tmp_path):
     args = arguments(search_seg, write_folder(tmp_path, masks), "--data", "folder", "--model", "small", "--crop", "16")
     task = ready(search_seg.SegTask(args))
     assert task.num_classes == 150
+    wrong = task.branches["loss"].wrong.softmax(-3).amax(-3)
+    assert torch.allclose(wrong, torch.tensor(0.961), atol=1e-3), "as sure as among seven classes"
     scores = search_seg.test_network(task.network(task.proxy, 0), task.data["test"], 150, "cpu")
     assert all(0 <= value <= 1 for value in scores.values())
     with pytest.raises(DataError, match="599 colours or values"):

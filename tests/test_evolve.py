@@ -511,7 +511,7 @@ NEVER = "Inv(Tanh(Mul(Add(Sqrt(p), Add(y, Neg(Mul(Log(p), y)))), y)))"
 POLE = "Inv(Mul(y, Abs(Inv(Log(Mul(Tanh(Sqrt(Inv(Add(Log(Abs(Inv(Log(p)))), Add(p, Add(p, y)))))), p))))))"
 
 
-def test_the_gate_unstable_looks_where_no_base_network_leads(monkeypatch):
+def test_the_gate_unstable_looks_where_no_base_network_leads():
     branch = sure_branch()
     assert branch.recovery == pytest.approx(evolve.RECOVERY) and 1 < branch.steepness < 30
     task = ToyTask()
@@ -526,6 +526,13 @@ def test_the_gate_unstable_looks_where_no_base_network_leads(monkeypatch):
     assert evolve.recovery(branch, parse(NEVER)) <= 0 and evolve.steepness(branch, parse(NEVER)) < branch.steepness
     assert evolve.recovery(branch, parse(POLE)) > 0.5 and evolve.steepness(branch, parse(POLE)) > branch.steepness
     assert verdict(NEVER).gate == verdict(POLE).gate == "unstable"
+    for text in (NEVER, POLE):
+        state = begin(task, "--without", "rejected")
+        child, tried = make_child(state, text), Tried()
+        passed = evolve.judge(state, child, EVERY_GATE, tried)
+        assert not passed and tried.counts == {"unstable": 1} and not state.keys, text
+        state = begin(task, "--without", "rejected,unstable")
+        assert evolve.judge(state, make_child(state, text), EVERY_GATE, Tried())
     assert evolve.steepness(branch, parse("Square(y)")) == math.inf, "no prediction in it"
     branch.wrong = None
     assert verdict(NEVER) is None, "of tasks that have no such predictions"
@@ -545,7 +552,17 @@ def test_where_nothing_is_regained_nothing_is_asked():
     """As with two classes: the boundaries are right when they are exchanged."""
     branch = sure_branch(score=lambda x, y: torch.ones(x.shape[:-4]))
     assert evolve.recovery(branch, CE) == 0 and branch.recovery == -math.inf
-    assert evolve.recovery(branch, parse(NEVER), branch.recovery) >= branch.recovery
+    assert evolve.is_stable(branch, parse(NEVER)) and not evolve.is_stable(branch, parse(POLE))
+    undefined = sure_branch(score=lambda x, y: torch.full(x.shape[:-4], math.nan))
+    assert evolve.is_stable(undefined, parse(NEVER))
+
+
+def test_what_would_be_unstable_without_an_operator_stays_as_it_is(monkeypatch):
+    task, long = ToyTask(), parse("Neg(Neg(Neg(Mul(y, p))))")
+    task.branches = {"loss": sure_branch()}
+    assert len(evolve.nodes(evolve.in_short(task, "loss", long))) == 4
+    monkeypatch.setattr(evolve, "is_stable", lambda branch, expr: expr == long)
+    assert evolve.in_short(task, "loss", long) == long
 
 
 EVERY_GATE = evolve.CHEAP + evolve.DEAR
@@ -602,7 +619,7 @@ def tried_child(state, child):
     return Tried().close(state, child)
 
 
-@pytest.mark.parametrize("gate", evolve.OWN)
+@pytest.mark.parametrize("gate", evolve.TREE_GATES)
 def test_a_gate_switched_off_never_decides(tmp_path, gate):
     directory = run(tmp_path, "--evals", "4", "--seeds", "1", "--without", f"{gate},surrogate")
     counts = sum((Counter(line["tried"]["counts"]) for line in journal(directory)), Counter())
@@ -1897,6 +1914,13 @@ def test_where_the_best_fail_with_another_seed_the_next_ones_follow(tmp_path, mo
     late = {text: lambda seed: 0.9 if seed == 50 else 0.2 for text in SIX[:3]}
     found, trained = converge(tmp_path, {**late, SIX[3]: 0.7, SIX[5]: 0.65}, "--seeds", "1")
     assert found == {"loss": SIX[3]} and 51 in trained[SIX[3]] and trained[SIX[5]] == [50]
+
+
+@pytest.mark.parametrize("again, goes_on", [(0.56, False), (0.52, True)])
+def test_a_tenth_behind_the_next_one_has_failed(tmp_path, monkeypatch, again, goes_on):
+    monkeypatch.setattr(evolve.Task, "rungs", ((3, 1), (1, 2)))
+    found, trained = converge(tmp_path, {SIX[0]: lambda seed: 0.9 if seed == 50 else again, SIX[3]: 0.8})
+    assert (51 in trained[SIX[3]]) == goes_on == (found == {"loss": SIX[3]})
 
 
 def test_no_valid_training_at_all(tmp_path, capsys):

@@ -57,6 +57,7 @@ from data.coco import (
     check_mask,
     check_places,
     check_runs,
+    coco_files,
     column,
     found_files,
     list_results,
@@ -372,7 +373,7 @@ def pack_masks(codes: list[dict], size: int) -> Tensor:
 def list_data(args) -> dict[str, Source]:
     """The files of three splits: train, val (what the search sees) and test (what is reported).
 
-    COCO has no third labelled split: every eighth training picture is held out for the search, and the official
+    Where there is no third labelled split every eighth training picture is held out for the search, and the official
     validation split is the test split [D]. Draws shapes if need be.
     """
     root = args.data_root
@@ -380,15 +381,18 @@ def list_data(args) -> dict[str, Source]:
         if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
             raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
         shapes.write_shapes(root, show=shapes.show_progress)
+    if coco_files(root, "instances", "test")[0].exists():
         splits = {split: (split,) for split in ("train", "val", "test")}
     else:
         splits = {"train": ("train", lambda k: k % 8), "val": ("train", lambda k: k % 8 == 0), "test": ("val",)}
     sources = {}
     for name, (split, *keep) in splits.items():
-        sources[name] = Source(root / f"annotations/instances_{split}2017.json", root / f"{split}2017", *keep)
+        sources[name] = Source(*coco_files(root, "instances", split), *keep)
         for path in sources[name][:2]:
             if not path.exists():
-                raise DataError(f"{path}: not found; --data-root must hold annotations, train2017 and val2017")
+                raise DataError(
+                    f"{path}: not found; --data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
+                )
     return sources
 
 

@@ -44,6 +44,7 @@ from data.coco import (
     check_coco,
     check_joints,
     check_places,
+    coco_files,
     column,
     entries_of,
     found_files,
@@ -190,12 +191,13 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
     root = args.data_root
 
     def listing(split: str, choose: Callable[[list], list] = list):
-        return root / f"annotations/person_keypoints_{split}2017.json", root / f"{split}2017", choose
+        return *coco_files(root, "person_keypoints", split), choose
 
     if args.data == "shapes":
         if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
             raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
         shapes.write_shapes(root, show=shapes.show_progress)
+    if listing("test")[0].exists():
         found = {split: listing(split) for split in ("train", "val", "test")}
     else:
         found = {
@@ -203,9 +205,11 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
             "val": listing("train", lambda pictures: pictures[::8]),
             "test": listing("val"),
         }
-    for path, _, _ in found.values():
-        if not path.is_file():
-            raise DataError(f"{path}: not found; --data-root must be the folder with annotations and train2017 in it")
+    for path in (path for *files, _ in found.values() for path in files):
+        if not path.exists():
+            raise DataError(
+                f"{path}: not found; --data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
+            )
     return found
 
 

@@ -31,6 +31,23 @@ class EmptyObject(Exception):
     """An annotation that annotates nothing; the message says in what way."""
 
 
+def coco_files(root: Path, kind: str, split: str) -> tuple[Path, Path]:
+    """The annotations and the folder of pictures of a split ("train", "val" or "test"), whether they are there or not.
+
+    kind: "instances" or "person_keypoints", as COCO names its files. Labelling tools leave out the year or the kind,
+    put the pictures into `images`, or (Roboflow) all of a split into one folder.
+    """
+    names = {"val": ("val", "valid", "validation")}.get(split, (split,))
+    named = [name + year for year in ("2017", "2014", "") for name in names]
+    listings = [root / f"annotations/{start}{name}.json" for start in (f"{kind}_", "") for name in named]
+    listings += [root / name / "_annotations.coco.json" for name in names]
+    listing = next((path for path in listings if path.exists()), listings[0])
+    together = [listing.parent] if listing.parent.name in names else []
+    name = listing.stem.removeprefix(f"{kind}_")
+    folders = [*together, root / name, *(root / "images" / name for name in named), root / "images"]
+    return listing, next((path for path in folders if path.is_dir()), folders[0])
+
+
 def load_coco(path: Path | str):
     """What a COCO json file holds, in UTF-8, -16 or -32, with a byte order mark or without; DataError if it is none."""
     try:

@@ -1587,6 +1587,31 @@ def write_coco(root, number):
     return root
 
 
+LAYOUTS = {  # of annotations and pictures, for the names of splits as they are there
+    "COCO 2014": ("annotations/{kind}_{split}2014.json", "{split}2014", ("train", "val")),
+    "no year": ("annotations/{kind}_{split}.json", "{split}", ("train", "val")),
+    "no kind": ("annotations/{split}.json", "images/{split}", ("train", "val", "test")),
+    "one folder of pictures": ("annotations/{kind}_{split}.json", "images", ("train", "validation")),
+    "Roboflow": ("{split}/_annotations.coco.json", "{split}", ("train", "valid", "test")),
+}
+
+
+@pytest.mark.parametrize("script, kind", [(search_det, "instances"), (search_pose, "person_keypoints")])
+@pytest.mark.parametrize("listing, folder, splits", LAYOUTS.values(), ids=LAYOUTS)
+def test_coco_as_labelling_tools_lay_it_out(tmp_path, listing, folder, splits, script, kind):
+    for split in splits:
+        (tmp_path / listing.format(split=split, kind=kind)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / listing.format(split=split, kind=kind)).write_text("{}")
+        (tmp_path / folder.format(split=split)).mkdir(parents=True, exist_ok=True)
+    args = arguments(script, tmp_path, "--data", "coco", "--model", "small")
+    found = {name: (source[0], source[1]) for name, source in script.list_data(args).items()}
+    train, val, *test = (
+        (tmp_path / listing.format(split=split, kind=kind), tmp_path / folder.format(split=split)) for split in splits
+    )
+    wanted = {"train": train, "val": val, "test": test[0]} if test else {"train": train, "val": train, "test": val}
+    assert found == wanted
+
+
 def test_no_object_in_the_pictures_held_out(tmp_path):
     root = write_coco(tmp_path, 9)
     images = [{"id": k + 1, "file_name": f"{k}.jpg", "width": 40, "height": 40} for k in range(9)]

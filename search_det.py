@@ -390,9 +390,8 @@ def list_data(args) -> dict[str, Source]:
         sources[name] = Source(*coco_files(root, "instances", split), *keep)
         for path in sources[name][:2]:
             if not path.exists():
-                raise DataError(
-                    f"{path}: not found; --data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
-                )
+                cure = "--data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
+                raise DataError(f"{path}: not found; {cure}")
     return sources
 
 

@@ -207,9 +207,8 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
         }
     for path in (path for *files, _ in found.values() for path in files):
         if not path.exists():
-            raise DataError(
-                f"{path}: not found; --data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
-            )
+            cure = "--data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
+            raise DataError(f"{path}: not found; {cure}")
     return found
 
 

@@ -82,7 +82,7 @@ ELITE = 0.5  # [D] ... this share of them from the most promising children befor
 UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: few trainings surpass what is expected
 ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, which chooses after ...
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
-ISLANDS = 6  # [D] ... so many of them, before one as long as all of them goes on from everything found
+ISLANDS = 4  # [D] ... so many of them, before one as long as all of them goes on from everything found
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
@@ -282,7 +282,7 @@ class Task:
     metrics: tuple[str, ...]
     symbols: dict[str, Sequence[str]]  # of trees, by branch; of the class
     samplers: dict[str, Callable[[], Sampler]] = {}  # searches of its own, by name
-    rungs: tuple = ((5, 1), (2, 2))  # closing round: so many finalists, so many seeds; the best ones go on [D]
+    rungs: tuple = ((4, 1), (2, 2))  # closing round: so many finalists, so many seeds; the best ones go on [D]
     whole = True  # whether `retrain` has all the steps of its schedule, and not fewer by --retrain-steps
     ready = False  # once the data are loaded: what is wrong with them from then on, this process alone may have seen
     branches: dict[str, Branch]  # at the latest from `prepare` on

@@ -1425,7 +1425,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     number, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.full_score(result.text) not in (None, -math.inf)]
-    candidates = [*proven[: (number + 1) // 2], *state.ranking()[: 20 * number]]
+    candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []

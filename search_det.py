@@ -381,18 +381,14 @@ def list_data(args) -> dict[str, Source]:
         if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
             raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
         shapes.write_shapes(root, show=shapes.show_progress)
-    if coco_files(root, "instances", "test")[0].exists():
-        splits = {split: (split,) for split in ("train", "val", "test")}
-    else:
-        splits = {"train": ("train", lambda k: k % 8), "val": ("train", lambda k: k % 8 == 0), "test": ("val",)}
-    sources = {}
-    for name, (split, *keep) in splits.items():
-        sources[name] = Source(*coco_files(root, "instances", split), *keep)
-        for path in sources[name][:2]:
-            if not path.exists():
-                cure = "--data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
-                raise DataError(f"{path}: not found; {cure}")
-    return sources
+    files = coco_files(root, "instances")
+    if "test" in files:
+        return {split: Source(*found) for split, found in files.items()}
+    return {
+        "train": Source(*files["train"], lambda k: k % 8),
+        "val": Source(*files["train"], lambda k: k % 8 == 0),
+        "test": Source(*files["val"]),
+    }
 
 
 @evolve.uncollected()

@@ -189,27 +189,18 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
     official validation split is the test split [D]. Draws shapes if need be.
     """
     root = args.data_root
-
-    def listing(split: str, choose: Callable[[list], list] = list):
-        return *coco_files(root, "person_keypoints", split), choose
-
     if args.data == "shapes":
         if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
             raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
         shapes.write_shapes(root, show=shapes.show_progress)
-    if listing("test")[0].exists():
-        found = {split: listing(split) for split in ("train", "val", "test")}
-    else:
-        found = {
-            "train": listing("train", lambda pictures: [picture for k, picture in enumerate(pictures) if k % 8]),
-            "val": listing("train", lambda pictures: pictures[::8]),
-            "test": listing("val"),
-        }
-    for path in (path for *files, _ in found.values() for path in files):
-        if not path.exists():
-            cure = "--data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
-            raise DataError(f"{path}: not found; {cure}")
-    return found
+    files = coco_files(root, "person_keypoints")
+    if "test" in files:
+        return {split: (*found, list) for split, found in files.items()}
+    return {
+        "train": (*files["train"], lambda pictures: [picture for k, picture in enumerate(pictures) if k % 8]),
+        "val": (*files["train"], lambda pictures: pictures[::8]),
+        "test": (*files["val"], list),
+    }
 
 
 @evolve.uncollected()

@@ -31,21 +31,29 @@ class EmptyObject(Exception):
     """An annotation that annotates nothing; the message says in what way."""
 
 
-def coco_files(root: Path, kind: str, split: str) -> tuple[Path, Path]:
-    """The annotations and the folder of pictures of a split ("train", "val" or "test"), whether they are there or not.
+def coco_files(root: Path, kind: str) -> dict[str, tuple[Path, Path]]:
+    """The annotations and the folder of pictures of "train", "val" and, where there is one, "test".
 
     kind: "instances" or "person_keypoints", as COCO names its files. Labelling tools leave out the year or the kind,
-    put the pictures into `images`, or (Roboflow) all of a split into one folder.
+    put the pictures into `images`, or (Roboflow) all of a split into one folder. Raises DataError where one is missing.
     """
-    names = {"val": ("val", "valid", "validation")}.get(split, (split,))
-    named = [name + year for year in ("2017", "2014", "") for name in names]
-    listings = [root / f"annotations/{start}{name}.json" for start in (f"{kind}_", "") for name in named]
-    listings += [root / name / "_annotations.coco.json" for name in names]
-    listing = next((path for path in listings if path.exists()), listings[0])
-    together = [listing.parent] if listing.parent.name in names else []
-    name = listing.stem.removeprefix(f"{kind}_")
-    folders = [*together, root / name, *(root / "images" / name for name in named), root / "images"]
-    return listing, next((path for path in folders if path.is_dir()), folders[0])
+    found = {}
+    for split, names in {"train": ["train"], "val": ["val", "valid", "validation"], "test": ["test"]}.items():
+        named = [name + year for year in ("2017", "2014", "") for name in names]
+        listings = [root / f"annotations/{start}{name}.json" for start in (f"{kind}_", "") for name in named]
+        listings += [root / name / "_annotations.coco.json" for name in names]
+        listing = next((path for path in listings if path.exists()), listings[0])
+        together = [listing.parent] if listing.parent.name in names else []
+        own = root / listing.stem.removeprefix(f"{kind}_")
+        folders = [*together, own, *(root / "images" / name for name in named), root / "images"]
+        found[split] = listing, next((path for path in folders if path.is_dir()), folders[0])
+    if not found["test"][0].exists():
+        del found["test"]
+    for path in (path for files in found.values() for path in files):
+        if not path.exists():
+            cure = "--data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
+            raise DataError(f"{path}: not found; {cure}")
+    return found
 
 
 def load_coco(path: Path | str):

@@ -1916,6 +1916,26 @@ def test_where_the_best_fail_with_another_seed_the_next_ones_follow(tmp_path, mo
     assert found == {"loss": SIX[3]} and 51 in trained[SIX[3]] and trained[SIX[5]] == [50]
 
 
+def test_what_others_have_trained_meanwhile_changes_no_decision(tmp_path, monkeypatch):
+    """All workers compare with the next finalist's first seeds, whichever further ones they have heard of."""
+    monkeypatch.setattr(evolve.Task, "rungs", ((3, 1), (1, 2)))
+    select, early = evolve.select_finalists, {"retrained": {"loss": SIX[1]}, "seed": 51, "seconds": 1.0}
+
+    def heard(state):
+        state.absorb({**early, "worker": 1, "elapsed": 1.0, "scores": {"val": {"toy": 0.2}, "test": {"toy": 0.2}}})
+
+    monkeypatch.setattr(evolve, "select_finalists", lambda state: heard(state) or select(state))
+    late = {text: lambda seed, text=text: {SIX[0]: 0.9, SIX[1]: 0.78}[text] if seed == 50 else 0.2 for text in SIX[:2]}
+    assert converge(tmp_path, {**late, SIX[3]: 0.77})[0] == {"loss": SIX[3]}
+
+
+def test_finalists_of_a_version_with_more_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(evolve.Task, "rungs", ((2, 1),))
+    monkeypatch.setattr(evolve, "select_finalists", lambda state: [{"loss": text} for text in SIX[:4]])
+    found, trained = converge(tmp_path, dict.fromkeys(SIX[:4], 0.5) | {SIX[3]: 0.9})
+    assert found == {"loss": SIX[0]} and SIX[3] not in trained
+
+
 @pytest.mark.parametrize("again, goes_on", [(0.56, False), (0.52, True)])
 def test_a_tenth_behind_the_next_one_has_failed(tmp_path, monkeypatch, again, goes_on):
     monkeypatch.setattr(evolve.Task, "rungs", ((3, 1), (1, 2)))

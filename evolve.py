@@ -206,11 +206,19 @@ def retraining(task: "Task", worker: "Worker", losses, seed: int, picture: Path 
     start = time.monotonic()
     worker.works_on(losses)
     try:
-        scores = task.retrain(losses, seed, picture)
+        scores = finite(task.retrain(losses, seed, picture))
     except InvalidLoss:
         scores = None
     seconds = round(time.monotonic() - start, 3)
     return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds}
+
+
+def finite(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The scores of a training on all splits. Raises InvalidLoss where one is no number: that is no score."""
+    for split, of_split in scores.items():
+        if wrong := [metric for metric, score in of_split.items() if not math.isfinite(score)]:
+            raise InvalidLoss(f"its end: {wrong[0]} on {split} is no number")
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,32 +530,33 @@ def judge(state: "State", child: Child, names: tuple[str, ...], tried: Tried) ->
 
     A child whose equivalent was trained takes over its score [P], but for a search with the surrogate.
     """
-    for name in names:
-        if name not in state.gates or name not in GATES:  # the gate "simulation" judges the whole child, below
-            continue
+    names = [name for name in names if name in state.gates]
+    for name in (name for name in names if name in GATES):  # "simulation" judges the whole child, below
         for tree in child.trees:
             if tree.verdict is None and (verdict := GATES[name](state, tree)):
                 tree.verdict, tree.gate = verdict, name
                 if name not in ("dead", "seen"):
                     tried.learn(state, tree)
-    against = [tree.gate for tree in child.trees if tree.verdict and tree.verdict.gate != PASSED]
-    decided = [tree.gate for tree in child.trees if tree.verdict]
+    decided = [tree for tree in child.trees if tree.verdict]
+    refused = [tree.gate for tree in decided if tree.verdict.gate != PASSED]
     child.identity = state.identity(child)
-    if against:
-        tried.counts[min(against, key=list(GATES).index)] += 1
-    elif child.identity in state.failed:
+    if refused:
+        tried.counts[min(refused, key=list(GATES).index)] += 1
+        return False
+    if child.identity in state.failed:
         tried.counts["seen"] += 1
-    elif (decided or not child.trees) and child.identity in state.scores:
-        tried.counts[decided[-1] if decided else "seen"] += 1
+        return False
+    if (decided or not child.trees) and child.identity in state.scores:  # an equivalent was trained
+        tried.counts[decided[-1].gate if decided else "seen"] += 1
         if not state.surrogate:  # hundreds a turn would soon make a population of copies
             tried.reused.append((texts(child.losses), child.identity))
-    elif "simulation" in state.gates.intersection(names) and not simulated(state, child):
+        return False
+    if "simulation" in names and not simulated(state, child):
         tried.counts["simulation"] += 1
         tried.failed.append(child.identity)
         state.failed.add(child.identity)
-    else:
-        return True
-    return False
+        return False
+    return True
 
 
 def dead(state: "State", tree: Tree) -> Verdict | None:
@@ -1061,15 +1070,6 @@ class Member(NamedTuple):
     parent: str | None = None  # its text
 
 
-class Recent(dict):
-    """A dict that forgets what was put in first: a long search needs no more memory than a short one."""
-
-    def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        if len(self) > REMEMBERED:
-            del self[next(iter(self))]
-
-
 @dataclass
 class State:
     """Everything a search knows. It changes by `absorb` alone, but for what a turn has learned before its record."""
@@ -1082,8 +1082,8 @@ class State:
     sampler: Sampler | None = None  # proposes in place of evolution
     population: deque[Member] = field(default_factory=lambda: deque(maxlen=POPULATION))
     counts: Counter = field(default_factory=Counter)  # by gate, and of invalid trainings
-    verdicts: dict[tuple[str, str], Verdict] = field(default_factory=Recent)  # by branch and text
-    keys: dict[tuple[str, str], Verdict] = field(default_factory=Recent)  # by branch and key
+    verdicts: dict[tuple[str, str], Verdict] = field(default_factory=dict)  # by branch and text
+    keys: dict[tuple[str, str], Verdict] = field(default_factory=dict)  # by branch and key
     waiting: set[tuple[str, str]] = field(default_factory=set)  # branch and text of what is in the pool of this turn
     failed: set[tuple[str, ...]] = field(default_factory=set)  # identities that CSE's short training turned away
     scores: dict[tuple[str, ...], float | None] = field(default_factory=dict)  # of proxy trainings, by identity
@@ -1161,8 +1161,11 @@ class State:
     def learn(self, branch: str, text: str, *verdict) -> None:
         verdict = Verdict(*verdict)
         self.verdicts[branch, text] = verdict
-        if verdict.key and (branch, verdict.key) not in self.keys:
-            self.keys[branch, verdict.key] = verdict
+        if verdict.key:
+            self.keys.setdefault((branch, verdict.key), verdict)
+        for known in (self.verdicts, self.keys):  # a long search needs no more memory than a short one
+            if len(known) > REMEMBERED:
+                del known[next(iter(known))]
 
     def absorb(self, record: dict) -> None:
         """Take in one record. Raises ValueError, before anything has changed, where it is none."""
@@ -1276,14 +1279,21 @@ def select_parent(
 
 
 def propose(state: State, rng: Random, parent: Member | Child | None, tried: Tried) -> Child | None:
-    """A mutated copy of the parent, or a fresh candidate."""
-    if len(state.task.branches) > 1:
-        return propose_several(state, rng, parent, tried)
-    ((name, branch),) = state.task.branches.items()
-    if parent is None:
-        expr = state.method.fresh(state, rng, name, branch)
+    """A mutated copy of the parent, or a fresh candidate; None if the deadline comes first."""
+    branches, method = state.task.branches, state.method
+    several = len(branches) > 1
+    if several and not method.mutate:
+        return whole_fresh(state, rng, tried)
+    if several and state.evaluated >= TRIALS:
+        return change_one(state, rng, parent)
+    name = [*branches][state.evaluated % len(branches)]
+    earlier = select_parent(state, rng, [name], TOURNAMENT_SEVERAL) if several and not parent else None
+    if earlier and rng.random() < min(0.5, earlier.score / (state.baseline or 1.0)):
+        parent = earlier
+    if parent:
+        expr = method.mutate(state, rng, name, branches[name], parent.losses[name])
     else:
-        expr = state.method.mutate(state, rng, name, branch, parent.losses[name])
+        expr = method.fresh(state, rng, name, branches[name])
     return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)])
 
 
@@ -1302,21 +1312,9 @@ GIVE_BACK = 0.1  # ... that a branch has the baseline's loss again
 TOURNAMENT_SEVERAL = 15  # in place of TOURNAMENT_MIN where a branch is taken from the winner
 
 
-def propose_several(state: State, rng: Random, parent: Member | Child | None, tried: Tried) -> Child | None:
-    """A child of several branches, by the phase of the search, see above; None if the deadline comes first."""
+def change_one(state: State, rng: Random, parent: Member | Child | None) -> Child:
+    """A child of several branches after the trials, see above."""
     branches, method = state.task.branches, state.method
-    if not method.mutate:
-        return whole_fresh(state, rng, tried)
-    if state.evaluated < TRIALS:
-        name = [*branches][state.evaluated % len(branches)]
-        earlier = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
-        if not parent and earlier and rng.random() < min(0.5, earlier.score / (state.baseline or 1.0)):
-            parent = earlier
-        if parent:
-            expr = method.mutate(state, rng, name, branches[name], parent.losses[name])
-        else:
-            expr = method.fresh(state, rng, name, branches[name])
-        return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)])
 
     def winner(name: str) -> Expr | None:
         member = select_parent(state, rng, [name], TOURNAMENT_SEVERAL)
@@ -1399,14 +1397,13 @@ def close(state: State, worker: "Worker", args) -> int:
                 break
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", evaluated, task, lambda: found and shorten(task, found))
-    if found and short != found:
+    if short != found:
         worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)], baseline)
         found = short if score(short, seeds) >= score(found, seeds) else found
     found = worker.agree("found", evaluated, task, lambda: found)
     if found and (picture := draw_gradients(task, found)):
         write_atomically(worker.directory / "gradients.png", picture)
-    pairs = zip(baseline, table_jobs(found)) if found else [baseline]
-    worker.serve(state, [*itertools.chain(*pairs)])
+    worker.serve(state, [job for pair in zip(baseline, table_jobs(found)) for job in pair] if found else baseline)
     return evaluated
 
 
@@ -1550,7 +1547,7 @@ def read_weights(path: Path, device: str, use: Callable[[object], object], cure:
 def base_states(path: Path, device: str, train: Callable[[], list[dict]], net: torch.nn.Module) -> list[dict]:
     """The weights of the base network at some of its steps; who finds no file trains it, the first for all workers."""
     if not path.exists():
-        make_once(path, tensors_as_bytes(train()))
+        write_atomically(path, tensors_as_bytes(train()), once=True)
 
     def use(states: list[dict]) -> list[dict]:
         for state in checked(states, [{str: Tensor}]) or [{}]:  # no state at all fits no network either
@@ -1573,11 +1570,6 @@ def on_the_way(batches: Iterable, net: torch.nn.Module, steps: Sequence[int], st
 # The journal, and those who write it
 
 
-def unfinished(path: Path) -> Path:
-    """Where this process, of all on all machines, writes a file before it has its name."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-
-
 @contextlib.contextmanager
 def naming(path: Path):
     """A write that fails meanwhile says in which file, what Python leaves out."""
@@ -1587,24 +1579,14 @@ def naming(path: Path):
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    part = unfinished(path)
+def write_atomically(path: Path, content: str | bytes, once: bool = False) -> None:
+    """Write a whole file or none; with `once` only if there is none yet, whoever of all workers comes first."""
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         with naming(path):
             part.write_bytes(content.encode() if isinstance(content, str) else content)
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def make_once(path: Path, content: bytes) -> None:
-    """Write a file unless somebody else has, whoever comes first."""
-    part = unfinished(path)
-    try:
-        with naming(path):
-            part.write_bytes(content)
-            os.link(part, path)  # fails if the file is there, in one step
-    except FileExistsError:
+            os.link(part, path) if once else part.replace(path)
+    except FileExistsError:  # what a link finds out in one step
         pass
     finally:
         part.unlink(missing_ok=True)
@@ -1618,7 +1600,7 @@ def tensors_as_bytes(tensors) -> bytes:
 
 def write_once(path: Path, text: str) -> str:
     """Write a text unless somebody else has; what then stands there."""
-    make_once(path, text.encode())
+    write_atomically(path, text, once=True)
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -1626,17 +1608,20 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+SAID: list[bool] = []  # while anything is in it, whoever launched this worker has said what it would say of the data
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """A warning about the data; of several workers the first one says it."""
-    if speaks():
+    if speaks() and not SAID:
         warn(message)
 
 
 @functools.cache
 def note(text: str) -> None:
     """A line about the data, once; of several workers the first one says it."""
-    if speaks():
+    if speaks() and not SAID:
         print(text, flush=True)
 
 
@@ -1671,6 +1656,8 @@ def read_records(path: Path, start: int = 0) -> tuple[list[dict], int]:
 class Journal:
     """The records of all workers in a run directory, read as they come."""
 
+    warns = True  # of what cannot be read
+
     def __init__(self, directory: Path):
         self.directory = directory
         self.read: dict[Path, int] = {}  # bytes
@@ -1691,7 +1678,7 @@ class Journal:
             except ValueError:
                 state.broken += 1
                 broken[path] += 1
-        for path, number in broken.items():
+        for path, number in broken.items() if self.warns else ():
             warn(f"{path}: {number} broken lines were skipped")
         return heard
 
@@ -1705,10 +1692,11 @@ class Worker(Journal):
     """
 
     STALE = 10.0
+    warns = False  # whoever reports does
 
     def __init__(self, directory: Path, report: Callable[[], None] = lambda: None):
         super().__init__(directory)
-        self.report, self.start = report, time.monotonic()
+        self.report, self.start = report, time.monotonic()  # a resume sets it back by what was searched
         self.room = directory / "workers"
         self.room.mkdir(exist_ok=True)
         self.rank, self.file = self.enlist()
@@ -1748,11 +1736,6 @@ class Worker(Journal):
         self.sign.unlink(missing_ok=True)
         self.file.close()
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds of this run, also those of searching before a resume."""
-        return time.monotonic() - self.start
-
     def hear(self, state: State) -> list[dict]:
         heard = super().hear(state)
         self.report()
@@ -1760,7 +1743,7 @@ class Worker(Journal):
 
     def tell(self, record: dict) -> None:
         """Append a record: one write, which a kill leaves whole or torn at the end."""
-        record |= {"worker": self.rank, "elapsed": round(self.elapsed, 3)}
+        record |= {"worker": self.rank, "elapsed": round(time.monotonic() - self.start, 3)}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         if self.file.write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
@@ -1847,8 +1830,15 @@ def read_agreed(path: Path, name: str, task: Task):
 # Report: console, TensorBoard, and the files for people
 
 
-STOPPED: list[int] = []  # signals that have come, see `interrupt`
+STOPPED: list[int] = []  # signals that have come
 HELD_BACK: list[bool] = []  # they wait while anything is in it
+
+
+def interrupt(number: int, frame) -> None:
+    """Ctrl-C and SIGTERM. Should some library swallow the exception, the next look at the journal raises it again."""
+    STOPPED.append(number)
+    if not HELD_BACK:
+        raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
@@ -1877,7 +1867,8 @@ class Reporter:
         self.start, self.explored_earlier = time.monotonic(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
         self.island_start = state.island_start
-        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()) if value is not None)
+        arguments = sorted(given_arguments(args).items())
+        rows = "\n".join(f"| {name} | {value} |" for name, value in arguments if value is not None)
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
     def lineage(self, text: str) -> str:
@@ -1899,8 +1890,8 @@ class Reporter:
             improved = self.best is not None and (earlier is None or earlier.text != self.best.text)
             if "retrained" in record:
                 self.tell_retrained(record)
-            else:
-                self.tell_evaluated(record, improved)
+            else:  # several may have come in at once
+                self.tell_evaluated(record, improved and self.best.text == losses_text(record["losses"]))
             if improved:
                 self.export(self.best.losses, f"proxy score {self.best.score:.4f}")
             self.write_hall_of_fame()
@@ -1959,7 +1950,7 @@ class Reporter:
             if value is not None:
                 self.board.add_scalar(tag, value, state.explored)
         if best is not None:
-            self.board.add_scalar("search/best_by_second", best, int(state.elapsed))
+            self.board.add_scalar("search/best_by_second", best, int(record["elapsed"]))
         if state.sampler:
             state.sampler.show(self.board)
 
@@ -2076,7 +2067,7 @@ class Reporter:
 FOUND, BASELINE = (200, 80, 0), (170, 170, 170)  # blue and grey, as BGR
 
 
-def write(plot: np.ndarray, text: str, corner: tuple[int, int], colour=(0, 0, 0)) -> None:
+def put_text(plot: np.ndarray, text: str, corner: tuple[int, int], colour=(0, 0, 0)) -> None:
     cv2.putText(plot, text, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
 
 
@@ -2108,11 +2099,11 @@ def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
                 cv2.circle(plot, (column, row), 1, FOUND if tree is expr else BASELINE, -1)
         cv2.line(plot, (20, 190), (460, 190), (0, 0, 0))
         axis = "IoU" if boxes else "probability of what is right"
-        write(plot, f"{name}: gradient over {axis}", (20, 18))
-        write(plot, "found", (20, 38), FOUND)
-        write(plot, branch.baseline or "", (80, 38), BASELINE)
-        write(plot, "0", (16, 348))
-        write(plot, "1", (456, 348))
+        put_text(plot, f"{name}: gradient over {axis}", (20, 18))
+        put_text(plot, "found", (20, 38), FOUND)
+        put_text(plot, branch.baseline or "", (80, 38), BASELINE)
+        put_text(plot, "0", (16, 348))
+        put_text(plot, "1", (456, 348))
         plots.append(plot)
     return cv2.imencode(".png", np.concatenate(plots, 1))[1].tobytes() if plots else None
 
@@ -2170,7 +2161,9 @@ def main(args, make_task: Callable[..., Task]) -> None:
         signal.signal(number, interrupt)
     task = None
     try:
+        SAID[:] = [True] * ("AUTOLOSS_RUN_DIR" in os.environ)
         task = make_task(args)
+        SAID.clear()
         compare(args, task) if args.wanted else run(args, task)
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}", everyone=task is not None and task.ready)
@@ -2190,13 +2183,6 @@ def main(args, make_task: Callable[..., Task]) -> None:
         fail(f"{error.filename or args.resume or args.runs}: {error.strerror}; {cure}", everyone=True)
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
-
-
-def interrupt(number: int, frame) -> None:
-    """Ctrl-C and SIGTERM. Should some library swallow the exception, the next look at the journal raises it again."""
-    STOPPED.append(number)
-    if not HELD_BACK:
-        raise KeyboardInterrupt(number)
 
 
 def run(args, task: Task) -> None:
@@ -2342,10 +2328,9 @@ def open_run(args, task_name: str) -> Path:
     if shutil.which("git"):
         here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
         revision = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
-    arguments = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "wanted"}
     about = {
         "task": task_name,
-        "arguments": arguments,
+        "arguments": given_arguments(args),
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
@@ -2431,10 +2416,10 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     about = "where the data set lies; shapes are drawn there if need be (data/generated/shapes)"
     flag("--data-root", "DIR", about, Path)
     about = "splits that fit into so much are decoded once, others for each batch; by default an eighth of the machine"
-    flag("--memory", "GIB", about, at_least(0, float), round(machine_memory() / 8, 1))
+    flag("--memory", "GIB", about, at_least(0, float))
     flag("--model", "NAME", f"network: {' '.join(models)}; by default the data set's own", one_of(models))
     about = "start ResNets from ImageNet weights: those in FILE, or torchvision's, downloaded on first use"
-    flag("--pretrained", "FILE", about, default=False, nargs="?", const=True)
+    flag("--pretrained", "FILE", about, os.path.abspath, False, nargs="?", const=True)
     flag("--device", "NAME", "where to compute: cpu, cuda or cuda:1", default=where)
     return flag
 
@@ -2450,7 +2435,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
     flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), minutes)
     about = f"processes that search; by default one per core, on CUDA one per GPU ({GPU_WORKERS} on shapes)"
-    flag("--workers", "N", about, at_least(0, most=1024), 0)
+    flag("--workers", "N", about, at_least(0, most=1024))
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
     flag("--seeds", "N", "re-training seeds of the closing table", at_least(1), 3)
@@ -2487,7 +2472,7 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
 
     `args.wanted`: what --loss or --compare asks for, by its text, as read_loss(text, flag) reads it.
     """
-    settle_device_and_workers(args)
+    settle_machine(args)
     if args.data_root is None and args.data != "shapes":
         fail(f"--data {args.data}: needs --data-root DIR, the folder that holds it (see data/README.md)")
     default = Path(__file__).parent / "data/generated/shapes"
@@ -2501,7 +2486,6 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
     except UnicodeEncodeError:
         flag = f"--resume {args.resume}" if args.resume else f"--runs {args.runs}"
         fail(f"{flag}: a name that TensorBoard cannot write; give one in UTF-8")
-    args.pretrained = os.path.abspath(args.pretrained) if isinstance(args.pretrained, str) else args.pretrained
     if args.loss is not None and args.compare is not None:
         fail(f"--compare {args.compare}: not together with --loss; give one of them")
     flag, given = ("--loss", args.loss) if args.compare is None else ("--compare", args.compare)
@@ -2542,8 +2526,11 @@ def read_formula(text: str, shown: str, symbols: Sequence[str]) -> Expr:
     return expr
 
 
-def settle_device_and_workers(args) -> None:
-    """Resolve --device for this process and the number of workers; end with one line where the device is not there."""
+def settle_machine(args) -> None:
+    """Resolve --device for this process, --workers and --memory; end with one line where the device is not there.
+
+    `args.by_default`: those that nobody gave, so that a resume elsewhere settles them anew.
+    """
     try:
         if args.device.split(":")[0] not in ("cpu", "cuda"):
             raise RuntimeError
@@ -2555,6 +2542,9 @@ def settle_device_and_workers(args) -> None:
     if cuda:  # "cuda" alone means another device in each worker
         own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if device.index is None else device.index
         torch.cuda.set_device(own)
+    args.by_default = [name for name in ("workers", "memory") if getattr(args, name) is None]
+    if args.memory is None:
+        args.memory = round(machine_memory() / 8, 1)
     if not args.workers:  # a further worker pays once there is an initial population for each
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if cuda:
@@ -2588,6 +2578,13 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
         return task.read_losses(losses)
     except ValueError as error:
         fail(f"{flag} {directory}: {error}")
+
+
+def given_arguments(args) -> dict[str, object]:
+    """The arguments of a run as args.json has them; a resume reads them back, maybe on another machine."""
+    settled = dict.fromkeys(getattr(args, "by_default", ()))
+    own = {name: value for name, value in vars(args).items() if name not in ("wanted", "by_default")}
+    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in own.items()} | settled
 
 
 # Flags that may change when a run goes on. Its data may have moved.
@@ -2760,7 +2757,7 @@ def train_once(args, task: Task, name: str, losses, seed: int, checkpoint: Check
     line, start, directory = {"loss": name, "seed": seed, "scores": None}, time.monotonic(), checkpoint.path.parent
     task.curve = []  # where this one becomes invalid, it has none
     try:
-        line["scores"] = task.retrain(losses, seed, checkpoint=checkpoint)
+        line["scores"] = finite(task.retrain(losses, seed, checkpoint=checkpoint))
     except InvalidLoss as error:
         line["invalid"] = f"the loss or its gradient became invalid at {error}"
     line["seconds"] = round(time.monotonic() - start, 2)

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from evolve import write  # noqa: E402
+from evolve import put_text  # noqa: E402
 
 AT = (25, 50, 100, 150, 200)  # trainings
 COLOURS = [(200, 80, 0), (40, 40, 200), (60, 160, 60), (30, 140, 230), (160, 60, 160)]  # BGR
@@ -63,7 +63,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
         for k in range(round(low / step), round(high / step) + 1):
             cv2.line(canvas, (left, row(k * step)), (right, row(k * step)), (0, 0, 0) if k == 0 else (225, 225, 225))
-            write(canvas, f"{k * step:+.2f}", (left - 50, row(k * step) + 4))
+            put_text(canvas, f"{k * step:+.2f}", (left - 50, row(k * step) + 4))
         return row
 
     row = axis(LEFT, WIDTH - 30, -0.1, 0.1 * np.ceil(10 * max(run.best[-1] for run in runs)), 0.05)
@@ -72,15 +72,15 @@ def draw(runs: list[Run], path: Path) -> None:
         colour = COLOURS[kinds.index(run.kind)]
         cv2.polylines(canvas, [np.array(spots, np.int32)], False, colour, 1, cv2.LINE_AA)
     for k in range(0, most + 1, 50):
-        write(canvas, str(k), (round(LEFT + (WIDTH - LEFT - 30) * k / most) - 8, HEIGHT - BOTTOM + 20))
-    write(canvas, f"best proxy {runs[0].metric} minus the baseline's, over trainings", (LEFT, 18))
+        put_text(canvas, str(k), (round(LEFT + (WIDTH - LEFT - 30) * k / most) - 8, HEIGHT - BOTTOM + 20))
+    put_text(canvas, f"best proxy {runs[0].metric} minus the baseline's, over trainings", (LEFT, 18))
 
     low, high = min(run.ahead - run.error for run in runs), max(run.ahead + run.error for run in runs)
     low, high = 0.01 * np.floor(100 * min(low, 0)), 0.01 * np.ceil(100 * max(high, 0))
     row = axis(WIDTH + 30, canvas.shape[1] - 10, low, high, 0.01)
-    write(canvas, f"{runs[0].metric} on test, found minus baseline", (WIDTH + 30, 18))
+    put_text(canvas, f"{runs[0].metric} on test, found minus baseline", (WIDTH + 30, 18))
     for k, kind in enumerate(kinds):
-        write(canvas, kind[:20], (WIDTH + 40 + COLUMN * k, HEIGHT - BOTTOM + 20), COLOURS[k])
+        put_text(canvas, kind[:20], (WIDTH + 40 + COLUMN * k, HEIGHT - BOTTOM + 20), COLOURS[k])
         for j, run in enumerate(run for run in runs if run.kind == kind):
             x = WIDTH + 50 + COLUMN * k + 16 * j
             cv2.line(canvas, (x, row(run.ahead - run.error)), (x, row(run.ahead + run.error)), COLOURS[k], 1)

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from evolve import BASELINE, FOUND, write  # noqa: E402
+from evolve import BASELINE, FOUND, put_text  # noqa: E402
 
 BLACK = (0, 0, 0)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 360, 60, 20, 50, 45
@@ -37,9 +37,9 @@ def draw_scores(records: list[dict], metric: str) -> np.ndarray:
     canvas = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     for value in np.arange(np.ceil(low / 0.05) * 0.05, high, 0.05):
         cv2.line(canvas, place(0, value), place(end, value), BLACK if abs(value) < 1e-9 else (225, 225, 225), 1)
-        write(canvas, f"{value:+.2f}", (8, place(0, value)[1] + 4))
+        put_text(canvas, f"{value:+.2f}", (8, place(0, value)[1] + 4))
     for minute in range(0, int(end) + 1, 2):
-        write(canvas, str(minute), (place(minute, low)[0] - 4, HEIGHT - 25))
+        put_text(canvas, str(minute), (place(minute, low)[0] - 4, HEIGHT - 25))
     best = -np.inf
     for minute, value in dots:
         cv2.circle(canvas, place(minute, value), 2, BASELINE, -1, cv2.LINE_AA)
@@ -49,9 +49,9 @@ def draw_scores(records: list[dict], metric: str) -> np.ndarray:
             best, since = value, minute
         later = [m for m, _ in dots if m > minute]
         cv2.line(canvas, place(since, best), place(min(later, default=end), best), FOUND, 1)
-    write(canvas, f"{metric} minus that of {baseline}, over minutes of searching", (LEFT, 18))
-    write(canvas, "proxy", (LEFT, 36), BASELINE)
-    write(canvas, "best proxy so far", (LEFT + 60, 36), FOUND)
+    put_text(canvas, f"{metric} minus that of {baseline}, over minutes of searching", (LEFT, 18))
+    put_text(canvas, "proxy", (LEFT, 36), BASELINE)
+    put_text(canvas, "best proxy so far", (LEFT + 60, 36), FOUND)
     return canvas
 
 

@@ -1161,7 +1161,7 @@ def test_one_of_several_branches_changes():
     kinds = {"fresh": 0, "exchanged": 0, "mutated": 0, "given back": 0}
     for _ in range(1000):
         parent = evolve.select_parent(state, rng, ["cls", "reg"])
-        child = evolve.propose_several(state, rng, parent, Tried())
+        child = evolve.propose(state, rng, parent, Tried())
         assert child.parent == parent.losses and not child.more
         if not child.trees:
             assert child.losses.items() < parent.losses.items()
@@ -1189,7 +1189,7 @@ def test_a_branch_without_a_tree_gets_one():
     state = begin(task, turns={0: set(range(evolve.TRIALS + 1))})
     state.population.extend(Member({name: CE}, 0.5, (name,)) for name in ("cls", "reg"))
     parent = evolve.Child({"reg": parse("Neg(p)")})
-    children = [evolve.propose_several(state, rng, parent, Tried()) for _ in range(100)]
+    children = [evolve.propose(state, rng, parent, Tried()) for _ in range(100)]
     assert {(*child.losses,) for child in children} == {("reg",), ("cls", "reg")}, "always in the same order"
     assert CE in [child.losses.get("cls") for child in children], "that of the winner of a tournament"
 
@@ -1241,7 +1241,7 @@ def test_a_favourite_of_the_surrogate_is_mutated_among_the_trials_as_well():
     state = begin(ToyTask(branches=("cls", "reg")), method=method)
     favourite = evolve.Child({"cls": parse("Neg(p)")}, None)
     for seed in range(20):
-        child = evolve.propose_several(state, random.Random(seed), favourite, Tried())
+        child = evolve.propose(state, random.Random(seed), favourite, Tried())
         assert child.losses == {"cls": mutated} and child.parent == favourite.losses
 
 
@@ -1479,6 +1479,12 @@ def test_broken_lines_are_skipped_and_counted(finished, capsys, kind):
     assert state.broken == 2 and whole.broken == 0
     error = capsys.readouterr().err
     assert error.startswith("warning: ") and "journal-0.jsonl" in error and error.count("\n") == 1 and "2" in error
+
+
+def test_of_all_readers_of_a_journal_one_warns(finished, tmp_path, short, capsys):
+    damage(finished, b"\0" * 64)
+    run(finished.parent, *SHORT, "rejected", resume=finished, planted=PLANTED)
+    assert capsys.readouterr().err.count("broken lines were skipped") == 1
 
 
 def test_damaged_records_do_no_harm(finished, tmp_path):
@@ -2088,9 +2094,13 @@ def test_out_of_memory_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_machines_write_unfinished_files_of_their_own(tmp_path, monkeypatch):
-    here = evolve.unfinished(tmp_path / "a")
+    parts, write_bytes = [], Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: parts.append(path) or write_bytes(path, content))
+    evolve.write_atomically(tmp_path / "a", "here")
     monkeypatch.setattr(evolve.socket, "gethostname", lambda: "elsewhere")
-    assert evolve.unfinished(tmp_path / "a") != here
+    evolve.write_atomically(tmp_path / "a", "there")
+    assert parts[0] != parts[1] and (tmp_path / "a") not in parts
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "there")]
 
 
 def test_trainings_that_became_invalid_are_told(capsys):
@@ -2149,6 +2159,24 @@ def test_lineage_goes_back_to_a_random_tree(tmp_path, short):
     assert len(rows) > 1 and rows[0] == youngest and parents[rows[-1]] is None
     assert all(parents[child] == parent for child, parent in itertools.pairwise(rows))
     reporter.board.close()
+
+
+def test_two_evaluations_at_once_are_told_apart(tmp_path, capsys):
+    """The star, and the curve, are those of the better one; each has the second at which it came."""
+    best, other = explore(begin(ToyTask()), 2)
+    reporter = evolve.Reporter(tmp_path, evolve.make_state(arguments(tmp_path), ToyTask()), arguments(tmp_path))
+    lines = [best | {"elapsed": 10.0, "score": 0.9}, other | {"elapsed": 11.0, "score": 0.2}]
+    late = STAMP | {"retrained": "ce", "seed": 1, "scores": None, "elapsed": 900.0}
+    (tmp_path / "journal-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, late]))
+    capsys.readouterr()
+    reporter.hear()
+    reporter.board.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval")]
+    assert ["*" in line for line in told] == [True, False] and told[0].endswith(f"* {best['losses']['loss']}")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [tag for tag in events.Tags()["scalars"] if tag.startswith("proxy_curve")] == ["proxy_curve/0001"]
+    assert [event.step for event in events.Scalars("search/best_by_second")] == [10, 11]
 
 
 def test_gradients_are_drawn():
@@ -2296,6 +2324,41 @@ def test_what_goes_wrong_in_a_training_its_worker_says(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         evolve.main(args, lambda args: Late())
     assert stop.value.code == 2 and "img_77.jpg: cut off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_what_the_launcher_said_its_workers_do_not_repeat(tmp_path, monkeypatch, capsys, launched):
+    class Loud(ToyTask):
+        def __init__(self, args):
+            evolve.note(f"of the data, {launched}")
+            evolve.warn_once(f"beware, {launched}")
+            super().__init__()
+
+        def load(self):
+            evolve.note(f"while loading, {launched}")
+            raise evolve.DataError("enough")
+
+    if launched:
+        monkeypatch.setenv("AUTOLOSS_RUN_DIR", str(tmp_path))
+        monkeypatch.setenv("RANK", "0")
+    args = arguments(tmp_path)
+    args.data_root, args.wanted, args.resume = tmp_path, {}, None
+    with pytest.raises(SystemExit):
+        evolve.main(args, Loud)
+    told = capsys.readouterr()
+    assert ("of the data" in told.out) == ("beware" in told.err) == (not launched)
+    assert "while loading" in told.out and "enough" in told.err, "the launcher loads nothing"
+
+
+def test_a_score_that_is_no_number_is_none(tmp_path):
+    class Odd(ToyTask):
+        def retrain(self, losses, seed, picture=None, checkpoint=None):
+            return {"val": {"toy": 0.5}, "test": {"toy": math.nan if seed == 2 else 0.4}}
+
+    assert evolve.retraining(Odd(), nobody, "ce", 1)["scores"]["test"] == {"toy": 0.4}
+    assert evolve.retraining(Odd(), nobody, "ce", 2)["scores"] is None
+    with pytest.raises(InvalidLoss, match="toy on test"):
+        evolve.finite(Odd().retrain("ce", 2))
 
 
 def test_journals_are_read_in_order_of_time(tmp_path):

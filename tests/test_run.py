@@ -594,6 +594,29 @@ def test_bad_resume(monkeypatch, capsys, finished, tmp_path):
     assert (other.memory, other.checkpoint_steps) == (0.5, 7), "of this machine, not of the run"
 
 
+def test_what_a_machine_decided_a_resume_decides_anew(monkeypatch, tmp_path):
+    def parsed(*argv, cores):
+        monkeypatch.setattr(evolve.os, "sched_getaffinity", lambda process: range(cores))
+        monkeypatch.setattr(evolve, "machine_memory", lambda: 8.0 * cores)
+        return search_seg.parse_arguments([*map(str, argv)])
+
+    for given, here, elsewhere in ((), (16, 16.0), (2, 2.0)), (("--workers", 3, "--memory", 5), (3, 5.0), (3, 5.0)):
+        args = parsed(*given, "--device", "cpu", "--runs", tmp_path, cores=16)
+        assert (args.workers, args.memory) == here
+        directory = evolve.open_run(args, "seg")
+        args = parsed("--resume", directory, cores=2)
+        assert (args.workers, args.memory) == elsewhere
+
+
+def test_the_same_weights_are_the_same_from_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search_seg, "build_model", lambda *what: None)  # which would read them
+    flags = ["--device", "cpu", "--model", "r50-psp", "--pretrained", "weights.pth", "--runs", str(tmp_path)]
+    directory = evolve.open_run(search_seg.parse_arguments(flags), "seg")
+    args = search_seg.parse_arguments(["--resume", str(directory), "--pretrained", "weights.pth"])
+    assert args.pretrained == str(tmp_path / "weights.pth")
+
+
 READERS = {  # of the files of a run directory, and which damages they cannot see
     "args.json": (
         lambda path: search_seg.parse_arguments(["--resume", str(path.parent)]),

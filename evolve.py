@@ -2319,10 +2319,11 @@ def open_run(args, task_name: str) -> Path:
         return args.resume
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
+    args.runs.mkdir(parents=True, exist_ok=True)
     for k in itertools.count(1):
         directory = args.runs / (name if k == 1 else f"{name}-{k}")
         with contextlib.suppress(FileExistsError):
-            directory.mkdir(parents=True)
+            directory.mkdir()
             break
     revision = ""
     if shutil.which("git"):
@@ -2556,12 +2557,12 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
     """The losses that a finished run has found; of an unfinished one the best so far, see `State.best`."""
     result, about = directory / "result.json", directory / "args.json"
     for path in (about, result):
-        made_by = read_json(path, {"task": str}, "mend it or remove it")["task"] if path.is_file() else task.name
+        made_by = read_json(path, {"task": str}, "mend it or remove it")["task"] if os.path.isfile(path) else task.name
         if made_by != task.name:
             fail(f"{flag} {directory}: a run of search_{made_by:.20}.py, not of search_{task.name}.py")
-    if result.is_file():
+    if os.path.isfile(result):
         losses = read_json(result, RESULT, "remove it: then the best loss of the journal counts")["losses"]
-    elif about.is_file():
+    elif os.path.isfile(about):
         known = read_json(about, {"arguments": {"metric": str, "seed": int}}, "mend it")["arguments"]
         state = State(task, METHODS["evolve"], known["metric"], choice_seeds=choice_seeds(known["seed"]))
         try:

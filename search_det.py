@@ -60,6 +60,7 @@ from data.coco import (
     coco_files,
     column,
     found_files,
+    in_line,
     list_results,
     load_coco,
     no_mask,
@@ -809,7 +810,8 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
         if pretrained is True:
             fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
-    state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if "fc." not in name}
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
@@ -1091,7 +1093,8 @@ def coco_metrics(truth: Truth, found: Objects, device: str) -> dict[str, float]:
 def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, coco: dict, masks: bool) -> Objects:
     """COCO results on the pictures of `coco`; those of unlisted categories are left out, as in pycocotools."""
     if isinstance(detections, (Tensor, np.ndarray)):  # image x y w h score category
-        if len(detections) and (detections.ndim != 2 or detections.shape[1] != 7 or detections.dtype == object):
+        numbers = isinstance(detections, Tensor) or detections.dtype.kind in "biuf"
+        if len(detections) and (detections.ndim != 2 or detections.shape[1] != 7 or not numbers):
             raise ValueError(f"detections: an array of shape {tuple(detections.shape)}; it must be (M, 7) numbers")
         rows = torch.as_tensor(detections).view(-1, 7)
         if rows.is_floating_point() and len(rows) and rows[:, 0].abs().max() > 1 / torch.finfo(rows.dtype).eps:
@@ -1141,7 +1144,7 @@ def result_mask(result: dict, size: tuple[int, int] | None, box: list[float] | N
             return check_runs(code, size, True)
         return run_lengths(check_mask({"segmentation": code}, size, True)["segmentation"], size or code["size"])
     except (DataError, KeyError, OverflowError, TypeError, ValueError) as problem:
-        raise ValueError(f"its mask {code!r:.60} is damaged ({problem})") from None
+        raise ValueError(f"its mask {in_line(code)} is damaged ({problem})") from None
 
 
 def coco_eval(

@@ -112,7 +112,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     about = f"steps of a re-training: {evolve.told(RETRAIN, 'steps')}"
     flag("--retrain-steps", "N", about, evolve.at_least(1))
     flag("--crop", "PIXELS", f"height of a person's crop: {evolve.told(PROXY, 'crop')}", evolve.at_least(8, most=8192))
-    flag("--aspect", "RATIO", "width of a crop by its height; 1 suits most animals", evolve.at_least(0.1, float), 0.75)
+    about = "width of a crop by its height; 1 suits most animals"
+    flag("--aspect", "RATIO", about, evolve.at_least(0.1, float, 10), 0.75)
     about = f"images in a batch: {evolve.told(PROXY, 'batch')}; in re-training {evolve.told(RETRAIN, 'batch')}"
     flag("--batch", "N", about, evolve.at_least(2, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
@@ -595,7 +596,8 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
         if pretrained is True:
             fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
-    state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if "fc." not in name}
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
@@ -714,9 +716,7 @@ def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: i
     check_categories(category, results, path)
     known = category >= 0
     results = [result for result, good in zip(results, known.tolist()) if good]
-    given = results[0].get("keypoints") if results else None
-    if joints_in_row(given) is not given:
-        results = [result | {"keypoints": joints_in_row(result.get("keypoints"))} for result in results]
+    results = [result | {"keypoints": joints_in_row(result.get("keypoints"))} for result in results]
     group = (category * len(content["images"]) + picture)[known]
     first = results[0] if results else {"keypoints": [0] * (3 * (joints or 0))}
     length = len(first["keypoints"]) if hasattr(first.get("keypoints"), "__len__") else 0

@@ -671,7 +671,8 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
         if pretrained is True:
             fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
-    state = {name.removeprefix("module."): value for name, value in state.items() if "fc." not in name}
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if "fc." not in name}
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
@@ -874,8 +875,17 @@ def seg_metrics(pred: Tensor, label: Tensor, num_classes: int) -> dict[str, floa
 
     pred: integers 0..num_classes-1; label: the same, or 255 where a pixel does not count. Keys: miou (mean IoU), fwiou
     (IoU weighted by class frequency), macc (mean class accuracy), gacc (pixel accuracy), biou (mean IoU over the pixels
-    within 5 px of a target boundary), bf1 (mean boundary F1 with 5 px tolerance).
+    within 5 px of a target boundary), bf1 (mean boundary F1 with 5 px tolerance). A prediction may be 255, too, where
+    the label is: it is taken for class 0. Raises ValueError for anything else.
     """
+    pred, label = map(torch.as_tensor, (pred, label))
+    if pred.shape != label.shape or pred.ndim != 3 or pred.is_floating_point() or label.is_floating_point():
+        given = " and ".join(f"{values.dtype} {tuple(values.shape)}" for values in (pred, label))
+        raise ValueError(f"{given}; prediction and label must be integers of one shape (N, H, W)")
+    pred = torch.where((pred == IGNORE) & (label == IGNORE), 0, pred)
+    for name, values in (("pred", pred), ("label", label[label != IGNORE])):
+        if wrong := values[(values < 0) | (values >= num_classes)].tolist():
+            raise ValueError(f"{name} has {wrong[0]}; expected 0..{num_classes - 1}, or 255 where nothing counts")
     metrics = SegMetrics(num_classes, pred.device)
     metrics.update(pred, label)
     return {name: value.item() for name, value in metrics.compute().items()}

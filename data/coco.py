@@ -20,6 +20,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 
+from data.layouts import inside
 from data.pictures import BROKEN, plain_name, turning, unreadable
 from evolve import DataError, warn_once
 
@@ -37,22 +38,24 @@ def coco_files(root: Path, kind: str) -> dict[str, tuple[Path, Path]]:
     kind: "instances" or "person_keypoints", as COCO names its files. Labelling tools leave out the year or the kind,
     put the pictures into `images`, or (Roboflow) all of a split into one folder. Raises DataError where one is missing.
     """
-    found = {}
+    found, tables = {}, inside(root, "annotations")
     for split, names in {"train": ["train"], "val": ["val", "valid", "validation"], "test": ["test"]}.items():
         named = [name + year for year in ("2017", "2014", "") for name in names]
-        listings = [root / f"annotations/{start}{name}.json" for start in (f"{kind}_", "") for name in named]
-        listings += [root / name / "_annotations.coco.json" for name in names]
+        listings = [inside(tables, f"{start}{name}.json") for start in (f"{kind}_", "") for name in named]
+        listings += [inside(root, name, "_annotations.coco.json") for name in names]
         listing = next((path for path in listings if path.exists()), listings[0])
-        together = [listing.parent] if listing.parent.name in names else []
-        own = root / listing.stem.removeprefix(f"{kind}_")
-        folders = [*together, own, *(root / "images" / name for name in named), root / "images"]
+        together = [listing.parent] if listing.parent.name.lower() in names else []
+        own = inside(root, listing.stem.removeprefix(f"{kind}_"))
+        elsewhere = [inside(root, *folder, name) for folder in ((), ("images",)) for name in named]
+        folders = [*together, own, *elsewhere, inside(root, "images")]
         found[split] = listing, next((path for path in folders if path.is_dir()), folders[0])
     if not found["test"][0].exists():
         del found["test"]
     for path in (path for files in found.values() for path in files):
         if not path.exists():
             cure = "--data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
-            raise DataError(f"{path}: not found; {cure}")
+            others = sorted(other for folder in (tables, root) for other in folder.glob("*.json"))
+            raise DataError(f"{path}: not found; {cure}" + (f"; there is {others[0]}" if others else ""))
     return found
 
 
@@ -61,7 +64,8 @@ def load_coco(path: Path | str):
     try:
         return json.loads(Path(path).read_bytes())  # of bytes, json tells the encoding, whatever the locale says
     except OSError as error:
-        raise DataError(f"{path}: {'cannot be read' if Path(path).exists() else 'not found'}") from error
+        what = "no right to read it; mend that" if isinstance(error, PermissionError) else "cannot be read"
+        raise DataError(f"{path}: {what if os.path.exists(path) else 'not found'}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; unpack it, or save it in UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -187,7 +191,8 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
     if crowd not in (0, 1):
         raise DataError(f"'iscrowd' is {entry['iscrowd']!r:.40}; it must be 0 or 1")
     x, y, w, h = box
-    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
+    area = None if area is None and scoring else area
+    area = (extent_area(entry.get("segmentation")) or w * h,) if area is None else floats((area,), 1, LARGEST**2)
     area = (w * h,) if area == [0] and not scoring else area  # as tools write that do not know it
     if area is None or area[0] < 0 < min(w, h):
         raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
@@ -200,6 +205,16 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
         if size and not within_reach((x, y, x + w, y + h), size):
             raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
     return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
+
+
+def extent_area(polygons) -> float | None:
+    """Square pixels of the box around all points of an object's polygons; None where it has none."""
+    try:
+        x, y = np.concatenate([np.array(polygon, float).reshape(-1, 2) for polygon in polygons]).T
+    except (TypeError, ValueError):
+        return None
+    area = float(np.ptp(x) * np.ptp(y))
+    return area if 0 < area < LARGEST**2 else None
 
 
 def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
@@ -327,11 +342,11 @@ def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False)
     """The mask of an annotation: its polygons of three points and more, or run lengths that add up."""
     code = points_in_row(entry.get("segmentation"))
     code = code[0] if isinstance(code, list) and len(code) == 1 and isinstance(code[0], dict) else code
-    if isinstance(code, dict) and code:
+    if isinstance(code, dict) and {"size", "counts"} & code.keys():
         return {"segmentation": check_runs(code, size, scoring)}
     code = None if code == {} else code
     if not isinstance(code, (list, tuple, type(None))):
-        raise DataError(f"'segmentation' is {code!r:.40}; it must be polygons or run lengths")
+        raise DataError(f"'segmentation' is {in_line(code, 40)}; it must be polygons or run lengths")
     if size is None:
         raise DataError("a polygon; its image must have a height and a width")
     alone = code and not isinstance(code[0], (list, tuple, np.ndarray, Tensor))  # one polygon on its own
@@ -340,7 +355,7 @@ def check_mask(entry: dict, size: tuple[int, int] | None, scoring: bool = False)
         places = floats(polygon, len(polygon) if isinstance(polygon, (list, tuple)) else 0)
         if places is None or len(places) % 2 or not within_reach(places, size):
             raise DataError(
-                f"polygon {polygon!r:.60} in a picture of {size[1]}x{size[0]} pixels; it must be x y x y ..."
+                f"polygon {in_line(polygon)} in a picture of {size[1]}x{size[0]} pixels; it must be x y x y ..."
             )
         if len(places) >= 6:  # points and lines are left out
             polygons.append(places)
@@ -363,6 +378,11 @@ def points_in_row(value):
     ):
         return [*itertools.chain.from_iterable(value)]
     return value
+
+
+def in_line(value, most: int = 60) -> str:
+    """The beginning of what Python shows of a value, an array too, in a single line."""
+    return " ".join(repr(value).split())[:most]
 
 
 def overlaps(places: list[float], size: tuple[int, int]) -> bool:
@@ -416,7 +436,7 @@ def read_runs(text: str | bytes) -> list[int] | None:
 def run_lengths(code: list | dict, size: tuple[int, int]) -> dict:
     """The compressed run-length code of polygons, of an uncompressed or of a compressed mask."""
     if code == []:
-        return rle.encode(np.zeros(size, np.uint8, order="F"))
+        code = {"size": size, "counts": [size[0] * size[1]]}
     if isinstance(code, list):
         return rle.merge(rle.frPyObjects(code, *size))
     return rle.frPyObjects(code, *size) if isinstance(code["counts"], list) else code
@@ -453,8 +473,10 @@ def read_annotations(path: Path, folder: Path | None = None) -> dict:
         kinds.append(tuple(names))
     if not kinds:
         raise DataError(f"{path}: no category has 'keypoints', the names of its joints; it must be a COCO file of them")
-    if len(set(kinds)) != 1 or len(set(kinds[0])) < len(kinds[0]):
-        raise DataError(f"{path}: its categories must name the same joints ('keypoints'), each once")
+    if twice := [name for name in kinds[0] if kinds[0].count(name) > 1]:
+        raise DataError(f"{path}: 'keypoints' names the joint {twice[0]!r:.40} twice; give each a name of its own")
+    if len(set(kinds)) != 1:
+        raise DataError(f"{path}: its categories must name the same joints ('keypoints')")
     own = functools.partial(check_joints, joints=len(kinds[0]))
     content = check_coco({**coco, "categories": categories}, path, own, folder)
     check_distances(path, content["annotations"])
@@ -688,5 +710,5 @@ def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan:
             rows.append(read([result]))
         except wrong:
             what = f"{width} finite numbers" if width > 1 else "a number"
-            raise ValueError(f"{path}: result {k}: {key!r} is {result.get(key)!r:.60}; it must be {what}") from None
+            raise ValueError(f"{path}: result {k}: {key!r} is {in_line(result.get(key))}; it must be {what}") from None
     return torch.cat(rows)

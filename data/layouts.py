@@ -319,7 +319,8 @@ def read_lines(path: Path) -> list[str]:
     try:
         lines = re.split(r"[\r\n]+", path.read_text(encoding="utf-8-sig"))  # str.splitlines knows others, too
         return [line.strip() for line in lines if line.strip()]
-    except OSError:
-        raise DataError(f"{path}: not found") from None
+    except OSError as error:
+        what = "no right to read it; mend that" if isinstance(error, PermissionError) else "not found"
+        raise DataError(f"{path}: {what}") from error
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text in UTF-8; save it so") from None

@@ -91,7 +91,7 @@ def read_values(path: Path, palette: bool = False, listed: tuple[int, int] | Non
         with opened(path) as picture:
             if blurs(picture, path):
                 raise DataError(f"{path}: a JPEG or the like, which blurs the classes of a mask; save masks as PNG")
-            if deep(picture):
+            if deep(picture, path):
                 raise DataError(f"{path}: RGB with 16 bits a channel; save masks with 8, or as grey values")
             if getattr(picture, "n_frames", 1) > 1:
                 size = picture.size
@@ -184,6 +184,9 @@ def full_size(image: Path, label: Path) -> tuple[int, int]:
 def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
     """What the values of label maps stand for: by the data set, `--classes`, a labelmap.txt, or as found in them."""
     if args.data == "cityscapes":
+        for label in (chosen[0][1] for chosen in pairs.values() if chosen):
+            if (most := max(distinct_values(label).shares)) > max(CITYSCAPES_IDS):
+                raise DataError(f"{label}: value {most} is no label id of Cityscapes; other ids are for --data folder")
         return Meaning(19, {number: k for k, number in enumerate(CITYSCAPES_IDS)}, {}, rest=IGNORE)
     masks = list(dict.fromkeys(label for split in pairs.values() for _, label in split))
     table = inside(args.data_root, "labelmap.txt")
@@ -253,7 +256,10 @@ def read_classes(source: int | Path) -> tuple[int, list[int]]:
 def is_head(line: str) -> bool:
     """Whether a line of a table of classes says what is in its columns, as `name,r,g,b` or `class_id class_name`."""
     name = r"(class|label|category)?_?names?|class(es)?|labels?|categor(y|ies)"
-    number, colour = r"(class|label|category|train)?_?(id|idx|index)", r"r|g|b|red|green|blue|value|(colou?r_?)?(rgb)?"
+    number, colour = (
+        r"(class|label|category|train)?_?(id|idx|index)",
+        r"r|g|b|red|green|blue|value|((class_)?colou?r_?)?(rgb)?",
+    )
     words = re.findall(r"\w+", line.lower())
     known = all(re.fullmatch(f"{name}|{number}|{colour}|parts|actions", word) for word in words)
     return known and any(re.fullmatch(name, word) for word in words)

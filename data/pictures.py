@@ -12,6 +12,7 @@ import hashlib
 import io
 import mmap
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from evolve import DataError
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # no line for each tag that it does not know
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # profiles and notes of some megabytes
 
 
@@ -74,7 +76,7 @@ def decode(path: Path, mode: str = "RGB", listed: tuple[int, int] | None = None)
                 return torchvision.io.decode_jpeg(encoded(path), torchvision.io.ImageReadMode.RGB).movedim(0, -1)
             if picture.mode[0] in "IF":
                 picture = eight_bits(np.array(picture), path)
-            elif deep(picture):
+            elif deep(picture, path):
                 picture = eight_bits(all_bits(path), path)
             picture = picture.convert(mode)
             return torch.from_numpy(np.array(picture if turn is None else picture.transpose(turn)))
@@ -118,6 +120,8 @@ BROKEN += (Image.DecompressionBombError, struct.error)
 def unreadable(path: Path, kinds: str = "JPEG or PNG") -> "DataError":
     if isinstance(sys.exception(), Image.DecompressionBombError):
         return DataError(f"{path}: more pixels than PIL reads; scale it down")
+    if isinstance(sys.exception(), PermissionError):
+        return DataError(f"{path}: no right to read it; mend that")
     unread = f"not a readable image, or cut off; save it as {kinds}"
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(4) in (b"II*\0", b"MM\0*"):
@@ -125,9 +129,12 @@ def unreadable(path: Path, kinds: str = "JPEG or PNG") -> "DataError":
     return DataError(f"{path}: {unread if os.path.exists(path) else 'not found'}")
 
 
-def deep(picture: Image.Image) -> bool:
-    """Whether a colour picture has 16 bits a channel, of which PIL reads the upper eight alone."""
-    return picture.mode[:3] == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
+def deep(picture: Image.Image, path: Path) -> bool:
+    """Whether a colour picture has 16 bits a channel, of which PIL reads the upper eight alone, or less."""
+    if picture.format == "JPEG2000" and picture.mode[:3] == "RGB":
+        _, _, codestream = path.read_bytes().partition(b"\xff\x4f\xff\x51")
+        return codestream[38] & 127 > 7  # bits of the first channel, less one
+    return picture.mode[:3] == "RGB" and any(re.search(";16|65535", str(tile.args)) for tile in picture.tile)
 
 
 def all_bits(path: Path) -> np.ndarray:

@@ -27,7 +27,8 @@ import search_det
 import search_pose
 import search_seg
 from data import shapes
-from data.coco import picture_size
+from data.coco import load_coco, picture_size
+from data.layouts import read_lines
 from data.masks import find_meaning, found_meaning, plain_meaning, read_classes, read_label, read_values
 from data.pictures import decode, fingerprint, group_size, read_pictures, shared_bytes
 from evolve import DataError
@@ -497,14 +498,14 @@ def test_sixteen_bits_are_scaled(tmp_path, suffix, most):
     assert pixels.shape == (8, 64, 3) and pixels[0, :, 1].tolist() == pytest.approx(np.linspace(0, 255, 64), abs=1)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "jp2", "ppm"])
 @pytest.mark.parametrize("most", [255, 4095, 65535])
 def test_sixteen_bits_of_colours_are_scaled(tmp_path, suffix, most):
-    ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(8, 0)
+    ramp = np.linspace(0, most, 64).astype(np.uint16)[None].repeat(64, 0)
     cv2.imwrite(str(tmp_path / f"a.{suffix}"), np.stack([0 * ramp, ramp // 2, ramp], -1))  # blue, green, red
     want = np.linspace(0, 255, 64)
     pixels = decode(tmp_path / f"a.{suffix}")
-    assert pixels.shape == (8, 64, 3)
+    assert pixels.shape == (64, 64, 3)
     for channel, share in enumerate((1, 0.5, 0)):
         assert pixels[0, :, channel].tolist() == pytest.approx(share * want, abs=1)
 
@@ -520,6 +521,32 @@ def test_sixteen_bits_of_colours_are_turned(tmp_path, orientation):
     chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "16.png").write_bytes(whole[:33] + chunk + whole[33:])  # after the header
     assert torch.equal(decode(tmp_path / "16.png"), decode(tmp_path / "8.png"))
+
+
+def test_eight_bits_of_jpeg_2000_are_no_sixteen(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.jp2"), np.full((64, 64, 3), 9, np.uint8))
+    assert (decode(tmp_path / "a.jp2") == 9).all(), "dark, and not scaled up"
+
+
+def test_tags_that_opencv_does_not_know_are_no_news(tmp_path, capfd):
+    planes = noise(8, 9).astype(np.uint16) * 257
+    cv2.imwrite(str(tmp_path / "a.tif"), np.concatenate([planes, planes[..., :1]], -1))  # a fourth: near infrared
+    assert decode(tmp_path / "a.tif").shape == (8, 9, 3)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def forbidden(*what, **more):
+        raise PermissionError(13, "Permission denied", "a")
+
+    path = save(noise(8, 9), tmp_path / "a.png")
+    (tmp_path / "train.txt").write_text("a")
+    (tmp_path / "a.json").write_text("{}")
+    for name, read in ((Path, "read_text"), (Path, "read_bytes"), (Image, "open")):
+        monkeypatch.setattr(name, read, forbidden)
+    for read, file in ((decode, path), (read_lines, tmp_path / "train.txt"), (load_coco, tmp_path / "a.json")):
+        with pytest.raises(DataError, match=f"{file}: no right to read it"):
+            read(file)
 
 
 def test_more_than_sixteen_bits_are_refused(tmp_path):
@@ -837,6 +864,7 @@ def test_palettes_that_differ_are_told(tmp_path, capsys):
     "text, number, coloured",
     [
         ("name,r,g,b\nsky,128,128,128\nsea,0,0,255\n", 2, True),  # class_dict.csv
+        ("class_name,class_color\nsky,128 128 128\nsea,0 0 255\n", 2, True),  # V7
         ("64 128 64\tAnimal\n192 0 128\tArchway\n0 0 0\tVoid\n", 3, True),  # CamVid
         ("__ignore__\n_background_\ncat\ndog\n", 3, False),  # labelme
         ("id,name\n0,sky\n1,sea\n", 2, False),
@@ -1551,6 +1579,8 @@ def test_weights_of_a_file(tmp_path, monkeypatch, capsys):
     assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("hello")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbers.pth")
+    assert "no conv1.weight in it" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / "numbers.pth")
     for name in ("text.pth", "tensor.pth"):
         assert "no readable file" in refused(search_seg, monkeypatch, capsys, *args, tmp_path / name)
     search_det.build_model("r50-fpn", 3, False, str(tmp_path / "w.pth"))  # frozen norms, that count no batches
@@ -1591,6 +1621,8 @@ LAYOUTS = {  # of annotations and pictures, for the names of splits as they are 
     "COCO 2014": ("annotations/{kind}_{split}2014.json", "{split}2014", ("train", "val")),
     "no year": ("annotations/{kind}_{split}.json", "{split}", ("train", "val")),
     "no kind": ("annotations/{split}.json", "images/{split}", ("train", "val", "test")),
+    "capitals": ("Annotations/{kind}_{split}.json", "Images/{split}", ("Train", "Validation")),
+    "year of the file alone": ("annotations/{kind}_{split}2017.json", "{split}", ("train", "val")),
     "one folder of pictures": ("annotations/{kind}_{split}.json", "images", ("train", "validation")),
     "Roboflow": ("{split}/_annotations.coco.json", "{split}", ("train", "valid", "test")),
 }
@@ -1610,6 +1642,14 @@ def test_coco_as_labelling_tools_lay_it_out(tmp_path, listing, folder, splits, s
     )
     wanted = {"train": train, "val": val, "test": test[0]} if test else {"train": train, "val": train, "test": val}
     assert found == wanted
+
+
+def test_a_file_of_another_name_is_told(tmp_path):
+    for folder in ("annotations", "images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "annotations/instances_default.json").write_text("{}")
+    with pytest.raises(DataError, match="instances_train2017.json: not found; .*there is .*instances_default.json"):
+        search_det.list_data(arguments(search_det, tmp_path, "--data", "coco", "--model", "small"))
 
 
 def test_no_object_in_the_pictures_held_out(tmp_path):

@@ -546,6 +546,16 @@ def test_categories_that_val_counts_anew_are_refused(tmp_path):
         sources_of(tmp_path, change_val=exchange).load()
 
 
+def test_polygons_tell_corners_from_sizes(tmp_path):
+    def change(box, content):
+        for annotation in content["annotations"]:
+            annotation |= {"bbox": box, "area": None, "segmentation": [[2, 3, 10, 3, 10, 9, 2, 9]]}
+
+    with pytest.raises(DataError, match="boxes seem to be x1 y1 x2 y2"):
+        sources_of(tmp_path / "a", functools.partial(change, [2, 3, 10, 9])).load()
+    sources_of(tmp_path / "b", functools.partial(change, [2, 3, 8, 6])).load()
+
+
 def test_an_object_of_id_0_counts(tmp_path):
     task = sources_of(tmp_path)
     task.load()
@@ -1329,12 +1339,13 @@ def test_torn_masks_of_results_are_refused():
         {"size": [2**31, 2**31], "counts": "X1T3\\>"},
         {"size": [-1, 30], "counts": ""},
         {"size": size, "counts": "é"},
+        np.eye(20, 30),  # its pixels: in a message of one line
     ):
         with pytest.raises(ValueError, match="result 0: its mask .* is damaged"):
             search_det.coco_eval(truth, [result | {"segmentation": wrong}], "segm")
 
 
-@pytest.mark.parametrize("rows", [torch.zeros(2, 6), torch.zeros(14), np.zeros((1, 8))])
+@pytest.mark.parametrize("rows", [torch.zeros(2, 6), torch.zeros(14), np.zeros((1, 8)), np.full((1, 7), "a")])
 def test_arrays_of_results_have_seven_columns(rows):
     truth = {"images": [{"id": 1, "height": 9, "width": 9}], "categories": [{"id": 1}], "annotations": []}
     with pytest.raises(ValueError, match="it must be .M, 7. numbers"):

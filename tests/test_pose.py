@@ -162,6 +162,8 @@ def test_evaluator_takes_joints_as_triples():
     for kind in (list, np.array, torch.tensor):
         theirs = {**truth, "annotations": [e | {"keypoints": triples(e, kind)} for e in truth["annotations"]]}
         assert search_pose.oks_eval(theirs, [r | {"keypoints": triples(r, kind)} for r in found], sigmas) == want
+    mixed = [r | {"keypoints": triples(r, list)} if k % 2 else r for k, r in enumerate(found)]
+    assert search_pose.oks_eval(truth, mixed, sigmas) == want
     short = [found[0] | {"keypoints": found[0]["keypoints"][:34]}]
     for given in (truth, truth | {"annotations": []}):
         with pytest.raises(ValueError, match="result 0: 34 numbers in 'keypoints'; give x y score of each joint"):

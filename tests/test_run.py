@@ -617,6 +617,13 @@ def test_the_same_weights_are_the_same_from_elsewhere(monkeypatch, tmp_path):
     assert args.pretrained == str(tmp_path / "weights.pth")
 
 
+def test_runs_that_can_be_nowhere(monkeypatch, capsys, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "not mounted")
+    args = search_seg.parse_arguments(["--device", "cpu", "--runs", str(tmp_path / "runs")])
+    with pytest.raises(FileExistsError):  # `main` says it in one line
+        evolve.open_run(args, "seg")
+
+
 READERS = {  # of the files of a run directory, and which damages they cannot see
     "args.json": (
         lambda path: search_seg.parse_arguments(["--resume", str(path.parent)]),

@@ -28,7 +28,6 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import gc
 import hashlib
 import io
 import itertools
@@ -1514,16 +1513,6 @@ def is_a(value, shape) -> bool:
     return isinstance(value, shape if isinstance(shape, type) else type(shape))
 
 
-@contextlib.contextmanager
-def uncollected():
-    """No garbage collection meanwhile: among the million entries of a COCO file it would take most of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def read_json(path: Path, shape, cure: str, use: Callable = lambda document: document):
     """What `use` makes of the document in a file; the program ends with one line where that has not the shape."""
     try:
@@ -1623,15 +1612,6 @@ def note(text: str) -> None:
     """A line about the data, once; of several workers the first one says it."""
     if speaks() and not SAID:
         print(text, flush=True)
-
-
-def warn_of_shared(pictures: dict[str, list[Path]]) -> None:
-    """Warn of pictures by which a loss is trained, or chosen, and tested."""
-    for split, others in (("test", ("train", "val")), ("val", ("train",))):
-        known = {path for other in others for path in pictures.get(other, ())}
-        if shared := [path for path in pictures.get(split, ()) if path in known]:
-            many = f"{len(shared)} {split} pictures (first: {shared[0]})"
-            warn_once(f"{many} are in another split, too; it tests nothing")
 
 
 def read_records(path: Path, start: int = 0) -> tuple[list[dict], int]:
@@ -1897,9 +1877,8 @@ class Reporter:
             self.write_hall_of_fame()
         if self.island_start != self.state.island_start:
             self.island_start = self.state.island_start
-            print(
-                "begins anew, from random trees" if self.island_start else "goes on from all that was found", flush=True
-            )
+            news = "begins anew, from random trees" if self.island_start else "goes on from all that was found"
+            print(news, flush=True)
 
     def tell_baseline(self) -> None:
         name, metric, score = self.task.baseline, self.args.metric, self.state.baseline
@@ -2027,8 +2006,8 @@ class Reporter:
         if text:  # a formula in short had no proxy training
             rows.setdefault(text, shown(state.results[text].score) if text in state.results else "")
         for name, proxy in rows.items():
-            mark, note = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"
-            print(f"{mark}  {proxy:>7}  {shown(state.full_score(name)):>10}  {name}{note}")
+            mark, remark = ">>>>" if name == text else "    ", "" if proxy else "  (in short)"
+            print(f"{mark}  {proxy:>7}  {shown(state.full_score(name)):>10}  {name}{remark}")
         named = {("found" if name == "found" else task.baseline): column for name, column in test.items()}
         show_table(named, task.metrics, args.metric, args.seeds, ahead, "" if task.whole else ", shortened schedule")
         invalid = args.seeds - len(test["found"][args.metric]) if losses else 0
@@ -2058,10 +2037,10 @@ class Reporter:
         if origin:
             self.board.add_text("found/lineage", self.lineage(origin.text), state.explored)
         first = ("data", "metric", "minutes", "search", "seed")  # as many as the tab shows unasked
-        flags = {name: getattr(args, name) for name in first} | {"without": " ".join(args.without)}
+        given = {name: getattr(args, name) for name in first} | {"without": " ".join(args.without)}
         final = {name: statistics.fmean(column[args.metric]) for name, column in test.items() if column[args.metric]}
         final = {"found/test" + "_baseline" * (name == "baseline"): score for name, score in final.items()}
-        self.board.add_hparams(flags, final, run_name=".", global_step=state.explored)
+        self.board.add_hparams(given, final, run_name=".", global_step=state.explored)
 
 
 FOUND, BASELINE = (200, 80, 0), (170, 170, 170)  # blue and grey, as BGR

@@ -66,9 +66,10 @@ from data.coco import (
     no_mask,
     places,
     run_lengths,
+    uncollected,
 )
 from data.pictures import decode as decode  # the way in for one picture; tests and users call it
-from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads
+from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads, warn_of_shared
 from evolve import Branch, DataError, InvalidLoss, fail, note, warn
 from loss_ops import Expr, evaluate, parse, python_module, softmax_leaves, sources, wide
 
@@ -392,7 +393,7 @@ def list_data(args) -> dict[str, Source]:
     }
 
 
-@evolve.uncollected()
+@uncollected()
 def read_data(args, size: int, masks: bool) -> dict[str, Split]:
     """The three splits of `list_data`, ready for use in windows of up to `size` pixels."""
     splits, left, read, names, files = {}, args.memory * 2**30, None, {}, {}
@@ -414,7 +415,7 @@ def read_data(args, size: int, masks: bool) -> dict[str, Split]:
         if split.images.nbytes == 0:
             number = len(split.images)
             note(f"{name}: {number:,} pictures do not fit --memory {args.memory:.3g}; decoded batch by batch")
-    evolve.warn_of_shared(files)
+    warn_of_shared(files)
     return splits
 
 

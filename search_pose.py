@@ -55,9 +55,10 @@ from data.coco import (
     one_sided,
     places,
     read_annotations,
+    uncollected,
 )
 from data.pictures import decode as decode  # the way in for one picture; tests and users call it
-from data.pictures import fingerprint, group_size, read_pictures, shared_bytes, threads
+from data.pictures import fingerprint, group_size, read_pictures, shared_bytes, threads, warn_of_shared
 from evolve import Branch, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, python_source, sources, wide
 
@@ -204,7 +205,7 @@ def list_data(args) -> dict[str, tuple[Path, Path, Callable[[list], list]]]:
     }
 
 
-@evolve.uncollected()
+@uncollected()
 def read_data(args) -> tuple[dict[str, Split], Skeleton]:
     """The three splits of `list_data`, ready for use, and what their joints are."""
     data, skeletons, left, read, files = {}, [], args.memory * 2**30, None, {}
@@ -228,7 +229,7 @@ def read_data(args) -> tuple[dict[str, Split], Skeleton]:
         if split.images.nbytes == 0:
             number = len(split.images)
             note(f"{name}: {number:,} persons do not fit --memory {args.memory:.3g}; decoded batch by batch")
-    evolve.warn_of_shared(files)
+    warn_of_shared(files)
     names, limbs, *tensors = skeletons[0]
     return data, Skeleton(names, limbs, *(tensor.to(args.device) for tensor in tensors))
 

@@ -47,7 +47,7 @@ from data import shapes
 from data.layouts import cityscapes_pairs, download_voc, folder_pairs, voc_pairs
 from data.masks import CLASSES, IGNORE, Meaning, find_meaning, full_size, plain_meaning, read_label
 from data.pictures import decode as decode  # the way in for one picture; tests and users call it
-from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads
+from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads, warn_of_shared
 from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn, warn_once
 from loss_ops import Expr, evaluate, parse, python_source, softmax_leaves, sources, standalone, wide
 
@@ -252,7 +252,7 @@ def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
         pairs = {"train": cityscapes_pairs(root, "train"), "test": cityscapes_pairs(root, "val")}
     else:
         pairs = folder_pairs(root)
-    evolve.warn_of_shared({split: [image.resolve() for image, _ in chosen] for split, chosen in pairs.items()})
+    warn_of_shared({split: [image.resolve() for image, _ in chosen] for split, chosen in pairs.items()})
     if "val" not in pairs:
         if len(pairs["train"]) < 2:
             raise DataError(f"{pairs['train'][0][0]}: the only training picture; give two or more, one is held out")

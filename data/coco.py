@@ -4,7 +4,9 @@
 file, the entry and the cure. Masks are for search_det.py, joints for search_pose.py.
 """
 
+import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -57,6 +59,16 @@ def coco_files(root: Path, kind: str) -> dict[str, tuple[Path, Path]]:
             others = sorted(other for folder in (tables, root) for other in folder.glob("*.json"))
             raise DataError(f"{path}: not found; {cure}" + (f"; there is {others[0]}" if others else ""))
     return found
+
+
+@contextlib.contextmanager
+def uncollected():
+    """No garbage collection meanwhile: among the million entries of a COCO file it would take most of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def load_coco(path: Path | str):

@@ -29,7 +29,7 @@ import torchvision
 from PIL import Image, PngImagePlugin  # comes with torchvision
 from torch import Tensor
 
-from evolve import DataError
+from evolve import DataError, warn_once
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # no line for each tag that it does not know
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # profiles and notes of some megabytes
@@ -162,6 +162,15 @@ def scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
         pixels = F.interpolate(picture.unsqueeze(0).float(), size, mode="bicubic", antialias=True)
         return pixels[0].round().clamp(0, 255).to(torch.uint8)
     return F.interpolate(picture.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
+
+
+def warn_of_shared(pictures: dict[str, list[Path]]) -> None:
+    """Warn of pictures by which a loss is trained, or chosen, and tested."""
+    for split, others in (("test", ("train", "val")), ("val", ("train",))):
+        known = {path for other in others for path in pictures.get(other, ())}
+        if shared := [path for path in pictures.get(split, ()) if path in known]:
+            many = f"{len(shared)} {split} pictures (first: {shared[0]})"
+            warn_once(f"{many} are in another split, too; it tests nothing")
 
 
 def fingerprint(kind: str, paths: Iterable[Path]) -> str:

@@ -216,7 +216,7 @@ def finite(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """The scores of a training on all splits. Raises InvalidLoss where one is no number: that is no score."""
     for split, of_split in scores.items():
         if wrong := [metric for metric, score in of_split.items() if not math.isfinite(score)]:
-            raise InvalidLoss(f"its end: {wrong[0]} on {split} is no number")
+            raise InvalidLoss(f"the end: {wrong[0]} on {split} is no number")
     return scores
 
 
@@ -1396,7 +1396,7 @@ def close(state: State, worker: "Worker", args) -> int:
                 break
     found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
     short = worker.agree("short", evaluated, task, lambda: found and shorten(task, found))
-    if short != found:
+    if found and short != found:
         worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)], baseline)
         found = short if score(short, seeds) >= score(found, seeds) else found
     found = worker.agree("found", evaluated, task, lambda: found)
@@ -1576,7 +1576,8 @@ def write_atomically(path: Path, content: str | bytes, once: bool = False) -> No
             part.write_bytes(content.encode() if isinstance(content, str) else content)
             os.link(part, path) if once else part.replace(path)
     except FileExistsError:  # what a link finds out in one step
-        pass
+        if not once:
+            raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -1847,7 +1848,7 @@ class Reporter:
         self.start, self.explored_earlier = time.monotonic(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
         self.island_start = state.island_start
-        arguments = sorted(given_arguments(args).items())
+        arguments = sorted((given_arguments(args) | settled_arguments(args)).items())
         rows = "\n".join(f"| {name} | {value} |" for name, value in arguments if value is not None)
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
@@ -1862,18 +1863,19 @@ class Reporter:
 
     @held_back()
     def hear(self) -> None:
-        for record in self.journal.hear(self.state):
+        records, earlier = self.journal.hear(self.state), self.best  # several may have come in at once
+        self.best = self.state.best()
+        improved = self.best is not None and (earlier is None or earlier.text != self.best.text)
+        for record in records:
             if "baseline" in record:
                 self.tell_baseline()
-                continue
-            earlier, self.best = self.best, self.state.best()
-            improved = self.best is not None and (earlier is None or earlier.text != self.best.text)
-            if "retrained" in record:
+            elif "retrained" in record:
                 self.tell_retrained(record)
-            else:  # several may have come in at once
+            else:
                 self.tell_evaluated(record, improved and self.best.text == losses_text(record["losses"]))
-            if improved:
-                self.export(self.best.losses, f"proxy score {self.best.score:.4f}")
+        if improved:
+            self.export(self.best.losses, f"proxy score {self.best.score:.4f}")
+        if records:
             self.write_hall_of_fame()
         if self.island_start != self.state.island_start:
             self.island_start = self.state.island_start
@@ -2141,8 +2143,10 @@ def main(args, make_task: Callable[..., Task]) -> None:
     task = None
     try:
         SAID[:] = [True] * ("AUTOLOSS_RUN_DIR" in os.environ)
-        task = make_task(args)
-        SAID.clear()
+        try:
+            task = make_task(args)
+        finally:
+            SAID.clear()
         compare(args, task) if args.wanted else run(args, task)
     except DataError as error:
         fail(f"--data-root {args.data_root}: {error}", everyone=task is not None and task.ready)
@@ -2311,6 +2315,7 @@ def open_run(args, task_name: str) -> Path:
     about = {
         "task": task_name,
         "arguments": given_arguments(args),
+        "by_default": settled_arguments(args),
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
@@ -2522,10 +2527,11 @@ def settle_machine(args) -> None:
     if cuda:  # "cuda" alone means another device in each worker
         own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if device.index is None else device.index
         torch.cuda.set_device(own)
+    args.workers = args.workers or None
     args.by_default = [name for name in ("workers", "memory") if getattr(args, name) is None]
     if args.memory is None:
         args.memory = round(machine_memory() / 8, 1)
-    if not args.workers:  # a further worker pays once there is an initial population for each
+    if args.workers is None:  # a further worker pays once there is an initial population for each
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if cuda:
             cores = min(cores, torch.cuda.device_count() * (GPU_WORKERS if args.data == "shapes" else 1))
@@ -2562,9 +2568,14 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
 
 def given_arguments(args) -> dict[str, object]:
     """The arguments of a run as args.json has them; a resume reads them back, maybe on another machine."""
-    settled = dict.fromkeys(getattr(args, "by_default", ()))
     own = {name: value for name, value in vars(args).items() if name not in ("wanted", "by_default")}
-    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in own.items()} | settled
+    given = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in own.items()}
+    return given | dict.fromkeys(settled_arguments(args))
+
+
+def settled_arguments(args) -> dict[str, object]:
+    """Those of them that nobody gave and this machine decided."""
+    return {name: getattr(args, name) for name in getattr(args, "by_default", ())}
 
 
 # Flags that may change when a run goes on. Its data may have moved.

@@ -717,7 +717,9 @@ def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: i
     check_categories(category, results, path)
     known = category >= 0
     results = [result for result, good in zip(results, known.tolist()) if good]
-    results = [result | {"keypoints": joints_in_row(result.get("keypoints"))} for result in results]
+    rows = [joints_in_row(result.get("keypoints")) for result in results]
+    if any(row is not result.get("keypoints") for row, result in zip(rows, results)):
+        results = [result | {"keypoints": row} for row, result in zip(rows, results)]
     group = (category * len(content["images"]) + picture)[known]
     first = results[0] if results else {"keypoints": [0] * (3 * (joints or 0))}
     length = len(first["keypoints"]) if hasattr(first.get("keypoints"), "__len__") else 0

@@ -878,10 +878,11 @@ def seg_metrics(pred: Tensor, label: Tensor, num_classes: int) -> dict[str, floa
     within 5 px of a target boundary), bf1 (mean boundary F1 with 5 px tolerance). A prediction may be 255, too, where
     the label is: it is taken for class 0. Raises ValueError for anything else.
     """
-    pred, label = map(torch.as_tensor, (pred, label))
-    if pred.shape != label.shape or pred.ndim != 3 or pred.is_floating_point() or label.is_floating_point():
-        given = " and ".join(f"{values.dtype} {tuple(values.shape)}" for values in (pred, label))
+    pred, label = maps = [*map(torch.as_tensor, (pred, label))]
+    if pred.shape != label.shape or pred.ndim != 3 or any(x.is_floating_point() or x.is_complex() for x in maps):
+        given = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in maps)
         raise ValueError(f"{given}; prediction and label must be integers of one shape (N, H, W)")
+    pred, label = pred.long(), label.long()
     pred = torch.where((pred == IGNORE) & (label == IGNORE), 0, pred)
     for name, values in (("pred", pred), ("label", label[label != IGNORE])):
         if wrong := values[(values < 0) | (values >= num_classes)].tolist():

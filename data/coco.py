@@ -48,7 +48,8 @@ def coco_files(root: Path, kind: str) -> dict[str, tuple[Path, Path]]:
         listing = next((path for path in listings if path.exists()), listings[0])
         together = [listing.parent] if listing.parent.name.lower() in names else []
         own = inside(root, listing.stem.removeprefix(f"{kind}_"))
-        elsewhere = [inside(root, *folder, name) for folder in ((), ("images",)) for name in named]
+        named = [own.name, *named]
+        elsewhere = [inside(root, *folder, name) for folder in (("images",), ()) for name in named]
         folders = [*together, own, *elsewhere, inside(root, "images")]
         found[split] = listing, next((path for path in folders if path.is_dir()), folders[0])
     if not found["test"][0].exists():
@@ -56,7 +57,8 @@ def coco_files(root: Path, kind: str) -> dict[str, tuple[Path, Path]]:
     for path in (path for files in found.values() for path in files):
         if not path.exists():
             cure = "--data-root must hold annotations, train2017 and val2017 (or see data/README.md)"
-            others = sorted(other for folder in (tables, root) for other in folder.glob("*.json"))
+            others = [other for folder in (tables, root) for other in folder.glob("*.json") if path.suffix == ".json"]
+            others.sort(key=lambda other: (kind not in other.name, other))
             raise DataError(f"{path}: not found; {cure}" + (f"; there is {others[0]}" if others else ""))
     return found
 
@@ -203,8 +205,7 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
     if crowd not in (0, 1):
         raise DataError(f"'iscrowd' is {entry['iscrowd']!r:.40}; it must be 0 or 1")
     x, y, w, h = box
-    area = None if area is None and scoring else area
-    area = (extent_area(entry.get("segmentation")) or w * h,) if area is None else floats((area,), 1, LARGEST**2)
+    area = (w * h,) if area is None else floats((area,), 1, LARGEST**2)
     area = (w * h,) if area == [0] and not scoring else area  # as tools write that do not know it
     if area is None or area[0] < 0 < min(w, h):
         raise DataError(f"'area' is {entry['area']!r:.40}; give the square pixels of the object, or leave it out")
@@ -216,16 +217,20 @@ def check_annotation(entry: dict, size: tuple[int, int] | None, scoring: bool) -
             raise EmptyObject(f"box {entry['bbox']!r:.60} outside, {picture}")
         if size and not within_reach((x, y, x + w, y + h), size):
             raise DataError(f"box {entry['bbox']!r:.60} {picture}; give x y width height in pixels")
-    return {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
+    found = {"bbox": box, "area": area[0], "iscrowd": bool(crowd)}
+    if scoring:
+        return found
+    known = area[0] if entry.get("area") else extent_area(entry.get("segmentation"))
+    return found | {"size_told": known or w * h}  # besides its box, for `check_boxes`
 
 
 def extent_area(polygons) -> float | None:
     """Square pixels of the box around all points of an object's polygons; None where it has none."""
     try:
-        x, y = np.concatenate([np.array(polygon, float).reshape(-1, 2) for polygon in polygons]).T
-    except (TypeError, ValueError):
+        xs, ys = ([float(place) for polygon in polygons for place in polygon[k::2]] for k in (0, 1))
+        area = (max(xs) - min(xs)) * (max(ys) - min(ys))
+    except (TypeError, ValueError, LookupError, OverflowError, RuntimeError):
         return None
-    area = float(np.ptp(x) * np.ptp(y))
     return area if 0 < area < LARGEST**2 else None
 
 
@@ -238,7 +243,7 @@ def check_boxes(path: Path | str, annotations: list[dict], sizes: dict) -> None:
         raise DataError(f"{path}: most boxes are within 0..1 (first: {first}); give pixels, not shares of the picture")
     out = ((start < -2) | (start + side > limits + 2)).any(1)  # by more than rounding does
     corners = ((0 <= start) & (start < side) & (side <= limits)).all()
-    areas = np.array([entry["area"] for entry in annotations])
+    areas = np.array([entry.pop("size_told") for entry in annotations])
     meant = np.isclose((side - start).prod(1), areas, rtol=0.01) & ~np.isclose(side.prod(1), areas, rtol=0.01)
     if len(boxes) > 3 and corners and (out.mean() > 0.25 or meant.mean() > 0.75):
         raise DataError(f"{path}: boxes seem to be x1 y1 x2 y2 (first: {first}); give x y width height")

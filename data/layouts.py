@@ -302,15 +302,18 @@ def in_use(places: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
 
 
 @functools.lru_cache(maxsize=64)
-def entries(folder: Path) -> dict[str, Path]:
-    """What lies in a folder, by its name in small letters."""
-    return {path.name.lower(): path for path in sorted(folder.iterdir(), reverse=True)} if folder.is_dir() else {}
+def entries(folder: Path) -> dict[str, str]:
+    """The names of what lies in a folder, by the same in small letters; none where that may not be seen."""
+    try:
+        return {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
+    except OSError:
+        return {}
 
 
 def inside(folder: Path, *names: str) -> Path:
     """A path within a folder, its names in any case."""
     for name in names:
-        folder = folder / name if (folder / name).exists() else entries(folder).get(name.lower(), folder / name)
+        folder /= name if (folder / name).exists() else entries(folder).get(name.lower(), name)
     return folder
 
 

@@ -12,7 +12,6 @@ import hashlib
 import io
 import mmap
 import os
-import re
 import struct
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from evolve import DataError, warn_once
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # no line for each tag that it does not know
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)  # no line for each tag that it does not know
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # profiles and notes of some megabytes
 
 
@@ -134,7 +133,8 @@ def deep(picture: Image.Image, path: Path) -> bool:
     if picture.format == "JPEG2000" and picture.mode[:3] == "RGB":
         _, _, codestream = path.read_bytes().partition(b"\xff\x4f\xff\x51")
         return codestream[38] & 127 > 7  # bits of the first channel, less one
-    return picture.mode[:3] == "RGB" and any(re.search(";16|65535", str(tile.args)) for tile in picture.tile)
+    tiles = [] if picture.mode[:3] != "RGB" else [(codec, str(args)) for codec, _, _, args in picture.tile]
+    return any(";16" in args or codec == "ppm" and "65535" in args for codec, args in tiles)
 
 
 def all_bits(path: Path) -> np.ndarray:

@@ -28,9 +28,9 @@ import search_pose
 import search_seg
 from data import shapes
 from data.coco import load_coco, picture_size
-from data.layouts import read_lines
+from data.layouts import inside, read_lines
 from data.masks import find_meaning, found_meaning, plain_meaning, read_classes, read_label, read_values
-from data.pictures import decode, fingerprint, group_size, read_pictures, shared_bytes
+from data.pictures import decode, deep, fingerprint, group_size, read_pictures, shared_bytes
 from evolve import DataError
 from search_seg import IGNORE, Pictures
 
@@ -524,8 +524,9 @@ def test_sixteen_bits_of_colours_are_turned(tmp_path, orientation):
 
 
 def test_eight_bits_of_jpeg_2000_are_no_sixteen(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.jp2"), np.full((64, 64, 3), 9, np.uint8))
-    assert (decode(tmp_path / "a.jp2") == 9).all(), "dark, and not scaled up"
+    path = tmp_path / "a.jp2"
+    cv2.imwrite(str(path), np.full((64, 64, 3), 9, np.uint8))
+    assert not deep(Image.open(path), path) and (decode(path) == 9).all()
 
 
 def test_tags_that_opencv_does_not_know_are_no_news(tmp_path, capfd):
@@ -1648,8 +1649,35 @@ def test_a_file_of_another_name_is_told(tmp_path):
     for folder in ("annotations", "images"):
         (tmp_path / folder).mkdir()
     (tmp_path / "annotations/instances_default.json").write_text("{}")
+    (tmp_path / "annotations/captions_train2017.json").write_text("{}")
+    args = arguments(search_det, tmp_path, "--data", "coco", "--model", "small")
     with pytest.raises(DataError, match="instances_train2017.json: not found; .*there is .*instances_default.json"):
-        search_det.list_data(arguments(search_det, tmp_path, "--data", "coco", "--model", "small"))
+        search_det.list_data(args)
+    for split in ("train", "val"):
+        (tmp_path / f"annotations/instances_{split}2017.json").write_text("{}")
+    (tmp_path / "images").rmdir()
+    with pytest.raises(DataError, match="train2017: not found") as missing:
+        search_det.list_data(args)
+    assert "there is" not in str(missing.value)
+
+
+def test_pictures_of_the_year_of_their_annotations(tmp_path):
+    for split in ("train", "val"):
+        for folder in (f"images/{split}2014", f"{split}2017", split, f"images/{split}"):
+            (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"annotations/instances_{split}2014.json").write_text("{}")
+    found = search_det.list_data(arguments(search_det, tmp_path, "--data", "coco", "--model", "small"))
+    assert found["train"][1] == tmp_path / "images/train2014" and found["test"][1] == tmp_path / "images/val2014"
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    def forbidden(*what):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+    assert inside(tmp_path, "Train", "a.json") == tmp_path / "Train/a.json"
 
 
 def test_no_object_in_the_pictures_held_out(tmp_path):

@@ -31,7 +31,7 @@ from torchvision.models.detection.image_list import ImageList
 import evolve
 import search_det
 from data import shapes
-from data.coco import read_runs
+from data.coco import check_annotation, read_runs
 from loss_ops import parse
 from search_det import DataError, InvalidLoss, coco_eval
 
@@ -554,6 +554,20 @@ def test_polygons_tell_corners_from_sizes(tmp_path):
     with pytest.raises(DataError, match="boxes seem to be x1 y1 x2 y2"):
         sources_of(tmp_path / "a", functools.partial(change, [2, 3, 10, 9])).load()
     sources_of(tmp_path / "b", functools.partial(change, [2, 3, 8, 6])).load()
+
+
+@pytest.mark.parametrize("polygons", [[[]], [[[]]], [[10**400, 0, 1, 1]], [], None, [[2, 3, 4, 3, 4, 5]]])
+def test_a_box_tells_the_area_that_is_missing(tmp_path, polygons):
+    """Whatever the polygons, which boxes do not need; to an evaluator, too."""
+
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation |= {"area": None, "segmentation": polygons}
+
+    sources_of(tmp_path, change).load()
+    entry = {"bbox": [0, 0, 100, 100], "segmentation": polygons}
+    for scoring in (False, True):
+        assert check_annotation(entry, (200, 200), scoring)["area"] == 10_000
 
 
 def test_an_object_of_id_0_counts(tmp_path):

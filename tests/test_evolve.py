@@ -2161,21 +2161,23 @@ def test_lineage_goes_back_to_a_random_tree(tmp_path, short):
     reporter.board.close()
 
 
-def test_two_evaluations_at_once_are_told_apart(tmp_path, capsys):
+@pytest.mark.parametrize("place", [0, 1])
+def test_two_evaluations_at_once_are_told_apart(tmp_path, capsys, place):
     """The star, and the curve, are those of the better one; each has the second at which it came."""
-    best, other = explore(begin(ToyTask()), 2)
+    best, other = (lines := explore(begin(ToyTask()), 2))[:: 1 - 2 * place]
     reporter = evolve.Reporter(tmp_path, evolve.make_state(arguments(tmp_path), ToyTask()), arguments(tmp_path))
-    lines = [best | {"elapsed": 10.0, "score": 0.9}, other | {"elapsed": 11.0, "score": 0.2}]
+    best["score"], other["score"], lines[0]["elapsed"], lines[1]["elapsed"] = 0.9, 0.2, 10.0, 11.0
     late = STAMP | {"retrained": "ce", "seed": 1, "scores": None, "elapsed": 900.0}
     (tmp_path / "journal-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, late]))
     capsys.readouterr()
     reporter.hear()
     reporter.board.close()
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval")]
-    assert ["*" in line for line in told] == [True, False] and told[0].endswith(f"* {best['losses']['loss']}")
+    assert ["*" in line for line in told] == [place == k for k in (0, 1)]
+    assert told[place].endswith(f"* {best['losses']['loss']}")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [tag for tag in events.Tags()["scalars"] if tag.startswith("proxy_curve")] == ["proxy_curve/0001"]
+    assert [tag for tag in events.Tags()["scalars"] if tag.startswith("proxy_curve")] == [f"proxy_curve/000{place + 1}"]
     assert [event.step for event in events.Scalars("search/best_by_second")] == [10, 11]
 
 
@@ -2357,8 +2359,12 @@ def test_a_score_that_is_no_number_is_none(tmp_path):
 
     assert evolve.retraining(Odd(), nobody, "ce", 1)["scores"]["test"] == {"toy": 0.4}
     assert evolve.retraining(Odd(), nobody, "ce", 2)["scores"] is None
-    with pytest.raises(InvalidLoss, match="toy on test"):
-        evolve.finite(Odd().retrain("ce", 2))
+    args = arguments(tmp_path)
+    args.compare = "ce"
+    for seed, valid in ((1, True), (2, False)):
+        checkpoint = evolve.Checkpoint(tmp_path / f"training_0_{seed}.pt", 5)
+        line = evolve.train_once(args, Odd(), "ce", "ce", seed, checkpoint)
+        assert (line["scores"] is not None) == valid and ("toy on test" in line.get("invalid", "")) != valid
 
 
 def test_journals_are_read_in_order_of_time(tmp_path):

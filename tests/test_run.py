@@ -627,7 +627,7 @@ def test_runs_that_can_be_nowhere(monkeypatch, capsys, tmp_path):
 READERS = {  # of the files of a run directory, and which damages they cannot see
     "args.json": (
         lambda path: search_seg.parse_arguments(["--resume", str(path.parent)]),
-        r"Latin-1|(git|versions|device|arguments\.(runs|resume))\b.*|"
+        r"Latin-1|(git|versions|device|by_default|arguments\.(runs|resume))\b.*|"
         r"arguments\.\w+ (null|a word|huge|negative|true|a list|a fraction)",
     ),
     "result.json": (

@@ -603,6 +603,8 @@ def test_sbd_aug_lists_are_used_when_present(tmp_path):
         (torch.full((1, 4, 4), 3), torch.zeros(1, 4, 4).long(), "pred has 3; expected 0..2"),
         (torch.full((1, 4, 4), 255), torch.zeros(1, 4, 4).long(), "pred has 255; expected 0..2"),
         (torch.zeros(1, 4, 4).long(), torch.full((1, 4, 4), -1), "label has -1; expected 0..2, or 255"),
+        (torch.zeros(1, 4, 4).long(), torch.full((1, 4, 4), -1, dtype=torch.int8), "label has -1"),
+        (torch.zeros(1, 4, 4).cfloat(), torch.zeros(1, 4, 4).long(), "integers of one shape"),
     ],
 )
 def test_what_are_no_label_maps_is_refused(pred, label, message):
@@ -610,11 +612,13 @@ def test_what_are_no_label_maps_is_refused(pred, label, message):
         seg_metrics(pred, label, 3)
 
 
-def test_label_maps_of_other_kinds():
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint16, np.int32, np.uint64, list])
+def test_label_maps_of_other_kinds(kind):
     label = np.arange(48).reshape(1, 6, 8) % 3
     pred = np.where(label == 2, 0, label)
     want = seg_metrics(torch.from_numpy(pred), torch.from_numpy(label), 3)
-    assert want["gacc"] == pytest.approx(2 / 3) and seg_metrics(pred.astype(np.uint8).tolist(), label, 3) == want
+    other = pred.tolist() if kind is list else pred.astype(kind)
+    assert want["gacc"] == pytest.approx(2 / 3) and seg_metrics(other, label, 3) == want
     label[0, 0], masked = 255, pred.copy()
     pred[0, 0], masked[0, 0] = 0, 255  # as where nothing counts
     assert seg_metrics(masked, label, 3) == seg_metrics(pred, label, 3)
@@ -630,9 +634,11 @@ def test_cityscapes_layout(tmp_path):
             save(ids, tmp_path / f"gtFine/{split}/ulm/{k}_gtFine_labelIds.png")
     data = search_seg.read_data(arguments(tmp_path, "--data", "cityscapes"))
     assert data["test"].labels[0, 0].tolist() == [255, 0, 1, 13, 18, 255, 2, 255]
-    for k in range(8):  # classes of the trainings, by mistake
-        save(np.full((8, 8), 255 if k < 4 else k), tmp_path / f"gtFine/train/ulm/{k}_gtFine_labelIds.png")
-    with pytest.raises(DataError, match="_gtFine_labelIds.png: value 255 is no label id of Cityscapes"):
+    save(np.full((8, 8), 255), tmp_path / "gtFine/train/ulm/5_gtFine_labelIds.png")
+    assert search_seg.read_data(arguments(tmp_path, "--data", "cityscapes")), "others are label ids"
+    for path in (tmp_path / "gtFine").glob("*/ulm/*"):  # classes of the trainings, by mistake
+        save(np.tile([0, 7, 18, 255], (8, 2)), path)
+    with pytest.raises(DataError, match="_gtFine_labelIds.png: no label ids of Cityscapes"):
         search_seg.read_data(arguments(tmp_path, "--data", "cityscapes"))
 
 

@@ -81,7 +81,8 @@ ELITE = 0.5  # [D] ... this share of them from the most promising children befor
 UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: few trainings surpass what is expected
 ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, which chooses after ...
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
-ISLANDS = 4  # [D] ... so many of them, before one as long as all of them goes on from everything found
+ISLANDS = 4  # [D] ... so many of them, before one as long as these goes on from everything found ...
+PROMISING = 0.03  # [D] ... or up to twice as many, until this share of what the baseline leaves to be gained is gained
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
@@ -1119,16 +1120,31 @@ class State:
     @property
     def island_start(self) -> int:
         """The number of candidates on earlier islands; 0 where the search goes on from all of them."""
-        age = len(self.results) // ISLAND
-        together = age % (2 * ISLANDS) >= ISLANDS or len(self.task.symbols) > 1 or not self.surrogate
-        return 0 if together else age * ISLAND
+        if len(self.task.symbols) > 1 or not self.surrogate:
+            return 0
+        age, first = len(self.results) // ISLAND, 0
+        while True:
+            last = first + ISLANDS
+            while last < first + 2 * ISLANDS and not self.is_promising(last * ISLAND):
+                last += 1
+            if age < last:
+                return age * ISLAND
+            if age < last + ISLANDS:
+                return 0
+            first = last + ISLANDS
+
+    def is_promising(self, number: int) -> bool:
+        """Whether the best of the first so many candidates is so far ahead that there is something to go on from."""
+        score = max((member.score for member in self.members()[:number] if member.score is not None), default=-math.inf)
+        return self.baseline is None or score - self.baseline >= PROMISING * (1 - self.baseline)
 
     def island(self) -> list["Member"]:
         """Those that the surrogate learns from and children are bred from at present, the oldest first [D].
 
         A search that has settled in one family of losses hardly leaves it, and what its surrogate knows of others is
         that their first members were bad. So there are ISLANDS searches of ISLAND trainings, each from random trees,
-        before one that goes on from all of them and is as long as all of them; and so forth.
+        before one that goes on from all of them and is as long as they; and so forth. Where none of them has found
+        anything, there are more.
         """
         return self.members()[self.island_start :]
 

@@ -885,6 +885,22 @@ def test_a_search_begins_anew_on_each_island(monkeypatch):
         assert len(plain.island()) == 85, "one search, as published; several branches have too few trainings"
 
 
+@pytest.mark.parametrize("found_on, goes_on_at", [(0, 3), (2, 3), (3, 4), (4, 5), (None, 6)])
+def test_islands_go_on_until_one_has_found_something(monkeypatch, found_on, goes_on_at):
+    """But no longer than twice their number; what is found later changes nothing of that."""
+    for name, value in {"ISLAND": 10, "ISLANDS": 3}.items():
+        monkeypatch.setattr(evolve, name, value)
+    state = begin(ToyTask(), baseline=0.5)
+    for number in range(100):
+        island = number // 10
+        together = goes_on_at <= island < goes_on_at + 3
+        assert state.island_start == (0 if together else 10 * island)
+        lead = 0.016 if island == found_on else 0.014  # three hundredths of one half are .015
+        state.results[str(number)] = Member({}, None if number % 2 else 0.5 + lead, (str(number),), str(number))
+    state.baseline = None
+    assert state.is_promising(1), "without a baseline nothing is behind it"
+
+
 def test_finalists_come_from_all_islands(monkeypatch):
     task, known, _ = spread(60)
     monkeypatch.setattr(evolve, "ISLAND", len(known) // 2)

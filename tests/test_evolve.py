@@ -891,7 +891,7 @@ def test_islands_go_on_until_one_has_found_something(monkeypatch, found_on, goes
     for name, value in {"ISLAND": 10, "ISLANDS": 3}.items():
         monkeypatch.setattr(evolve, name, value)
     state = begin(ToyTask(), baseline=0.5)
-    for number in range(100):
+    for number in range(90):
         island = number // 10
         together = goes_on_at <= island < goes_on_at + 3
         assert state.island_start == (0 if together else 10 * island)

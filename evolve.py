@@ -1125,7 +1125,7 @@ class State:
         age, first = len(self.results) // ISLAND, 0
         while True:
             last = first + ISLANDS
-            while last < first + 2 * ISLANDS and not self.is_promising(last * ISLAND):
+            while last <= age and last < first + 2 * ISLANDS and not self.is_promising(last * ISLAND):
                 last += 1
             if age < last:
                 return age * ISLAND
@@ -2035,7 +2035,7 @@ class Reporter:
             print(f"{', '.join(left)}: as in {task.baseline}; nothing better was found there")
         print(f"explored {state.explored:,} losses, trained {state.evaluated}; everything is in {self.directory}")
         if losses:
-            better = ahead[args.metric] and ahead[args.metric][0] > 0
+            better = ahead[args.metric] and round(ahead[args.metric][0], 3) > 0
             what = "take the found loss with you" if better else "the best that was found"
             print(f"{what}: {self.directory / 'best_loss.py'}")
         self.draw_end(text, f"{verdict}\n\n{markdown_table(named, task.metrics)}", test)
@@ -2132,7 +2132,7 @@ def verdict_in_words(task: Task, metric: str, ahead: dict, invalid: int = 0) -> 
     size = f"{metric} {difference_text(mean, error)}"
     if invalid:
         return f"a loss was found, but {invalid} of its trainings became invalid; in the others {size}"
-    if mean <= 0:
+    if round(mean, 3) <= 0:
         return f"nothing better than {task.baseline} was found: {size}"
     unsure = "; too little to be sure, more --seeds would tell" if error is None or mean <= 2 * error else ""
     return f"found a loss ahead of {task.baseline}: {size}{unsure}"

@@ -2078,6 +2078,7 @@ def runs_of(*values):
         ((0.7, None, 0.9), (0.5, 0.6, None), (0.2, None), "+0.200 (one seed)"),
         ((0.6, 0.5), (0.5, 0.5), (0.05, 0.05), "too little to be sure"),
         ((0.4, 0.5), (0.5, 0.5), (-0.05, 0.05), "nothing better than ce was found: toy -0.050 (0.050)"),
+        ((0.51, 0.4908), (0.5, 0.5), (0.0004, 0.0096), "nothing better than ce was found: toy +0.000 (0.010)"),
         ((0.7,), (0.5,), (0.2, None), "too little to be sure"),
         ((0.4,), (0.5,), (-0.1, None), "nothing better than ce"),
         ((None,), (0.5,), (), "with no seed both it and ce stayed valid"),

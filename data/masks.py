@@ -183,14 +183,13 @@ def full_size(image: Path, label: Path) -> tuple[int, int]:
 
 def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
     """What the values of label maps stand for: by the data set, `--classes`, a labelmap.txt, or as found in them."""
+    masks = list(dict.fromkeys(label for split in pairs.values() for _, label in split))
     if args.data == "cityscapes":
-        masks = [label for split in pairs.values() for _, label in split]
         kinds = [*threads().map(distinct_values, masks[:: math.ceil(len(masks) / 8)])]
         values = {value for kind in kinds for value in kind.shares}
         if 255 in values and values.isdisjoint(range(19, 34)):  # classes 0..18
             raise DataError(f"{masks[0]}: no label ids of Cityscapes, here or in others; take --data folder")
         return Meaning(19, {number: k for k, number in enumerate(CITYSCAPES_IDS)}, {}, rest=IGNORE)
-    masks = list(dict.fromkeys(label for split in pairs.values() for _, label in split))
     table = inside(args.data_root, "labelmap.txt")
     if args.classes is None and args.data == "folder" and table.is_file():
         number, colours = read_classes(table)
@@ -258,10 +257,8 @@ def read_classes(source: int | Path) -> tuple[int, list[int]]:
 def is_head(line: str) -> bool:
     """Whether a line of a table of classes says what is in its columns, as `name,r,g,b` or `class_id class_name`."""
     name = r"(class|label|category)?_?names?|class(es)?|labels?|categor(y|ies)"
-    number, colour = (
-        r"(class|label|category|train)?_?(id|idx|index)",
-        r"r|g|b|red|green|blue|value|((class_)?colou?r_?)?(rgb)?",
-    )
+    number = r"(class|label|category|train)?_?(id|idx|index)"
+    colour = r"r|g|b|red|green|blue|value|((class_)?colou?r_?)?(rgb)?"
     words = re.findall(r"\w+", line.lower())
     known = all(re.fullmatch(f"{name}|{number}|{colour}|parts|actions", word) for word in words)
     return known and any(re.fullmatch(name, word) for word in words)

@@ -1663,7 +1663,7 @@ def test_a_file_of_another_name_is_told(tmp_path):
 
 def test_pictures_of_the_year_of_their_annotations(tmp_path):
     for split in ("train", "val"):
-        for folder in (f"images/{split}2014", f"{split}2017", split, f"images/{split}"):
+        for folder in (f"images/{split}2014", f"images/{split}2017", f"{split}2017", split, f"images/{split}"):
             (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):

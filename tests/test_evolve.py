@@ -2120,6 +2120,25 @@ def test_machines_write_unfinished_files_of_their_own(tmp_path, monkeypatch):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "there")]
 
 
+def test_of_equivalent_trees_the_first_verdict_stands():
+    state = begin(ToyTask())
+    state.learn("loss", "p", "rejected", "key", 0.1)
+    state.learn("loss", "y", evolve.PASSED, "key", 0.9)
+    assert state.keys["loss", "key"].gate == "rejected" and state.verdicts["loss", "y"].gate == evolve.PASSED
+
+
+def test_who_must_write_is_told_where_a_file_is_in_the_way(tmp_path, monkeypatch):
+    def there(*what):
+        raise FileExistsError(17, "File exists", "a")
+
+    monkeypatch.setattr(Path, "replace", there)
+    with pytest.raises(FileExistsError):
+        evolve.write_atomically(tmp_path / "a", "b")
+    evolve.write_atomically(tmp_path / "a", "first", once=True)
+    evolve.write_atomically(tmp_path / "a", "second", once=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["first"]
+
+
 def test_trainings_that_became_invalid_are_told(capsys):
     told = evolve.verdict_in_words(ToyTask(), "toy", {"toy": [0.3, None]}, invalid=2)
     assert "2 of its trainings became invalid" in told and "ahead" not in told

@@ -600,7 +600,11 @@ def test_what_a_machine_decided_a_resume_decides_anew(monkeypatch, tmp_path):
         monkeypatch.setattr(evolve, "machine_memory", lambda: 8.0 * cores)
         return search_seg.parse_arguments([*map(str, argv)])
 
-    for given, here, elsewhere in ((), (16, 16.0), (2, 2.0)), (("--workers", 3, "--memory", 5), (3, 5.0), (3, 5.0)):
+    for given, here, elsewhere in (
+        ((), (16, 16.0), (2, 2.0)),
+        (("--workers", 0), (16, 16.0), (2, 2.0)),
+        (("--workers", 3, "--memory", 5), (3, 5.0), (3, 5.0)),
+    ):
         args = parsed(*given, "--device", "cpu", "--runs", tmp_path, cores=16)
         assert (args.workers, args.memory) == here
         directory = evolve.open_run(args, "seg")

@@ -94,8 +94,9 @@ def mean_c(x):
 def max_pool3(x, mask):
     if x.shape[-2:] == (1, 1) or not x.numel():  # without neighbours, whatever the mask's size; torch refuses the empty
         return x
-    # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum.
-    seen = x if mask is None else torch.where(mask, x, float("-inf"))
+    # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum. With
+    # infinity in place of the least number torch.compile would take a window of such positions for one without a maximum.
+    seen = x if mask is None else torch.where(mask, x, torch.finfo(x.dtype).min)
     if x.is_cuda:
         pooled = F.max_pool2d(seen.reshape(1, -1, *x.shape[-2:]), 3, stride=1, padding=1).reshape(x.shape)
     else:  # a CPU pools all planes at once where they are the fast dimension: several times as fast
@@ -231,7 +232,10 @@ def parse(text: str) -> Expr:
         if name in LEAVES:
             return Expr(name)
         if name not in OPERATORS:
-            fail(at, f"unknown name {show(at)}; {hint(name)}" if name else "expected a formula, found the end")
+            fail(
+                at,
+                f"expected a formula, found {show(at)}" if name in "()," else f"unknown name {show(at)}; {hint(name)}",
+            )
         if depth == MAX_DEPTH:
             fail(at, f"nested too deeply, more than {MAX_DEPTH} operators")
         expect("(", f"after '{name}'")
@@ -240,9 +244,11 @@ def parse(text: str) -> Expr:
             take()
             args.append(read(depth + 1))
         arity = OPERATORS[name].arity
+        if len(args) < arity and token.group() not in ")":
+            expect(",", f"before the next operand of '{name}' at {at.start()}")
+        expect(")", f"to close '{name}' at {at.start()}")
         if len(args) != arity:
             fail(at, f"'{name}' takes {arity} operand{'s' * (arity > 1)}, got {len(args)}")
-        expect(")", f"to close '{name}' at {at.start()}")
         return Expr(name, tuple(args))
 
     expr = read(0)
@@ -253,9 +259,9 @@ def parse(text: str) -> Expr:
 
 def hint(name: str) -> str:
     """The known name nearest to `name`, or all that are known."""
-    known = {name.lower(): name for name in (*OPERATORS, *LEAVES)}
+    known = {known.lower(): known for known in (*OPERATORS, *(LEAVES if len(name) == 1 else ()))}
     near = difflib.get_close_matches(name.lower(), known, 1, 0.3)
-    return f"did you mean '{known[near[0]]}'?" if near else "known are " + " ".join(known.values())
+    return f"did you mean '{known[near[0]]}'?" if near else "known are " + " ".join((*OPERATORS, *LEAVES))
 
 
 def latex(expr: Expr) -> str:

@@ -3,6 +3,7 @@
 import ast
 import math
 import random
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -225,6 +226,9 @@ def test_text_round_trip():
         ("Mul(y)", 0, "takes 2 operands, got 1"),
         ("Neg(y, p)", 0, "takes 1 operand, got 2"),
         ("Neg(p", 5, "expected ')'"),
+        ("Mul(y p)", 6, "expected ','"),
+        ("Mul(y,)", 6, "expected a formula, found ')'"),
+        ("Sub(p, y)", 0, "did you mean 'Square'"),
         ("Neg", 3, "expected '('"),
         ("Neg(p))", 6, "unexpected ')'"),
         ("Neg(p) + 1", 7, "unexpected '+'"),
@@ -575,7 +579,7 @@ class Exported(torch.nn.Module):
 
 @pytest.mark.parametrize("text", [CE, DICE, POOLED])
 def test_compilers_take_the_exported_file(text):
-    """torch.export with a free batch and torch.compile in one graph; without a C compiler, up to code generation."""
+    """torch.export with a free batch and torch.compile in one graph, up to code generation."""
     logits, label = sample(31, dtype=torch.float32)
     module = Exported(text)
     loss = module.loss
@@ -586,6 +590,18 @@ def test_compilers_take_the_exported_file(text):
         torch.testing.assert_close(call(logits, label), loss(logits, label))
     more = torch.cat([logits, -logits]), torch.cat([label, label])
     torch.testing.assert_close(program(*more), loss(*more))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C compiler")
+def test_compiled_code_bears_a_border_of_ignored_pixels():
+    """Windows of ignored pixels alone: with -inf there torch's code for the gradient left the tensor."""
+    logits, label = sample(31, H=12, W=12, dtype=torch.float32)
+    label[:, :2] = 255
+    logits.requires_grad_()
+    loss = exported(python_source(parse("Neg(Mul(y, Log(MaxPool3(p))))")))
+    values = [call(logits, label) for call in (torch.compile(loss, fullgraph=True), loss)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in values))
 
 
 @pytest.mark.parametrize("dynamo", [True, False])

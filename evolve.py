@@ -2418,7 +2418,8 @@ def add_task_flags(parser: argparse.ArgumentParser, metrics, losses, others: str
     flag("--data-root", "DIR", about, Path)
     about = "splits that fit into so much are decoded once, others for each batch; by default an eighth of the machine"
     flag("--memory", "GIB", about, at_least(0, float))
-    flag("--model", "NAME", f"network: {' '.join(models)}; by default the data set's own", one_of(models))
+    about = f"network: {' '.join(models)}; by default the data set's own; a small one is trained as on shapes"
+    flag("--model", "NAME", about, one_of(models))
     about = "start ResNets from ImageNet weights: those in FILE, or torchvision's, downloaded on first use"
     flag("--pretrained", "FILE", about, os.path.abspath, False, nargs="?", const=True)
     flag("--device", "NAME", "where to compute: cpu, cuda or cuda:1", default=where)
@@ -2431,16 +2432,17 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag = flags(parser, "search")
     about = "; ".join(f"{name}: {about}" for name, about in kinds.items())
     flag("--search", "NAME", about, one_of(tuple(kinds)), "evolve")
-    about = "gates to switch off, comma-separated, for ablations: " + ",".join(SWITCHABLE)
+    about = "gates to switch off, comma-separated, for ablations: " + ", ".join(SWITCHABLE)
     flag("--without", "GATES", about, gate_list, [])
-    flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
-    flag("--minutes", "M", "budget: minutes of searching, before the closing round", at_least(0.01, float), minutes)
+    flag("--evals", "N", "budget: proxy trainings ...", at_least(1), 500)
+    about = "... or minutes before the closing round, whichever is spent first; beyond shapes more than the default"
+    flag("--minutes", "M", about, at_least(0.01, float), minutes)
     about = f"processes that search; by default one per core, on CUDA one per GPU ({GPU_WORKERS} on shapes)"
     flag("--workers", "N", about, at_least(0, most=1024))
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
-    flag("--seeds", "N", "re-training seeds of the closing table", at_least(1), 3)
-    about = "seed of the search, 0 by default; one worker on the CPU with the same seed gives the same journal"
+    flag("--seeds", "N", "trainings of each loss in the closing table, and by --loss and --compare", at_least(1), 3)
+    about = "of the search, or the first of --loss and --compare; 0 by default; one worker on a CPU repeats exactly"
     flag("--seed", "S", about, at_least(0), 0)
     flag("--runs", "DIR", "folder in which the run directory is made", Path, Path("runs"))
     about = "go on with a run, or join one; its budget, --workers, --device, --memory and --data-root may differ"
@@ -2646,6 +2648,14 @@ def flags_of(parser: Parser, values: dict) -> list[str]:
 def rank_and_world() -> tuple[int, int]:
     """This process among those that share one training under torchrun; (0, 1) where none do, as in a search."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_of(batch: int, least: int = 2) -> int:
+    """How many pictures of a batch are for this process; ends the program where they cannot be shared evenly."""
+    _, world = rank_and_world()
+    if batch % world or batch < least * world:
+        fail(f"--batch {batch}: not to be shared by {world} processes; give a multiple of {least * world}")
+    return batch // world
 
 
 class Checkpoint:

@@ -94,8 +94,8 @@ def mean_c(x):
 def max_pool3(x, mask):
     if x.shape[-2:] == (1, 1) or not x.numel():  # without neighbours, whatever the mask's size; torch refuses the empty
         return x
-    # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum. With
-    # infinity in place of the least number torch.compile would take a window of such positions for one without a maximum.
+    # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum.
+    # With -inf in place of the least number torch.compile takes a window of such positions for one without a maximum.
     seen = x if mask is None else torch.where(mask, x, torch.finfo(x.dtype).min)
     if x.is_cuda:
         pooled = F.max_pool2d(seen.reshape(1, -1, *x.shape[-2:]), 3, stride=1, padding=1).reshape(x.shape)
@@ -232,10 +232,8 @@ def parse(text: str) -> Expr:
         if name in LEAVES:
             return Expr(name)
         if name not in OPERATORS:
-            fail(
-                at,
-                f"expected a formula, found {show(at)}" if name in "()," else f"unknown name {show(at)}; {hint(name)}",
-            )
+            lost = name in "(),"  # or the end
+            fail(at, f"expected a formula, found {show(at)}" if lost else f"unknown name {show(at)}; {hint(name)}")
         if depth == MAX_DEPTH:
             fail(at, f"nested too deeply, more than {MAX_DEPTH} operators")
         expect("(", f"after '{name}'")

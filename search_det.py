@@ -134,7 +134,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--size", "PIXELS", about, evolve.at_least(64, most=8192))
     flag("--batch", "N", f"images in a batch: {evolve.told(PROXY, 'batch')}", evolve.at_least(1, most=4096))
     flag("--lr", "RATE", f"learning rate: {evolve.told(PROXY, 'lr')}", evolve.at_least(1e-6, float))
-    masks = any("segm" in word for word in argv)
+    masks = "segm" in {word.removeprefix("--metric=") for word in argv}
     evolve.add_search_flags(parser, minutes=6 if masks else 11)  # with the closing round less than twenty
     args = parser.parse_args(argv)
     if args.resume:
@@ -144,7 +144,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def branch_list(text: str) -> list[str]:
     """An argparse type: branches, comma-separated."""
-    return [*dict.fromkeys(evolve.one_of(tuple(BRANCHES))(name) for name in text.split(",") if name)]
+    return [*dict.fromkeys(evolve.one_of(tuple(BRANCHES))(name) for name in text.replace(" ", "").split(",") if name)]
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -152,11 +152,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     evolve.settle_arguments(args, read_loss)
     possible = [name for name in BRANCHES if name != "mask" or args.metric == "segm"]
     args.branches = args.branches or possible
-    if "mask" in args.branches and args.metric != "segm":
-        fail("--branches mask: there are no masks to train; give --metric segm with it")
-    for text, losses in args.wanted.items():
-        if "mask" in losses and args.metric != "segm" and isinstance(losses, dict):
-            fail(f"--loss {text:.80}: there are no masks to train; give --metric segm with it")
+    flag = "--loss" if args.compare is None else "--compare"
+    asked = {"--branches mask": args.branches} | {f"{flag} {text:.80}": loss for text, loss in args.wanted.items()}
+    for text, losses in asked.items():
+        if "mask" in losses and args.metric != "segm":
+            fail(f"{text}: there are no masks to train; give --metric segm with it")
     for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
         if args.size and args.size % COARSEST[model]:
             fail(f"--size {args.size}: give a multiple of {COARSEST[model]}, the coarsest stride of --model {model}")
@@ -248,17 +248,17 @@ def read_objects(coco: dict, masks: bool) -> Truth:
     sizes = [(image["height"] or 0, image["width"] or 0) for image in coco["images"]]
     entries = [entry for entry in coco["annotations"] if entry["image_id"] in row]
 
-    def column(values, kind):
+    def told(values, kind):
         return torch.tensor(list(values), dtype=kind)
 
     objects = Objects(
-        column((row[entry["image_id"]] for entry in entries), torch.long),
-        column((label[entry["category_id"]] for entry in entries), torch.long),
-        column((entry["bbox"] for entry in entries), torch.float64).view(-1, 4),
-        column((entry["area"] for entry in entries), torch.float64),
+        told((row[entry["image_id"]] for entry in entries), torch.long),
+        told((label[entry["category_id"]] for entry in entries), torch.long),
+        told((entry["bbox"] for entry in entries), torch.float64).view(-1, 4),
+        told((entry["area"] for entry in entries), torch.float64),
         torch.zeros(len(entries), dtype=torch.float64),
-        column((entry["iscrowd"] for entry in entries), torch.bool),
-        column((entry["id"] != 0 for entry in entries), torch.bool),
+        told((entry["iscrowd"] for entry in entries), torch.bool),
+        told((entry["id"] != 0 for entry in entries), torch.bool),
         [run_lengths(entry["segmentation"], sizes[row[entry["image_id"]]]) for entry in entries] if masks else None,
     )
     return Truth(objects, sizes, list(label))
@@ -327,11 +327,12 @@ def read_split(
 
     corners = torch.cat([objects.box[:, :2], objects.box[:, :2] + objects.box[:, 2:]], 1)
     corners = corners * (sizes / original).flip(1).repeat(1, 2)[objects.image]  # x y x y as the pictures are kept
+    corners = corners.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[objects.image])
     boxes, labels, crowd = by_picture(corners.float()), by_picture(objects.label + 1), by_picture(objects.crowd)
     frames, bits = labels.new_zeros(len(listed), 1, 5), torch.zeros(len(listed), 1, 1).byte()
     if masks:
         key = functools.partial(fingerprint, "det bits", [source.annotations, *paths])
-        frames, bits = read_bits(objects.masks, number, memory, device, key)
+        frames, bits = read_bits(objects.masks, number, memory - images.nbytes, device, key)
         frames = by_picture(frames)
     rest = (x.to(device) for x in (sizes.float(), original.float(), boxes, labels, crowd, frames))
     return Split(images, *rest, bits.to(device) if isinstance(bits, Tensor) else bits, truth)
@@ -380,8 +381,8 @@ def list_data(args) -> dict[str, Source]:
     """
     root = args.data_root
     if args.data == "shapes":
-        if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
-            raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
+        if not shapes.may_lie_in(root):
+            raise DataError(f"{root}: holds something other than shapes; give an empty or new folder, or its --data")
         shapes.write_shapes(root, show=shapes.show_progress)
     files = coco_files(root, "instances")
     if "test" in files:
@@ -413,8 +414,8 @@ def read_data(args, size: int, masks: bool) -> dict[str, Split]:
         splits[name] = split = read_split(source, size, masks, args.skip_empty, left, args.device, coco)
         left -= split.images.nbytes + split.bits.nbytes
         if split.images.nbytes == 0:
-            number = len(split.images)
-            note(f"{name}: {number:,} pictures do not fit --memory {args.memory:.3g}; decoded batch by batch")
+            number = f"{name}: {len(split.images):,} pictures"
+            note(f"{number}, more than --memory {args.memory:.3g} or TMPDIR holds; decoded batch by batch")
     warn_of_shared(files)
     return splits
 
@@ -1161,7 +1162,7 @@ def coco_eval(
     Returns AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl in 0..1; -1 where there is no truth.
     Raises ValueError for another iou_type or a detection that is damaged or on an image that `ground_truth` does not
     list, DataError for a file that is; those of unlisted categories are left out, and all of them with a warning. A
-    score of NaN counts as the least, as in pycocotools.
+    score of NaN counts as the least, as in pycocotools; unlike there, truth needs its `bbox` for segm, too.
     """
     if iou_type not in METRICS:
         raise ValueError(f"iou_type {iou_type!r}: choose one of {' '.join(METRICS)}")
@@ -1247,11 +1248,8 @@ BRANCHES = {  # the symbols of its trees, and the hand-made losses by name, the 
     "rcnn_reg": (("i", "u", "e", "1"), REGRESSION | {"cse-a": cse_reg}),
     "mask": (("y", "p", "1"), {"ce": mask_ce}),
 }
-KNOWN = {  # what `--search cse` starts from
-    "cls": ("Neg(Mul(y, Log(p)))", "Square(Add(p, Neg(y)))", "Abs(Add(p, Neg(y)))"),
-    "reg": tuple(str(REGRESSION[name]) for name in ("iou", "giou")),
-    "mask": ("Neg(Mul(y, Log(p)))", "Square(Add(p, Neg(y)))", "Abs(Add(p, Neg(y)))"),
-}
+KNOWN = dict.fromkeys(("cls", "mask"), ("Neg(Mul(y, Log(p)))", "Square(Add(p, Neg(y)))", "Abs(Add(p, Neg(y)))"))
+KNOWN["reg"] = tuple(str(REGRESSION[name]) for name in ("iou", "giou"))  # what `--search cse` starts from
 BASELINE = "ce+l1"
 LOSSES = {
     "ce+l1": {},
@@ -1355,8 +1353,8 @@ class Batches:
     """
 
     def __init__(self, split: Split, plan: Schedule, seed: int, device: str, masks: bool):
-        rank, world = evolve.rank_and_world()
-        self.split, self.plan, self.share, self.masks = split, plan, max(1, plan.batch // world), masks
+        rank, _ = evolve.rank_and_world()
+        self.split, self.plan, self.share, self.masks = split, plan, evolve.share_of(plan.batch, 1), masks
         seed += 1_000_003 * rank
         cuda = torch.device(device).type == "cuda"
         default = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
@@ -1445,8 +1443,8 @@ def train_network(
 def detect(net: Detector, split: Split, part: slice, size: int, device: str) -> list[dict[str, Tensor]]:
     """What `net` finds on some pictures of a split, boxes in pixels of the canvas.
 
-    Each picture, its longer side `size` pixels, fills a square window from its upper left corner, as in training: what
-    is found in it depends neither on what lies beside it nor on how it is kept.
+    Each picture, its longer side `size` pixels, fills a square window from its upper left corner (in training it lies
+    in the middle): what is found in it depends neither on what lies beside it nor on how it is kept.
     """
     net.eval()
     images, sizes = split.images[part].to(device), split.sizes[part]
@@ -1483,7 +1481,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
 def test_network(net: Detector, split: Split, size: int, device: str) -> dict[str, float]:
     """COCO's average precisions of `net` on a split."""
     found = []
-    number = max(1, 2**19 // size**2)
+    number = max(1, 2 ** (23 if split.sizes.is_cuda else 19) // size**2)
     for start in range(0, len(split.images), number):
         if isinstance(split.images, Pictures):
             split.images.prefetch(range(start, min(start + 2 * number, len(split.images))))
@@ -1609,12 +1607,10 @@ class DetTask(evolve.Task):
         list_data(args)  # what is missing is said at once
         self.metrics = METRICS[args.metric]
         self.symbols = {branch: BRANCHES[branch][0] for branch in args.branches}
-        proxy, retraining = PROXY[args.data], RETRAIN[args.data]
-        if args.model == "small":  # its anchors are as small as the objects of the embedded data
-            proxy, retraining = PROXY["shapes"], RETRAIN["shapes"]
-        self.proxy = self.plan(proxy, args.proxy_steps)
-        self.retraining = self.plan(retraining, args.retrain_steps)
-        self.whole = self.retraining.steps >= retraining.steps
+        own = "shapes" if args.model == "small" else args.data  # its anchors are as small as the objects there
+        self.proxy = self.plan(PROXY[own], args.proxy_steps)
+        self.retraining = self.plan(RETRAIN[own], args.retrain_steps)
+        self.whole = self.retraining.steps >= RETRAIN[own].steps
         self.data: dict[str, Split] = {}
 
     def load(self) -> None:

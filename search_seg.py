@@ -9,7 +9,7 @@
     tensorboard --logdir runs
 
 AutoLoss-Zero, arXiv 2103.14026 (marks [P]); published Auto Seg-Loss configs (marks [A]); own choices [D].
-The whole task is in this file: arguments, data, networks, metrics, hand-made losses, training, what the search needs.
+The whole task is in this file: arguments, batches, networks, metrics, losses by hand, training, what the search needs.
 
 Measured (the first command, a quarter of an hour of two cores of an AMD EPYC, torch 2.14.1): 53,897 losses explored,
 158 of them trained; after 2,400 steps each mIoU on test .790, cross entropy .773, the difference over three paired
@@ -137,6 +137,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         fail(f"--classes {args.classes}: {args.data} has its own {CLASSES[args.data]}; leave the flag out")
     if isinstance(args.classes, int) and args.classes > 255:
         fail(f"--classes {args.classes}: too many; a label map has a byte a pixel, 255 classes at most")
+    if args.download and args.data != "voc":
+        fail(f"--download: fetches VOC alone, not {args.data}; leave the flag out")
     if args.pretrained:  # what is missing shows before the search, not after it
         for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
             build_model(model, 2, args.pretrained)
@@ -236,8 +238,8 @@ def list_data(args) -> dict[str, list[tuple[Path, Path]]]:
     """
     root = args.data_root
     if args.data == "shapes":
-        if root.is_dir() and any(root.iterdir()) and not (root / "annotations").is_dir():
-            raise DataError(f"{root}: holds something other than shapes; give an empty or new folder")
+        if not shapes.may_lie_in(root):
+            raise DataError(f"{root}: holds something other than shapes; give an empty or new folder, or its --data")
         shapes.write_shapes(root, show=shapes.show_progress)
         pairs = {split: voc_pairs(root, split) for split in ("train", "val", "test")}
     elif args.data == "voc":
@@ -270,7 +272,8 @@ def read_data(args, pairs=None, meaning: Meaning | None = None) -> dict[str, Spl
         splits[name] = split = read_split(chosen, meaning.number, meaning, left, args.device)
         left -= sum(part.nbytes for part in split if part is not None)
         if split.sizes is None:
-            note(f"{name}: {len(chosen):,} pictures do not fit --memory {args.memory:.3g}; decoded batch by batch")
+            number = f"{name}: {len(chosen):,} pictures"
+            note(f"{number}, more than --memory {args.memory:.3g} or TMPDIR holds; decoded batch by batch")
     for name, split in splits.items():
         check_classes(split, f"{args.data_root}: {name}")
         if name != "train":
@@ -815,8 +818,7 @@ class SegMetrics:
     """
 
     def __init__(self, num_classes: int, device="cpu", tolerance: int = 5, groups: int = 1):
-        C, self.tolerance, self.groups = num_classes, tolerance, groups
-        self.C = C
+        self.C, self.tolerance, self.groups = C, _, _ = num_classes, tolerance, groups
         self.confusion = torch.zeros(groups, C, C, dtype=torch.long, device=device)  # [target, prediction]
         self.near_boundary = torch.zeros_like(self.confusion)
         self.edges = torch.zeros(4, groups, C, dtype=torch.long, device=device)  # predicted, hit; target, hit
@@ -847,7 +849,11 @@ class SegMetrics:
             self.edges[k] += count(group * C + index, mask, G * C).view(G, C)
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics by name, each (groups,) float64 in 0..1; a class that does not occur is left out of the means."""
+        """The metrics by name, each (groups,) float64 in 0..1, NaN where nothing counts.
+
+        The means of miou and biou leave out a class that is neither in the target nor predicted, those of macc and bf1
+        one that is not in the target.
+        """
 
         def iou(confusion):
             hit = confusion.diagonal(dim1=1, dim2=2)
@@ -862,7 +868,7 @@ class SegMetrics:
         f1 = 2 * precision * recall / torch.where(precision + recall == 0, 1, precision + recall)
         return {
             "miou": iou(confusion).nanmean(1),
-            "fwiou": (occurs / total[:, 0] * iou(confusion)).nansum(1),
+            "fwiou": torch.where(total[:, 0, 0] > 0, (occurs / total[:, 0] * iou(confusion)).nansum(1), math.nan),
             "macc": (hit / occurs).nanmean(1),
             "gacc": hit.sum(1) / total[:, 0, 0],
             "biou": iou(self.near_boundary.double()).nanmean(1),
@@ -875,8 +881,10 @@ def seg_metrics(pred: Tensor, label: Tensor, num_classes: int) -> dict[str, floa
 
     pred: integers 0..num_classes-1; label: the same, or 255 where a pixel does not count. Keys: miou (mean IoU), fwiou
     (IoU weighted by class frequency), macc (mean class accuracy), gacc (pixel accuracy), biou (mean IoU over the pixels
-    within 5 px of a target boundary), bf1 (mean boundary F1 with 5 px tolerance). A prediction may be 255, too, where
-    the label is: it is taken for class 0. Raises ValueError for anything else.
+    within 5 px of a target boundary, that of class 0 not counted), bf1 (mean boundary F1 with 5 px tolerance); NaN
+    where nothing counts. miou and biou leave out a class that is in neither map, macc and bf1 one that is not in the
+    label. A prediction may be 255, too, where the label is: it is taken for class 0. Raises ValueError for anything
+    else.
     """
     pred, label = maps = [*map(torch.as_tensor, (pred, label))]
     if pred.shape != label.shape or pred.ndim != 3 or any(x.is_floating_point() or x.is_complex() for x in maps):
@@ -1054,6 +1062,7 @@ def count_valid(label: Tensor) -> Tensor:
 # Weights per pixel need OpenCV: they are made once for each label map and cut like it, never in a training step.
 
 LARGEST_WEIGHT = 1000.0  # of a class, however rare: a few stray pixels shall not decide all, nor exceed float16 [D]
+REACH = 40  # pixels beyond which the weight of a border is too small for float16
 
 
 def unet_weights(labels: Tensor, num_classes: int, frequency: Tensor | None = None) -> Tensor:
@@ -1073,10 +1082,12 @@ def unet_weights(labels: Tensor, num_classes: int, frequency: Tensor | None = No
     for label, weight in zip(labels.cpu().numpy(), weights):
         nearest = np.full((2, *label.shape), np.inf, np.float32)  # d1, d2
         for c in range(1, num_classes):
-            number, regions = cv2.connectedComponents((label == c).astype(np.uint8))
-            for k in range(1, number):
-                distance = cv2.distanceTransform((regions != k).astype(np.uint8), cv2.DIST_L2, 5)
-                nearest = np.sort(np.stack([*nearest, distance]), axis=0)[:2]
+            _, regions, boxes, _ = cv2.connectedComponentsWithStats((label == c).astype(np.uint8))
+            for k, (left, top, width, height, _) in enumerate(boxes[1:], 1):
+                part = np.s_[max(0, top - REACH) : top + height + REACH, max(0, left - REACH) : left + width + REACH]
+                distance = cv2.distanceTransform((regions[part] != k).astype(np.uint8), cv2.DIST_L2, 5)
+                near = nearest[:, *part]
+                near[:] = np.sort(np.stack([*near, distance]), axis=0)[:2]
         border = 10 * np.exp(-(nearest.sum(0) ** 2) / 50) * (label == 0)
         weight += torch.from_numpy(border).to(weight)
     return weights.half()
@@ -1119,7 +1130,7 @@ class Asl(NamedTuple):
             raise ValueError(f"{metric!r} is no metric; write asl(miou) or asl(miou: x1 y1 x2 y2 ...)")
         theta = tuple(float(number) for number in numbers.split()) or ASL_THETA[metric]
         if len(theta) != len(ASL_THETA[metric]) or not all(0 <= value <= 1 for value in theta):
-            raise ValueError(f"{metric} takes {len(ASL_THETA[metric])} numbers in 0..1, got {len(theta)}")
+            raise ValueError(f"{metric} takes {len(ASL_THETA[metric])} numbers in 0..1, got {numbers.strip():.60}")
         curves = torch.tensor(theta, dtype=torch.float64).view(ASL_CURVES[metric], -1, 2)
         if (curves.diff(dim=1) < 0).any():
             raise ValueError("its curves fall; within each neither the xs nor the ys may")
@@ -1191,8 +1202,8 @@ class Batches:
     """
 
     def __init__(self, split: Split, plan: Schedule, seed: int, device: str):
-        rank, world = evolve.rank_and_world()
-        self.split, self.plan, self.share = split, plan, max(1, plan.batch // world)
+        rank, _ = evolve.rank_and_world()
+        self.split, self.plan, self.share = split, plan, evolve.share_of(plan.batch)
         seed += 1_000_003 * rank
         self.generators = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
 
@@ -1350,9 +1361,10 @@ class SegTask(evolve.Task):
         self.pairs = list_data(args)  # what is missing is said at once
         self.meaning = find_meaning(args, self.pairs)
         self.args, self.device, self.num_classes = args, args.device, self.meaning.number
-        self.proxy = self.plan(PROXY[args.data], args.proxy_steps)
-        self.retraining = self.plan(RETRAIN[args.data], args.retrain_steps)
-        self.whole = self.retraining.steps >= RETRAIN[args.data].steps
+        own = "shapes" if args.model in WIDTHS else args.data  # small networks are trained as on shapes [D]
+        self.proxy = self.plan(PROXY[own], args.proxy_steps)
+        self.retraining = self.plan(RETRAIN[own], args.retrain_steps)
+        self.whole = self.retraining.steps >= RETRAIN[own].steps
         self.samplers = {"asl": lambda: AslSearch(args.metric)}
         self.data: dict[str, Split] = {}
 
@@ -1362,11 +1374,8 @@ class SegTask(evolve.Task):
             self.weighted: dict[str | None, Split] = {None: self.data["train"]}
 
     def plan(self, plan: Schedule, steps: int | None) -> Schedule:
-        """A schedule with the user's flags in it; small networks have their own optimizer on all data sets."""
+        """A schedule with the user's flags in it."""
         args = self.args
-        if args.model in WIDTHS:
-            own = ("optimizer", "lr", "head_lr", "warmup")
-            plan = plan._replace(**{name: getattr(PROXY["shapes"], name) for name in own})
         share = min(1, (steps or plan.steps) / plan.steps)  # a shorter proxy goes on from a shorter training
         base, base_of = tuple(round(share * number) for number in plan.base), max(1, round(share * plan.base_of))
         flags = dict(steps=steps, crop=args.crop, batch=args.batch, lr=args.lr, model=args.model)
@@ -1519,8 +1528,9 @@ class AslSearch:
 
     The points are relative here, each a share of the way from its predecessor to (1, 1) in either coordinate: any
     numbers in 0..1 make rising curves. A round of samples shares the mean `mu`; its update moves `mu` towards samples
-    that scored above the round's mean [D]; the released configs compare them with a training of `mu` itself. Workers
-    draw from the `mu` that they know; each record says which one it was.
+    that scored above the round's mean [D]; the released configs compare them with a training of `mu` itself. A score is
+    that of the proxy here, leads from the later base network included [D]. Workers draw from the `mu` that they know;
+    each record says which one it was.
     """
 
     ROUND = 16  # samples; half as many as published, for twice the rounds out of the same budget [D]

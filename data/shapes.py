@@ -257,6 +257,12 @@ def write_shapes(root: str | Path, seed: int = 0, size: int = SIZE, splits: dict
     return root
 
 
+def may_lie_in(root: Path) -> bool:
+    """Whether shapes lie in a folder, or may be drawn there."""
+    free = not root.is_dir() or not any(root.iterdir())
+    return free or all((root / part).is_dir() for part in ("annotations", "JPEGImages"))
+
+
 def show_progress(split: str, done: int, total: int) -> None:
     """A line that counts up on a terminal; elsewhere one line a split."""
     if done == total or (sys.stdout.isatty() and done % 50 == 0):

@@ -847,6 +847,9 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
     with pytest.raises(DataError, match="something other"):
         search_det.list_data(arguments(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    write_coco(tmp_path / "coco", {1: (8, 8)}, [])
+    with pytest.raises(DataError, match="something other"):
+        search_det.list_data(arguments(tmp_path / "coco"))
 
 
 # Networks, training, gates
@@ -965,6 +968,37 @@ def test_gates_look_at_objects_that_are_targets(tmp_path):
     write_coco(tmp_path / "tiny", sizes, [*many, entry(1, 1)])
     with pytest.raises(search_det.DataError, match="less than 2 pixels wide at --size 64; give a larger one"):
         ready(search_det.DetTask(arguments(tmp_path / "tiny", *flags)))
+
+
+def test_boxes_end_where_their_pictures_do(tmp_path):
+    """What reaches out is cut off, also where a window is wider than the picture; a pixel of it is no target."""
+    reaching = [entry(k, k, box=(-20, 20, 60, 40)) for k in range(2, 9)] + [entry(9, 9, box=(-30, 10, 31, 20))]
+    write_coco(tmp_path, dict.fromkeys(range(1, 10), (64, 34)), [entry(1, 1), *reaching])
+    task = search_det.DetTask(arguments(tmp_path, "--data", "coco", "--model", "small", "--proxy-steps", "2"))
+    task.load()
+    train, still = task.data["train"], torch.Generator().manual_seed(0)
+    _, targets = search_det.batch_scale_flip(train, torch.arange(7), 64, (1.0, 1.0), still, False)
+    sides = [(target["boxes"][0, 0].item(), target["boxes"][0, 2].item()) for target in targets]
+    assert set(sides) == {(15, 49)}, "the picture lies in columns 15 to 49"
+    assert train.truth.objects.box[0].tolist() == [-20, 20, 60, 40], "the evaluator sees what was given"
+    assert 7 not in ready(task).few.tolist()
+
+
+def test_masks_share_the_memory_of_their_pictures(root):
+    """What holds the pictures or the bits, not both, holds the pictures."""
+    source = search_det.list_data(arguments(root, "--metric", "segm"))["train"]
+    whole = search_det.read_split(source, 64, True, False)
+    pictures, bits = whole.images.nbytes, whole.bits.nbytes
+    for memory in (pictures + bits, pictures + bits - 1):
+        split = search_det.read_split(source, 64, True, False, memory)
+        assert (split.images.nbytes, split.bits.nbytes > 0) == (pictures, memory == pictures + bits)
+
+
+def test_minutes_by_default_are_those_of_the_metric(root):
+    runs = ["--runs", "runs/segm"]
+    kinds = {("--metric", "segm"): 6, ("--metric=segm",): 6, ("--metric", "bbox"): 11, (): 11}
+    assert [arguments(root, *flags, *runs).minutes for flags in kinds] == [*kinds.values()]
+    assert arguments(root, "--branches", "rcnn_cls, rcnn_reg").branches == ["rcnn_cls", "rcnn_reg"]
 
 
 def test_gates_see_an_object_in_every_picture(root, monkeypatch):
@@ -1375,6 +1409,8 @@ bad = functools.partial(refused, search_det)
         (["--metric", "map"], ["--metric", "map", "bbox segm"]),
         (["--branches", "rcnn"], ["--branches", "rcnn", "rpn_cls rpn_reg rcnn_cls rcnn_reg mask"]),
         (["--branches", "mask"], ["--branches mask", "--metric segm"]),
+        (["--loss", "mask=ce"], ["--loss mask=ce:", "--metric segm"]),
+        (["--compare", "ce+l1,mask=ce"], ["--compare mask=ce:", "--metric segm"]),
         (["--loss", "focal"], ["--loss focal", "ce+l1 iou giou cse-a", "BRANCH=LOSS"]),
         (["--loss", "Neg(Mul(y, Log(p)))"], ["--loss", "BRANCH=LOSS", "rcnn_cls"]),
         (["--loss", "rcnn=iou"], ["--loss rcnn=iou", "rcnn_reg"]),

@@ -2561,3 +2561,19 @@ def test_a_search_of_the_tasks_own(tmp_path):
     assert [line["known"] for line in whole] == list(range(9)), "each proposal knows all earlier scores"
     assert whole[0]["losses"]["loss"].startswith("number ")
     assert result_of(part)["losses"]["loss"].startswith("number ")
+
+
+@pytest.mark.parametrize("batch, world, least, share", [(16, 1, 2, 16), (16, 8, 2, 2), (4, 4, 1, 1), (2, 1, 2, 2)])
+def test_a_batch_is_shared_evenly(monkeypatch, batch, world, least, share):
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (0, world))
+    assert evolve.share_of(batch, least) == share
+
+
+@pytest.mark.parametrize("batch, world, cure", [(16, 3, 6), (2, 2, 4), (15, 2, 4)])
+def test_a_batch_that_cannot_be_shared_is_named(monkeypatch, capsys, batch, world, cure):
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (0, world))
+    with pytest.raises(SystemExit):
+        evolve.share_of(batch)
+    assert (
+        f"--batch {batch}: not to be shared by {world} processes; give a multiple of {cure}" in capsys.readouterr().err
+    )

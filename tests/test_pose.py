@@ -537,17 +537,27 @@ def test_other_skeletons_by_their_names(tmp_path):
     assert 0 <= task.train("mse") <= 1
 
 
-@pytest.mark.parametrize("animals", [False, True])
+def test_a_single_person_is_enough_for_the_gates(tmp_path):
+    root = shapes.write_shapes(tmp_path / "shapes", splits={"train": 30, "val": 12, "test": 12})
+    path = root / "annotations/person_keypoints_train2017.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"annotations": content["annotations"][:1]}))
+    task = search_pose.PoseTask(arguments(root, "--crop", "8", "--aspect", "1", "--proxy-steps", "1"))
+    assert len(ready(task).branches["loss"].target) == 2
+
+
+@pytest.mark.parametrize("animals", [False, True, None])
 def test_tolerances_are_those_of_coco_where_its_joints_are(animals, capsys):
-    """17 joints in the order of AP-10K: shoulders and hips are not where COCO has them."""
+    """17 joints in the order of AP-10K: shoulders and hips are not where COCO has them; and such without sides."""
     limbs = ("Shoulder", "Elbow", "F_Paw"), ("Hip", "Knee", "B_Paw")
     names = ["L_Eye", "R_Eye", "Nose", "Neck", "Root of tail"]
     names += [f"{side}_{joint}" for part in limbs for side in "LR" for joint in part]
-    category = {"keypoints": names if animals else [*shapes.JOINTS], "skeleton": []}
+    names = [*shapes.JOINTS] if animals is False else names if animals else [f"j{k}" for k in range(17)]
+    category, other = {"keypoints": names, "skeleton": []}, animals is not False
     search_pose.warn_once.cache_clear()
     sigmas = search_pose.read_skeleton({"categories": [category]}, None).sigmas.tolist()
-    assert sigmas == ([search_pose.OTHER_SIGMA] * 17 if animals else [*search_pose.COCO_SIGMAS])
-    assert ("another order than COCO's" in capsys.readouterr().err) == animals
+    assert sigmas == ([search_pose.OTHER_SIGMA] * 17 if other else [*search_pose.COCO_SIGMAS])
+    assert ("but not COCO's" in capsys.readouterr().err) == other
     given = search_pose.read_skeleton({"categories": [category]}, [*search_pose.COCO_SIGMAS]).sigmas.tolist()
     assert given == [*search_pose.COCO_SIGMAS]
 
@@ -1122,7 +1132,8 @@ bad = functools.partial(refused, search_pose)
         (["--data", "coco"], ["--data coco", "--data-root"]),
         (["--model", "hrnet"], ["--model", "hrnet", "small r50"]),
         (["--crop", "50"], ["--crop 50", "multiples of 8"]),
-        (["--crop", "64", "--aspect", "0.7"], ["--crop 64", "45", "multiples of 8"]),
+        (["--crop", "64", "--aspect", "0.7"], ["--crop 64 --aspect 0.7", "45", "multiples of 8", "--aspect 0.75"]),
+        (["--aspect", "0.8"], ["--crop 64 --aspect 0.8: 64x51", "--crop 64 --aspect 0.75"]),
         (["--sigmas", "0.1,x"], ["--sigmas", "'x'", "not a number"]),
         (["--sigmas", "0"], ["--sigmas", "0", "at least"]),
         (["--metrc", "ap"], ["--metrc"]),

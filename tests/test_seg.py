@@ -1,6 +1,7 @@
 """Segmentation, piece by piece: metrics and losses against slow, obvious versions; loader; networks; training."""
 
 import functools
+import itertools
 import json
 import math
 import random
@@ -489,6 +490,28 @@ def test_unet_weights():
     assert weight[5, 5].item() == pytest.approx(gap.item(), rel=1e-2)
 
 
+def test_unet_weights_of_a_large_picture():
+    """As by Eq. 2, written down: distances of all objects everywhere, though far ones are never looked at."""
+    label = torch.zeros(1, 150, 200, dtype=torch.uint8)
+    for k, (top, left) in enumerate(itertools.product((3, 60, 139), (0, 21, 100, 188))):
+        label[0, top : top + 9, left : left + 14] = 1 + k % 3
+    distances = []
+    for c in range(1, 4):
+        number, regions = cv2.connectedComponents((label[0] == c).byte().numpy())
+        for k in range(1, number):
+            distances.append(cv2.distanceTransform((regions != k).astype(np.uint8), cv2.DIST_L2, 5))
+    nearest = np.sort(np.stack(distances), axis=0)[:2].sum(0)
+    border = torch.from_numpy(10 * np.exp(-(nearest**2) / 50)) * (label[0] == 0)
+    share = torch.bincount(label.flatten().long()).float()
+    balance = (share.sum() / (len(share) * share))[label[0].long()]
+    assert len(distances) == 12 and torch.equal(search_seg.unet_weights(label, 4)[0], (balance + border).half())
+
+
+def test_nothing_to_measure_is_no_number():
+    nothing = torch.full((1, 4, 4), 255)
+    assert all(math.isnan(value) for value in seg_metrics(nothing, nothing, 3).values())
+
+
 def test_weights_of_rare_classes_are_finite():
     """A few stray pixels, and a class that no counted label map has."""
     label = torch.zeros(1, 600, 600, dtype=torch.long)
@@ -956,12 +979,18 @@ def test_flags_change_a_schedule(root, data):
         task = SimpleNamespace(args=arguments(root, "--data", data, *flags))
         return search_seg.SegTask.plan(task, search_seg.RETRAIN[data], task.args.retrain_steps)
 
+    def schedules(*flags):
+        task = search_seg.SegTask(arguments(root, *flags))
+        return task.proxy, task.retraining, task.whole
+
     assert plan() == search_seg.RETRAIN[data]
     changed = plan("--retrain-steps", "7", "--crop", "32", "--batch", "3", "--lr", "0.5")
     assert changed == plan()._replace(steps=7, crop=32, batch=3, lr=0.5)
-    small = plan("--model", "small")
-    assert (small.model, small.optimizer, small.lr, small.head_lr, small.warmup) == ("small", "adamw", 0.01, 1.0, 0.3)
-    assert small.steps == plan().steps and plan("--model", "r50-psp").optimizer == plan().optimizer
+    own = search_seg.PROXY["shapes"], search_seg.RETRAIN["shapes"], True
+    if data != "cityscapes":  # shapes lie in the layout of the others
+        assert schedules("--data", data, "--model", "small") == own
+        assert schedules("--data", data, "--model", "wide")[1] == own[1]._replace(model="wide")
+    assert plan("--model", "r50-psp") == plan()._replace(model="r50-psp")
 
 
 @pytest.mark.parametrize("data, first, highest", [("shapes", 1 / 721, 720), ("voc", 1, 0)])

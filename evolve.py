@@ -106,7 +106,9 @@ def search(state: "State", worker: "Worker", args) -> None:
         if state.evaluated >= args.evals or time.monotonic() >= deadline:
             return
         if not state.compared and worker.claim("baseline"):
-            worker.tell(baseline_training(state, worker))
+            worker.works_on(state.task.baseline)
+            first, *later = [proxy_score(state.task, state.task.baseline, base) for base in range(state.task.bases)]
+            worker.tell({"baseline": first, "later": later})
             continue
         turn = state.next_turn(worker.rank)
         rng = Random(f"{args.seed}/{worker.rank}/{turn}")
@@ -146,14 +148,6 @@ def next_child(
                 tried.counts["surrogate"] += len(pool) - k - 1 if guide else 0
                 return tried.close(state, briefly(state, child) if guide else child)
     return None
-
-
-def baseline_training(state: "State", worker: "Worker") -> dict:
-    """The proxy trainings of the baseline, one from each base network, as their record in the journal."""
-    task = state.task
-    worker.works_on(task.baseline)
-    first, *later = [proxy_score(task, task.baseline, base) for base in range(task.bases)]
-    return {"baseline": first, "later": later}
 
 
 def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
@@ -203,14 +197,11 @@ def proxy_score(task: "Task", losses, base: int = 0) -> float | None:
 
 def retraining(task: "Task", worker: "Worker", losses, seed: int, picture: Path | None = None) -> dict:
     """A training of losses, or of the baseline by its name, from fresh weights, as its record in the journal."""
-    start = time.monotonic()
+    start, scores = time.monotonic(), None
     worker.works_on(losses)
-    try:
+    with contextlib.suppress(InvalidLoss):
         scores = finite(task.retrain(losses, seed, picture))
-    except InvalidLoss:
-        scores = None
-    seconds = round(time.monotonic() - start, 3)
-    return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": seconds}
+    return {"retrained": texts(losses), "seed": seed, "scores": scores, "seconds": round(time.monotonic() - start, 3)}
 
 
 def finite(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -504,24 +495,20 @@ class Tried:
         self.failed: list[tuple] = []  # identities that CSE's short training turned away
 
     def learn(self, state: "State", tree: Tree) -> None:
+        tree.verdict = tree.verdict or Verdict(PASSED, tree.key or "", tree.gain)
         self.verdicts.append((tree.branch, tree.text, *tree.verdict))
         state.learn(*self.verdicts[-1])
 
-    def passed(self, state: "State", tree: Tree) -> None:
-        if tree.verdict is None:
-            tree.verdict = Verdict(PASSED, tree.key or "", tree.gain)
-            self.learn(state, tree)
-
     def close(self, state: "State", child: Child) -> Child:
         """What the record of `child`, which goes on to its training, has to tell of this turn."""
-        for tree in child.trees:
-            self.passed(state, tree)
+        for tree in (tree for tree in child.trees if tree.verdict is None):
+            self.learn(state, tree)
         state.waiting.clear()
+        child.identity = child.identity or state.identity(child)
         keys = [f"{name}:{expr}" for name, expr in child.losses.items()]
         if programs := {key: state.programs[key] for key in keys if key in state.programs}:
             child.more = child.more | {"programs": programs}
-        counts = {gate: number for gate, number in self.counts.items() if number}
-        child.tried = {"counts": counts, "verdicts": self.verdicts, "reused": self.reused, "failed": self.failed}
+        child.tried = {"counts": +self.counts, "verdicts": self.verdicts, "reused": self.reused, "failed": self.failed}
         return child
 
 
@@ -541,22 +528,21 @@ def judge(state: "State", child: Child, names: tuple[str, ...], tried: Tried) ->
     refused = [tree.gate for tree in decided if tree.verdict.gate != PASSED]
     child.identity = state.identity(child)
     if refused:
-        tried.counts[min(refused, key=list(GATES).index)] += 1
-        return False
-    if child.identity in state.failed:
-        tried.counts["seen"] += 1
-        return False
-    if (decided or not child.trees) and child.identity in state.scores:  # an equivalent was trained
-        tried.counts[decided[-1].gate if decided else "seen"] += 1
+        gate = min(refused, key=list(GATES).index)
+    elif child.identity in state.failed:
+        gate = "seen"
+    elif (decided or not child.trees) and child.identity in state.scores:  # an equivalent was trained
+        gate = decided[-1].gate if decided else "seen"
         if not state.surrogate:  # hundreds a turn would soon make a population of copies
             tried.reused.append((texts(child.losses), child.identity))
-        return False
-    if "simulation" in names and not simulated(state, child):
-        tried.counts["simulation"] += 1
+    elif "simulation" in names and not simulated(state, child):
+        gate = "simulation"
         tried.failed.append(child.identity)
         state.failed.add(child.identity)
-        return False
-    return True
+    else:
+        return True
+    tried.counts[gate] += 1
+    return False
 
 
 def dead(state: "State", tree: Tree) -> Verdict | None:
@@ -579,8 +565,7 @@ def gradient(state: "State", tree: Tree) -> Verdict | None:
 
 def equivalent(state: "State", tree: Tree) -> Verdict | None:
     """Norms and directions of the gradients are known to two digits [P]; verdict and score are reused."""
-    key = describe(state.task, tree)
-    return state.keys.get((tree.branch, key)) if key else None
+    return state.keys.get((tree.branch, describe(state.task, tree)))  # "" is no key there
 
 
 def rejected(state: "State", tree: Tree) -> Verdict | None:
@@ -692,9 +677,8 @@ def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, ear
     Returns: the mean over samples of score(after) - score(before); -inf if it became invalid on the way.
     """
     early = branch.early if early is None else early
-    start = branch.prediction[0]
-    before = branch.score(start, branch.target).nanmean()  # NaN of a sample with nothing to measure
-    x, gain = start.clone(), -math.inf  # (B, N, C, H, W)
+    x, gain = branch.prediction[0].clone(), -math.inf  # (B, N, C, H, W)
+    before = branch.score(x, branch.target).nanmean()  # NaN of a sample with nothing to measure
     mean, square = torch.zeros_like(x), torch.zeros_like(x)  # moments of the gradient
     limits = {step: (low * branch.eta, high * branch.eta) for step, low, high in early}
     for step in range(1, steps + 1):
@@ -800,10 +784,7 @@ class Surrogate:
         self.niches: dict[tuple[str, ...], set] = {}  # see `niche_bests`, by branches
 
     def fit(self, state: "State", at_work: list[dict[str, Expr]], whole: bool = False) -> "Surrogate | None":
-        """Learn all that is known of the present island, or of the whole search; None while that is too little.
-
-        What other workers are training at this moment counts as if its expected score had come out.
-        """
+        """Learn all that is known of the present island, or of the whole search; None while that is too little."""
         members = state.members() if whole else state.island()
         if len(members) < state.initial:
             return None
@@ -814,8 +795,12 @@ class Surrogate:
             setting = max(([*setting[:k], value, *setting[k + 1 :]] for value in choices), key=self.evidence)
         self.solve(*setting)
         points = self.points
-        for those in at_work:
-            self.expect(self.point(state.task, those))
+        for those in at_work:  # what others are training at this moment, as if its expected score had come out
+            point = self.point(state.task, those)[None]
+            self.values = torch.cat([self.values, self.predict(point)[0]])
+            self.points = torch.cat([self.points, point])
+            self.pairs = self.compare(self.points, self.points)
+            self.solve(*setting)
         mean, _ = self.predict(points)
         self.best = mean.max()
         self.merits = {row.identity: value for row, value in zip(self.rows, self.scores(mean))}
@@ -906,13 +891,6 @@ class Surrogate:
             return -math.inf
         return -(len(self.values) / 2 * self.variance.log() + self.factor.diagonal().log().sum()).item()
 
-    def expect(self, point: Tensor) -> None:
-        """Add a score that is yet to come, at its expectation."""
-        self.values = torch.cat([self.values, self.predict(point[None])[0]])
-        self.points = torch.cat([self.points, point[None]])
-        self.pairs = self.compare(self.points, self.points)
-        self.solve(self.length, self.noise, self.trend)
-
     def predict(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """What losses are expected to score, in the units of `self.values`, and how uncertain that is."""
         known = self.covariance(self.compare(points, self.points))
@@ -928,8 +906,6 @@ class Surrogate:
 
         On the embedded data a node costs some three hundredths of what the rest of a training step costs [D].
         """
-        if not children:
-            return []
         mean, deviation = self.predict(torch.stack([self.point(task, c.losses, c.trees) for c in children]))
         for child, m, d in zip(children, self.scores(mean), deviation.tolist()):
             child.predicted = [round(m, 4), round(d * self.spread, 4)]
@@ -943,12 +919,9 @@ class Surrogate:
 
         Nor may they be related to what other islands have trained.
         """
-        if not children:
-            return []
         points = torch.stack([self.point(state.task, child.losses, child.trees) for child in children])
         alone = squared_distances(points, self.points).amax(0).amin(1) >= 2 - 2 * TWINS
-        here = {member.text for member in state.island()}
-        if others := [member for member in state.members() if member.text not in here]:
+        if others := state.members()[: state.island_start]:
             others = torch.stack([self.point(state.task, member.losses) for member in others])
             alone &= squared_distances(points, others).mean(0).amin(1) >= 2 - 2 * RELATED
         return [child for child, keep in zip(children, alone.tolist()) if keep]
@@ -979,6 +952,8 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
             child.trees = [*child.trees, *(tree for tree in elder.trees if tree.branch in old)]
             child.parent, child.identity = elder.parent, state.identity(child)
         pool[child.identity] = child
+    if not pool:
+        return []
     ranked = guide.rank(task, list(pool.values()))
     alone = guide.without_twins(state, ranked) or ranked
     tried.counts["surrogate"] += len(ranked) - len(alone)
@@ -1019,12 +994,10 @@ def briefly(state: "State", child: Child) -> Child:
 
     It stays as it is where the short one is known already.
     """
-    trees = [state.tree(tree.branch, in_short(state.task, tree.branch, tree.expr)) for tree in child.trees]
+    trees = [state.tree(t.branch, in_short(state.task, t.branch, t.expr), t.gain) for t in child.trees]
     useful = all(describe(state.task, tree) for tree in trees)
-    for tree, long in zip(trees, child.trees):
-        tree.gain = long.gain
     losses = child.losses | {tree.branch: tree.expr for tree in trees}
-    short = Child(losses, child.parent, trees, (), child.predicted, more=child.more)
+    short = dataclasses.replace(child, losses=losses, trees=trees)
     short.identity = state.identity(short)
     known = any((tree.branch, tree.text) in state.verdicts for tree in trees) or short.identity in state.scores
     return child if known or not useful else short
@@ -1051,8 +1024,7 @@ def squared_distances(one: Tensor, other: Tensor) -> Tensor:
 def expected_improvement(mean: Tensor, deviation: Tensor, best: Tensor) -> Tensor:
     """Of normal variables beyond `best` (Jones 1998, Eq. 15)."""
     z = (mean - best) / deviation
-    density = (-z * z / 2).exp() / (2 * math.pi) ** 0.5
-    return deviation * (z * torch.special.ndtr(z) + density)
+    return deviation * (z * torch.special.ndtr(z) + (-z * z / 2).exp() / (2 * math.pi) ** 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1122,16 +1094,15 @@ class State:
         """The number of candidates on earlier islands; 0 where the search goes on from all of them."""
         if len(self.task.symbols) > 1 or not self.surrogate:
             return 0
-        age, first = len(self.results) // ISLAND, 0
-        while True:
-            last = first + ISLANDS
-            while last <= age and last < first + 2 * ISLANDS and not self.is_promising(last * ISLAND):
+        age, first, last = len(self.results) // ISLAND, 0, ISLANDS
+        while last <= age:
+            if last < first + 2 * ISLANDS and not self.is_promising(last * ISLAND):
                 last += 1
-            if age < last:
-                return age * ISLAND
-            if age < last + ISLANDS:
+            elif age < last + ISLANDS:
                 return 0
-            first = last + ISLANDS
+            else:
+                first, last = last + ISLANDS, last + 2 * ISLANDS
+        return age * ISLAND
 
     def is_promising(self, number: int) -> bool:
         """Whether the best of the first so many candidates is so far ahead that there is something to go on from."""
@@ -1161,8 +1132,8 @@ class State:
         """What a tree is remembered by."""
         return str(canonical(expr)) if "seen" in self.gates else str(expr)
 
-    def tree(self, branch: str, expr: Expr) -> Tree:
-        return Tree(branch, expr, self.text(expr))
+    def tree(self, branch: str, expr: Expr, gain: float | None = None) -> Tree:
+        return Tree(branch, expr, self.text(expr), gain=gain)
 
     def identity(self, child: Child) -> tuple[str, ...]:
         """Shared by all candidates with the same keys in the same branches."""
@@ -1190,8 +1161,7 @@ class State:
             self.compared, self.baseline, self.later = True, record["baseline"], record["later"]
         elif kind == "retrained":
             key, scores = losses_text(self.task.read_losses(record["retrained"])), record["scores"]
-            if scores is not None:
-                checked(scores, dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), "scores")
+            checked(scores, (dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), None), "scores")
             self.again.setdefault(key, {})[record["seed"]] = scores
         else:
             self.absorb_evaluation(record)
@@ -1204,7 +1174,6 @@ class State:
         identity, worker, turn = tuple(record["identity"]), record["worker"], record["turn"]
         gain = min((value for value in record["gain"].values() if value is not None), default=None)
         reused = [(self.task.read_losses(losses), tuple(known)) for losses, known in tried["reused"]]
-
         if turn in self.turns.setdefault(worker, set()):  # a copy of a line
             return
         if self.sampler:
@@ -1241,10 +1210,6 @@ class State:
     def valid(self) -> list[Member]:
         """The valid candidates, the oldest first."""
         return [result for result in self.results.values() if result.score is not None]
-
-    def ranking(self) -> list[Member]:
-        """The same, best first: by merit, where that is known."""
-        return sorted(self.valid(), key=lambda result: -self.merit(result))
 
     def hall_of_fame(self) -> list[Member]:
         """The same by what they have shown: in re-trainings, else by proxy; what was invalid there comes last."""
@@ -1305,10 +1270,8 @@ def propose(state: State, rng: Random, parent: Member | Child | None, tried: Tri
     earlier = select_parent(state, rng, [name], TOURNAMENT_SEVERAL) if several and not parent else None
     if earlier and rng.random() < min(0.5, earlier.score / (state.baseline or 1.0)):
         parent = earlier
-    if parent:
-        expr = method.mutate(state, rng, name, branches[name], parent.losses[name])
-    else:
-        expr = method.fresh(state, rng, name, branches[name])
+    mutated = parent and method.mutate(state, rng, name, branches[name], parent.losses[name])
+    expr = mutated or method.fresh(state, rng, name, branches[name])
     return Child({name: expr}, parent and parent.losses, [state.tree(name, expr)])
 
 
@@ -1352,16 +1315,16 @@ def change_one(state: State, rng: Random, parent: Member | Child | None) -> Chil
 
 def whole_fresh(state: State, rng: Random, tried: Tried) -> Child | None:
     """A random tree for each branch, drawn until it passes the gates by itself; None if the deadline comes first."""
-    losses = {}
-    for name, branch in state.task.branches.items():
-        passes = False
-        while not passes:
-            if time.monotonic() >= tried.deadline:
-                return None
-            tree = state.tree(name, state.method.fresh(state, rng, name, branch))
-            passes = judge(state, Child({name: tree.expr}, None, [tree]), (*CHEAP, *DEAR), tried)
-        tried.passed(state, tree)
-        losses[name] = tree.expr
+    losses, branches = {}, state.task.branches
+    while len(losses) < len(branches):
+        if time.monotonic() >= tried.deadline:
+            return None
+        name = [*branches][len(losses)]
+        tree = state.tree(name, state.method.fresh(state, rng, name, branches[name]))
+        if judge(state, Child({name: tree.expr}, None, [tree]), (*CHEAP, *DEAR), tried):
+            if tree.verdict is None:
+                tried.learn(state, tree)
+            losses[name] = tree.expr
     return Child(losses)
 
 
@@ -1373,11 +1336,7 @@ def best_trials_together(state: State, at_work: Sequence[dict]) -> Child | None:
         return None
     for member in sorted(state.valid(), key=lambda member: member.score):
         parts |= member.losses
-    if parts.keys() != branches.keys():
-        return None
-    child = Child({name: parts[name] for name in branches})
-    child.identity = state.identity(child)
-    return child
+    return Child({name: parts[name] for name in branches}) if parts.keys() == branches.keys() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1437,7 +1396,8 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     number, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.full_score(result.text) not in (None, -math.inf)]
-    candidates = [*proven[: number // 2], *state.ranking()[: 20 * number]]
+    promising = sorted(state.valid(), key=lambda result: -state.merit(result))
+    candidates = [*proven[: number // 2], *promising[: 20 * number]]
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []
@@ -1472,6 +1432,7 @@ SCORES = {"val": {str: float}, "test": {str: float}}
 AGAIN = {"seed": int, "scores": (SCORES, None), "seconds": float}  # a training from fresh weights
 TRAINING = {**AGAIN, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
+VERDICT = [str, str, str, str, (float, None)]  # branch, text, and a `Verdict`
 RECORDS = {  # the lines of a journal, by the key that tells their kind
     "baseline": {**STAMP, "baseline": (float, None), "later": [(float, None)]},
     "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str)},
@@ -1485,12 +1446,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "gain": {str: (float, None)},
         "identity": [str],
         "predicted": ([float, float], None),
-        "tried": {
-            "counts": {str: int},
-            "verdicts": [[str, str, str, str, (float, None)]],  # branch, text, and a Verdict
-            "reused": [[TREES, [str]]],
-            "failed": [[str]],
-        },
+        "tried": {"counts": {str: int}, "verdicts": [VERDICT], "reused": [[TREES, [str]]], "failed": [[str]]},
         "programs": {str: [[str, int, int, int]]},
         "curve": [[int, float]],
         "seconds": float,
@@ -1588,12 +1544,9 @@ def write_atomically(path: Path, content: str | bytes, once: bool = False) -> No
     """Write a whole file or none; with `once` only if there is none yet, whoever of all workers comes first."""
     part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        with naming(path):
+        with naming(path), contextlib.suppress(*[FileExistsError] * once):  # what a link finds out in one step
             part.write_bytes(content.encode() if isinstance(content, str) else content)
             os.link(part, path) if once else part.replace(path)
-    except FileExistsError:  # what a link finds out in one step
-        if not once:
-            raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -1602,12 +1555,6 @@ def tensors_as_bytes(tensors) -> bytes:
     """What torch.save writes, which by itself meets a full disk with an error of another kind."""
     torch.save(tensors, content := io.BytesIO())
     return content.getvalue()
-
-
-def write_once(path: Path, text: str) -> str:
-    """Write a text unless somebody else has; what then stands there."""
-    write_atomically(path, text, once=True)
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def warn(message: str) -> None:
@@ -1640,13 +1587,11 @@ def read_records(path: Path, start: int = 0) -> tuple[list[dict], int]:
         file.seek(start)
         whole, end, _ = file.read().rpartition(b"\n")
     records = []
-    for line in whole.split(b"\n") if end else ():
-        try:
+    for line in filter(bytes.strip, whole.split(b"\n")):
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = {}
-        if line.strip():
-            records.append(record if isinstance(record, dict) else {})
+        records.append(record if isinstance(record, dict) else {})
     return records, start + len(whole) + len(end)
 
 
@@ -1733,10 +1678,9 @@ class Worker(Journal):
         self.sign.unlink(missing_ok=True)
         self.file.close()
 
-    def hear(self, state: State) -> list[dict]:
-        heard = super().hear(state)
+    def hear(self, state: State) -> None:
+        super().hear(state)
         self.report()
-        return heard
 
     def tell(self, record: dict) -> None:
         """Append a record: one write, which a kill leaves whole or torn at the end."""
@@ -1766,20 +1710,21 @@ class Worker(Journal):
     def claim(self, name: str) -> bool:
         """Whether a job is this worker's: nobody has claimed it, or who has is dead."""
         path = self.room / f"claim-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
-        holder = path.read_text(encoding="utf-8", errors="replace") if path.exists() else write_once(path, self.life)
+        if not path.exists():
+            write_atomically(path, self.life, once=True)
+        holder = path.read_text(encoding="utf-8", errors="replace")
         if holder != self.life and holder not in self.others():
             with (self.room / "claims.lock").open("a") as lock:  # of several that take over the first succeeds
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if path.read_text(encoding="utf-8", errors="replace") == holder:
-                    write_atomically(path, self.life)
-                holder = path.read_text(encoding="utf-8", errors="replace")
+                    write_atomically(path, holder := self.life)
         return holder == self.life
 
     def agree(self, name: str, evaluated: int, task: Task, make: Callable):
         """What the first worker to come here makes of so many evaluations, for all and for every resume."""
         path = self.room / f"{name}-{evaluated}.json"
         if not path.exists():
-            write_once(path, json.dumps(make()))
+            write_atomically(path, json.dumps(make()), once=True)
         return read_agreed(path, name, task)
 
     def serve(self, state: State, jobs: list[tuple], others: Sequence[tuple] = ()) -> None:
@@ -1864,7 +1809,7 @@ class Reporter:
         self.start, self.explored_earlier = time.monotonic(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
         self.island_start = state.island_start
-        arguments = sorted((given_arguments(args) | settled_arguments(args)).items())
+        arguments = sorted((given_arguments(args) | args.by_default).items())
         rows = "\n".join(f"| {name} | {value} |" for name, value in arguments if value is not None)
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
 
@@ -1907,13 +1852,12 @@ class Reporter:
         state, args, score = self.state, self.args, record["score"]
         self.told += 1
         n, gates = self.told, state.gate_counts()
-        seconds = time.monotonic() - self.start
-        rate = (state.explored - self.explored_earlier) / max(1e-9, seconds)
+        rate = (state.explored - self.explored_earlier) / max(1e-9, time.monotonic() - self.start)
         share = max(n / args.evals, state.searched / (60 * args.minutes))
         left = max(0, int(state.searched * (1 / max(share, 1e-9) - 1)))
-        top = max((result.score for result in state.valid()), default=None)
+        best = max((result.score for result in state.valid()), default=None)
         print(
-            f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(top)}  "
+            f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(best)}  "
             f"explored {state.explored:,} ({rate:,.0f}/s)  "
             f"equivalent {gates.get('equivalent', 0)}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
@@ -1921,14 +1865,7 @@ class Reporter:
             + (f"  {' '.join(record['losses'])}" if len(state.task.symbols) > 1 and not improved else ""),
             flush=True,
         )
-        self.draw_evaluated(record, rate, gates)
-        for step, loss in record["curve"] if improved else ():
-            self.board.add_scalar(f"proxy_curve/{n:04d}", loss, step)
-
-    def draw_evaluated(self, record: dict, rate: float, gates: dict[str, int]) -> None:
-        state, score = self.state, record["score"]
         scores = [member.score for member in state.population if member.score is not None]
-        best = max((member.score for member in state.valid()), default=None)
         mean, deviation = record["predicted"] or (None, None)
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
             "found/best": best,
@@ -1950,6 +1887,8 @@ class Reporter:
             self.board.add_scalar("search/best_by_second", best, int(record["elapsed"]))
         if state.sampler:
             state.sampler.show(self.board)
+        for step, loss in record["curve"] if improved else ():
+            self.board.add_scalar(f"proxy_curve/{n:04d}", loss, step)
 
     def tell_retrained(self, record: dict) -> None:
         text, scores, metric = losses_text(record["retrained"]), record["scores"], self.args.metric
@@ -2014,10 +1953,6 @@ class Reporter:
             numbers = test["found"][args.metric]
             mean = sum(numbers) / len(numbers) if numbers else math.nan
             self.export(task.read_losses(losses), f"{mean:.4f} on test, {len(numbers)} seeds")
-        self.show_end(losses, test, ahead)
-
-    def show_end(self, losses: dict[str, str] | None, test: dict, ahead: dict) -> None:
-        args, task, state = self.args, self.task, self.state
         text = losses_text(losses) if losses else None
         print(f"\n        proxy  re-trained  loss ({args.metric} on the search-validation split)")
         rows = {result.text: shown(result.score) for result in state.hall_of_fame()[:8]}
@@ -2095,10 +2030,9 @@ def draw_gradients(task: Task, losses: dict[str, str]) -> bytes | None:
             for row, column in zip(rows, columns):
                 cv2.circle(plot, (column, row), 1, FOUND if tree is expr else BASELINE, -1)
         cv2.line(plot, (20, 190), (460, 190), (0, 0, 0))
-        axis = "IoU" if boxes else "probability of what is right"
-        put_text(plot, f"{name}: gradient over {axis}", (20, 18))
+        put_text(plot, f"{name}: gradient over {'IoU' if boxes else 'probability of what is right'}", (20, 18))
         put_text(plot, "found", (20, 38), FOUND)
-        put_text(plot, branch.baseline or "", (80, 38), BASELINE)
+        put_text(plot, branch.baseline, (80, 38), BASELINE)
         put_text(plot, "0", (16, 348))
         put_text(plot, "1", (456, 348))
         plots.append(plot)
@@ -2114,8 +2048,7 @@ def paired_difference(runs: dict[str, list], metric: str) -> list[float | None]:
 
     A single seed has no standard error: None.
     """
-    pairs = [(f["test"][metric], b["test"][metric]) for f, b in zip(runs["found"], runs["baseline"]) if f and b]
-    gaps = [f - b for f, b in pairs]
+    gaps = [f["test"][metric] - b["test"][metric] for f, b in zip(runs["found"], runs["baseline"]) if f and b]
     if not gaps:
         return []
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
@@ -2273,9 +2206,8 @@ def work(args, task: Task, directory: Path, report: Callable[[], None] = lambda:
         worker.hear(state)
         worker.start = time.monotonic() - state.searched
         search(state, worker, args)
-        closed = -1
-        while closed != state.evaluated:  # until nobody has come with more evaluations meanwhile
-            closed = close(state, worker, args)
+        while close(state, worker, args) != state.evaluated:  # somebody has come with more evaluations meanwhile
+            pass
     finally:
         worker.leave()
 
@@ -2288,8 +2220,7 @@ def launch(number: int, directory: Path) -> list[subprocess.Popen]:
     print(f"starting {number} workers", flush=True)
     shared = {**os.environ, "AUTOLOSS_RUN_DIR": str(directory), "AUTOLOSS_LAUNCHER": str(os.getpid())}
     ranks = [{"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(number)]
-    command = [sys.executable, *sys.argv]
-    return [subprocess.Popen(command, env=shared | rank, start_new_session=True) for rank in ranks]
+    return [subprocess.Popen([sys.executable, *sys.argv], env=shared | own, start_new_session=True) for own in ranks]
 
 
 def watch(children: list[subprocess.Popen], reporter: Reporter) -> None:
@@ -2316,8 +2247,7 @@ def open_run(args, task_name: str) -> Path:
     if args.resume:
         print(f"going on in {args.resume}")
         return args.resume
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{stamp}"
+    name = f"{task_name}_{args.metric}_{args.data}_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     args.runs.mkdir(parents=True, exist_ok=True)
     for k in itertools.count(1):
         directory = args.runs / (name if k == 1 else f"{name}-{k}")
@@ -2331,7 +2261,7 @@ def open_run(args, task_name: str) -> Path:
     about = {
         "task": task_name,
         "arguments": given_arguments(args),
-        "by_default": settled_arguments(args),
+        "by_default": args.by_default,
         "git": revision or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
@@ -2363,8 +2293,7 @@ def speaks() -> bool:
 def fail(message: str, everyone: bool = False) -> NoReturn:
     """End the program because of what the user gave it, in one line; what concerns all workers the first one says."""
     if everyone or speaks():
-        line = "".join(character if character.isprintable() else " " for character in message)
-        print(f"error: {line}", file=sys.stderr)
+        print("error:", "".join(letter if letter.isprintable() else " " for letter in message), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -2432,17 +2361,17 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag = flags(parser, "search")
     about = "; ".join(f"{name}: {about}" for name, about in kinds.items())
     flag("--search", "NAME", about, one_of(tuple(kinds)), "evolve")
-    about = "gates to switch off, comma-separated, for ablations: " + ", ".join(SWITCHABLE)
-    flag("--without", "GATES", about, gate_list, [])
-    flag("--evals", "N", "budget: proxy trainings ...", at_least(1), 500)
-    about = "... or minutes before the closing round, whichever is spent first; beyond shapes more than the default"
+    about, gate = "gates to switch off, comma-separated, for ablations: " + ", ".join(SWITCHABLE), one_of(SWITCHABLE)
+    flag("--without", "GATES", about, lambda text: [gate(name) for name in text.split(",") if name], [])
+    flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
+    about = "budget: minutes before the closing round, should they end first; other data than shapes need more"
     flag("--minutes", "M", about, at_least(0.01, float), minutes)
     about = f"processes that search; by default one per core, on CUDA one per GPU ({GPU_WORKERS} on shapes)"
     flag("--workers", "N", about, at_least(0, most=1024))
     about = "steps between two checkpoints of a --loss or --compare training"
     flag("--checkpoint-steps", "N", about, at_least(1), 500)
     flag("--seeds", "N", "trainings of each loss in the closing table, and by --loss and --compare", at_least(1), 3)
-    about = "of the search, or the first of --loss and --compare; 0 by default; one worker on a CPU repeats exactly"
+    about = "seed of the search, or first of --loss and --compare, 0 by default; one worker on a CPU repeats exactly"
     flag("--seed", "S", about, at_least(0), 0)
     flag("--runs", "DIR", "folder in which the run directory is made", Path, Path("runs"))
     about = "go on with a run, or join one; its budget, --workers, --device, --memory and --data-root may differ"
@@ -2463,11 +2392,6 @@ def machine_memory() -> float:
     with contextlib.suppress(OSError, ValueError):
         size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return size / 2**30
-
-
-def gate_list(text: str) -> list[str]:
-    """An argparse type: gates, comma-separated."""
-    return [one_of(SWITCHABLE)(name) for name in text.split(",") if name]
 
 
 def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
@@ -2492,9 +2416,8 @@ def settle_arguments(args, read_loss: Callable[[str, str], object]) -> None:
     if args.loss is not None and args.compare is not None:
         fail(f"--compare {args.compare}: not together with --loss; give one of them")
     flag, given = ("--loss", args.loss) if args.compare is None else ("--compare", args.compare)
-    names = [] if given is None else [given]
-    if flag == "--compare" and not os.path.isdir(given):
-        names = split_outside_brackets(given, ",")
+    whole = flag == "--loss" or os.path.isdir(given)
+    names = [] if given is None else [given] if whole else split_outside_brackets(given, ",")
     if given is not None and not "".join(names).strip():
         fail(f"{flag} {given!r:.40}: names no loss; leave the flag out to search for one")
     if len(set(names)) < len(names):
@@ -2532,7 +2455,7 @@ def read_formula(text: str, shown: str, symbols: Sequence[str]) -> Expr:
 def settle_machine(args) -> None:
     """Resolve --device for this process, --workers and --memory; end with one line where the device is not there.
 
-    `args.by_default`: those that nobody gave, so that a resume elsewhere settles them anew.
+    `args.by_default`: those that nobody gave and this machine decides, so that a resume elsewhere settles them anew.
     """
     try:
         if args.device.split(":")[0] not in ("cpu", "cuda"):
@@ -2546,7 +2469,7 @@ def settle_machine(args) -> None:
         own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if device.index is None else device.index
         torch.cuda.set_device(own)
     args.workers = args.workers or None
-    args.by_default = [name for name in ("workers", "memory") if getattr(args, name) is None]
+    unset = [name for name in ("workers", "memory") if getattr(args, name) is None]
     if args.memory is None:
         args.memory = round(machine_memory() / 8, 1)
     if args.workers is None:  # a further worker pays once there is an initial population for each
@@ -2554,6 +2477,7 @@ def settle_machine(args) -> None:
         if cuda:
             cores = min(cores, torch.cuda.device_count() * (GPU_WORKERS if args.data == "shapes" else 1))
         args.workers = max(1, min(cores, args.evals // INITIAL))
+    args.by_default = {name: getattr(args, name) for name in unset}
 
 
 def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object]:
@@ -2572,8 +2496,7 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
             Journal(directory).hear(state)
         except OSError as error:
             fail(f"{flag} {directory}: {error.filename}: {error.strerror}")
-        best = state.best()
-        losses = texts(best.losses) if best else {}
+        losses = texts(best.losses) if (best := state.best()) else {}
     else:
         fail(f"{flag} {directory}: not a run directory (neither result.json nor args.json in it)")
     if not losses:
@@ -2586,14 +2509,8 @@ def read_found(directory: Path, task: type[Task], flag: str) -> dict[str, object
 
 def given_arguments(args) -> dict[str, object]:
     """The arguments of a run as args.json has them; a resume reads them back, maybe on another machine."""
-    own = {name: value for name, value in vars(args).items() if name not in ("wanted", "by_default")}
-    given = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in own.items()}
-    return given | dict.fromkeys(settled_arguments(args))
-
-
-def settled_arguments(args) -> dict[str, object]:
-    """Those of them that nobody gave and this machine decided."""
-    return {name: getattr(args, name) for name in getattr(args, "by_default", ())}
+    given = {k: v for k, v in vars(args).items() if k not in ("wanted", "by_default")} | dict.fromkeys(args.by_default)
+    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 # Flags that may change when a run goes on. Its data may have moved.
@@ -2671,7 +2588,6 @@ class Checkpoint:
         """Restore everything; how many steps are done, and the curve so far."""
         if not self.path.exists():
             return 0, []
-
         rank, world = rank_and_world()
 
         def use(state) -> tuple[int, list]:
@@ -2723,8 +2639,10 @@ def compare(args, task: Task) -> None:
     if not first:
         return
     test = {name: test_scores(scores, task.metrics) for name, scores in runs.items()}
-    if args.compare:
-        show_losses(test, task.metrics, args.seeds)
+    if args.compare:  # the shape of the published tables
+        print(f"\ntest split, percent, mean and spread over {args.seeds} seed{'s' * (args.seeds != 1)}\n")
+        print(markdown_table(test, task.metrics))
+        show_invalid(test, args.seeds)
     else:
         columns = {name if len(name) < 17 else "loss": test[name] for name in test}
         show_table(columns, task.metrics, args.metric, args.seeds)
@@ -2734,7 +2652,7 @@ def compare(args, task: Task) -> None:
 def train_wanted(args, task: Task, directory: Path, first: bool) -> dict[str, list[dict | None]]:
     """The scores of all trainings that are asked for, by loss, from the run directory as far as they are there."""
     formulas = {name: losses_text(losses) for name, losses in args.wanted.items()}
-    write_once(directory / "losses.json", json.dumps(formulas, indent=1))
+    write_atomically(directory / "losses.json", json.dumps(formulas, indent=1), once=True)
     done = {(line["loss"], line["seed"]): line for line in finished_lines(directory, task.metrics)}
     seeds = range(args.seed, args.seed + args.seeds)
     for k, (name, losses) in enumerate(args.wanted.items()):
@@ -2758,11 +2676,8 @@ def finished_lines(directory: Path, metrics: tuple[str, ...]) -> list[dict]:
         os.truncate(path, whole)
     for record in records:
         with contextlib.suppress(ValueError):
-            scores = checked(record, TRAINING)["scores"]
-            if scores is None:
-                checked(record, {"invalid": str})
-            else:
-                checked(scores["test"], dict.fromkeys(metrics, float))
+            valid = checked(record, TRAINING)["scores"] is not None
+            checked(record, {"scores": {"test": dict.fromkeys(metrics, float)}} if valid else {"invalid": str})
             lines.append(record)
     if len(lines) < len(records):
         warn(f"{path}: {len(records) - len(lines)} broken lines were skipped")
@@ -2832,15 +2747,8 @@ def show_invalid(test: dict, seeds: int) -> None:
             print(f"{name}: {missing} of {seeds} trainings became invalid; the others count")
 
 
-def show_losses(test: dict, metrics: tuple[str, ...], seeds: int) -> None:
-    """One row per loss, one column per metric: the shape of the published tables, in percent."""
-    print(f"\ntest split, percent, mean and spread over {seeds} seed{'s' * (seeds != 1)}\n")
-    print(markdown_table(test, metrics))
-    show_invalid(test, seeds)
-
-
 def markdown_table(test: dict, metrics: tuple[str, ...]) -> str:
-    """Mean and spread in percent."""
+    """One row per loss, one column per metric: mean and spread in percent."""
     rows = ["| loss | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
     for name, scores in test.items():
         cells = [mean_and_spread([100 * v for v in scores[metric]], 1) for metric in metrics]
@@ -2942,34 +2850,24 @@ def mutate_program(rng: Random, program: list[Instruction], symbols: tuple[str, 
 
 
 def program_tree(program: Sequence[Instruction], symbols: tuple[str, ...]) -> Expr | None:
-    """What a program computes, as a tree; None if that would have more than TREE nodes."""
+    """What a program computes, as a tree; None if that would have more than TREE nodes, or not fit."""
     memory = [(Expr(symbol), 1) for symbol in symbols] + [(ZERO, 4)] * REGISTERS  # trees and how many nodes they have
     for op, *operands, out in program:
         used = [memory[k] for k in operands[: OPERATORS[op].arity]]
         memory[out] = Expr(op, tuple(tree for tree, _ in used)), 1 + sum(size for _, size in used)
         if memory[out][1] > TREE:
             return None
-    return memory[-1][0]
+    return memory[-1][0] if fits(memory[-1][0]) else None
 
 
-def compiled(state: State, name: str, branch: Branch, make: Callable[[], list[Instruction]]) -> Expr:
-    """The tree of the first program out of `make` that is not too large; by branch and tree it is remembered."""
-    tree = None
+def compiled(state: State, rng: Random, name: str, branch: Branch, expr: Expr | None = None) -> Expr:
+    """The tree of a random or, with `expr`, mutated program that is not too large; by branch and tree it is kept."""
+    parent, tree = expr and state.programs[f"{name}:{expr}"], None
     while tree is None:
-        program = make()
+        program = mutate_program(rng, parent, branch.symbols) if parent else random_program(rng, branch.symbols)
         tree = program_tree(program, branch.symbols)
-        tree = tree if tree and fits(tree) else None
     state.programs[f"{name}:{tree}"] = program
     return tree
-
-
-def random_compiled(state: State, rng: Random, name: str, branch: Branch) -> Expr:
-    return compiled(state, name, branch, lambda: random_program(rng, branch.symbols))
-
-
-def mutated_compiled(state: State, rng: Random, name: str, branch: Branch, expr: Expr) -> Expr:
-    parent = state.programs[f"{name}:{expr}"]
-    return compiled(state, name, branch, lambda: mutate_program(rng, parent, branch.symbols))
 
 
 TREE_GATES = ("dead", "seen", "gradient", "equivalent", "rejected", "unstable")
@@ -2980,6 +2878,6 @@ METHODS = {
     "naive": Method("evolution without gates", (), random_loss, mutated_loss),
     "cse": Method("convergence simulation, from known losses", SIMULATED, known_loss, mutated_loss),
     "cse-rand": Method("the same from random trees", SIMULATED, random_loss, mutated_loss),
-    "aml": Method("programs as in AutoML-Zero, without gates", (), random_compiled, mutated_compiled),
+    "aml": Method("programs as in AutoML-Zero, without gates", (), compiled, compiled),
 }
 SWITCHABLE = (*TREE_GATES, "surrogate", "invalid")  # by --without

@@ -118,7 +118,7 @@ def arguments(tmp_path, *argv):
     parser = evolve.Parser()
     evolve.add_search_flags(parser)
     args = parser.parse_args(["--runs", str(tmp_path), "--minutes", "5", "--workers", "1", *argv])
-    args.metric, args.data, args.device = "toy", "none", "cpu"
+    args.metric, args.data, args.device, args.by_default = "toy", "none", "cpu", {}
     return args
 
 
@@ -1613,7 +1613,8 @@ def test_a_claim_of_the_dead_is_taken_over_and_one_of_the_living_is_not(two):
 
 def test_of_several_who_take_over_a_claim_one_has_it(two, monkeypatch):
     first, second = two
-    dead = evolve.write_once(first.room / f"claim-{hashlib.blake2b(b'a job', digest_size=8).hexdigest()}", "2-gone-1")
+    dead = "2-gone-1"
+    evolve.write_atomically(first.room / f"claim-{hashlib.blake2b(b'a job', digest_size=8).hexdigest()}", dead)
     assert first.claim("a job")
     stale, read = [dead], Path.read_text
     with monkeypatch.context() as patch:  # what the second had read just before
@@ -2149,7 +2150,7 @@ def test_trainings_that_became_invalid_are_told(capsys):
     )
     evolve.show_table({"ce": {"toy": [0.9]}}, ("toy",), "toy", 1)
     assert "over 1 seed\n" in capsys.readouterr().out, "which need not be fresh to a loss that was named"
-    evolve.show_losses({"ce": {"toy": [0.9, 0.5]}}, ("toy",), 2)
+    evolve.show_invalid({"ce": {"toy": [0.9, 0.5]}}, 2)
     assert "invalid" not in capsys.readouterr().out
 
 

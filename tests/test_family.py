@@ -106,7 +106,7 @@ def test_opening(name):
     commands = re.findall(r"^    python (search_\w+)\.py --(metric|compare) ", opening, re.M)
     assert len(commands) >= 4 and {script for script, _ in commands} == {name} and commands[0][1] == "metric"
     assert "tensorboard --logdir runs" in opening and "arXiv 2103.14026 (marks [P])" in opening
-    assert "The whole task is in this file: arguments, data, networks, metric" in opening
+    assert "The whole task is in this file but for what data/ reads: arguments, data, networks, metric" in opening
 
 
 @pytest.mark.parametrize("one, other", PAIRS)

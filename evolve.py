@@ -2325,6 +2325,12 @@ def one_of(names):
     return convert
 
 
+def some_of(names):
+    """An argparse type: some of `names`, comma-separated, each of them once."""
+    known = one_of(names)
+    return lambda text: [*dict.fromkeys(known(name) for name in text.replace(" ", "").split(",") if name)]
+
+
 def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
     """Begin a group of the help text. Returns the function that adds a flag to it, with its default in brackets."""
     group = parser.add_argument_group(title)
@@ -2361,8 +2367,8 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag = flags(parser, "search")
     about = "; ".join(f"{name}: {about}" for name, about in kinds.items())
     flag("--search", "NAME", about, one_of(tuple(kinds)), "evolve")
-    about, gate = "gates to switch off, comma-separated, for ablations: " + ", ".join(SWITCHABLE), one_of(SWITCHABLE)
-    flag("--without", "GATES", about, lambda text: [gate(name) for name in text.split(",") if name], [])
+    about = "gates to switch off, comma-separated, for ablations: " + ", ".join(SWITCHABLE)
+    flag("--without", "GATES", about, some_of(SWITCHABLE), [])
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
     about = "budget: minutes before the closing round, should they end first; other data than shapes need more"
     flag("--minutes", "M", about, at_least(0.01, float), minutes)

@@ -15,7 +15,7 @@ where EPS is not small).
 Ignored positions (mask False) are left out of every sum, mean and pool.
 
 Marks, here and in the other files: [P] published by AutoLoss-Zero, [A] read off the published Auto Seg-Loss code,
-[D] this project's own choice.
+[S] off Simple Baselines, [D] this project's own choice.
 """
 
 import difflib
@@ -94,7 +94,7 @@ def mean_c(x):
 def max_pool3(x, mask):
     if x.shape[-2:] == (1, 1) or not x.numel():  # without neighbours, whatever the mask's size; torch refuses the empty
         return x
-    # An ignored position never wins; its own output is the input, which keeps it finite and out of every later sum.
+    # An ignored position wins over -inf alone; its own output is the input, finite and kept out of every later sum.
     # With -inf in place of the least number torch.compile takes a window of such positions for one without a maximum.
     seen = x if mask is None else torch.where(mask, x, torch.finfo(x.dtype).min)
     if x.is_cuda:

@@ -123,7 +123,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     others = "a run directory, or BRANCH=NAME and BRANCH=FORMULA, comma-separated, with semicolons in --compare"
     flag = evolve.add_task_flags(parser, tuple(METRICS), LOSSES, others, DATA, MODELS)
     about = f"losses to search, comma-separated, of {' '.join(BRANCHES)}; by default all, mask with --metric segm"
-    flag("--branches", "NAMES", about, branch_list)
+    flag("--branches", "NAMES", about, evolve.some_of(tuple(BRANCHES)))
     about = "leave out annotations with an empty box or mask instead of complaining"
     flag("--skip-empty", None, about, action="store_true")
     flag("--proxy-steps", "N", f"steps of a proxy training: {evolve.told(PROXY, 'steps')}", evolve.at_least(1))
@@ -142,19 +142,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return check_arguments(args)
 
 
-def branch_list(text: str) -> list[str]:
-    """An argparse type: branches, comma-separated."""
-    return [*dict.fromkeys(evolve.one_of(tuple(BRANCHES))(name) for name in text.replace(" ", "").split(",") if name)]
-
-
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other flags; end the program with one line where something is wrong."""
     evolve.settle_arguments(args, read_loss)
     possible = [name for name in BRANCHES if name != "mask" or args.metric == "segm"]
     args.branches = args.branches or possible
     flag = "--loss" if args.compare is None else "--compare"
-    asked = {"--branches mask": args.branches} | {f"{flag} {text:.80}": loss for text, loss in args.wanted.items()}
-    for text, losses in asked.items():
+    asked = [("--branches mask", args.branches), *((f"{flag} {text:.80}", loss) for text, loss in args.wanted.items())]
+    for text, losses in asked:
         if "mask" in losses and args.metric != "segm":
             fail(f"{text}: there are no masks to train; give --metric segm with it")
     for model in {args.model or plans[args.data].model for plans in (PROXY, RETRAIN)}:
@@ -413,7 +408,7 @@ def read_data(args, size: int, masks: bool) -> dict[str, Split]:
         files[name] = [source.folder.resolve() / file.lstrip("/") for file in chosen]
         splits[name] = split = read_split(source, size, masks, args.skip_empty, left, args.device, coco)
         left -= split.images.nbytes + split.bits.nbytes
-        if split.images.nbytes == 0:
+        if 0 in (split.images.nbytes, split.bits.nbytes):
             number = f"{name}: {len(split.images):,} pictures"
             note(f"{number}, more than --memory {args.memory:.3g} or TMPDIR holds; decoded batch by batch")
     warn_of_shared(files)

@@ -137,10 +137,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     args.crop = args.crop or PROXY[args.model].crop
     width, multiple = round(args.crop * args.aspect), COARSEST[args.model]
     if args.crop % multiple or width % multiple:
-        flags, nearest = f"--crop {args.crop} --aspect {args.aspect:g}", max(1, round(width / multiple)) * multiple
-        size = max(1, round(args.crop / multiple)) * multiple
-        cure = f"--crop {size} --aspect {nearest / size:g}"
-        fail(f"{flags}: {args.crop}x{width} pixels, and both must be multiples of {multiple}; give {cure}")
+        height = max(1, round(args.crop / multiple)) * multiple
+        least, most = math.ceil(height / 10 / multiple), height * 10 // multiple
+        aspect = min(max(least, round(height * args.aspect / multiple)), most) * multiple / height
+        pixels, cure = f"{args.crop}x{width} pixels", f"give --crop {height} --aspect {aspect:g}"
+        fail(f"--crop {args.crop} --aspect {args.aspect:g}: {pixels}, and both must be multiples of {multiple}; {cure}")
     if args.pretrained:  # what is missing shows before the search, not after it
         build_model(args.model, 1, args.pretrained)
     return args
@@ -248,7 +249,8 @@ def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
         return Skeleton(names, category["skeleton"], other, doubles(sigmas).expand(len(names)))
     sigmas = default_sigmas(len(names))
     if len(names) == len(COCO_SIGMAS) and other.tolist() != COCO_SWAP:
-        warn_once(f"{len(names)} joints, but not COCO's: each has a tolerance of {OTHER_SIGMA} in OKS")
+        why = f"{len(names)} joints, but not COCO's left and right ones"
+        warn_once(f"{why}: each has a tolerance of {OTHER_SIGMA} in OKS; --sigmas gives others")
         sigmas = torch.full_like(sigmas, OTHER_SIGMA)
     return Skeleton(names, category["skeleton"], other, sigmas)
 

@@ -271,7 +271,7 @@ def read_data(args, pairs=None, meaning: Meaning | None = None) -> dict[str, Spl
     for name, chosen in pairs.items():
         splits[name] = split = read_split(chosen, meaning.number, meaning, left, args.device)
         left -= sum(part.nbytes for part in split if part is not None)
-        if split.sizes is None:
+        if split.images.nbytes == 0:
             number = f"{name}: {len(chosen):,} pictures"
             note(f"{number}, more than --memory {args.memory:.3g} or TMPDIR holds; decoded batch by batch")
     for name, split in splits.items():

@@ -1144,6 +1144,17 @@ def test_bad_flags(monkeypatch, capsys, argv, words):
     assert all(word in error for word in words), error
 
 
+CROPS = ["--crop 50", "--crop 64 --aspect .7", "--crop 1000 --aspect .1", "--crop 10 --aspect 10"]
+
+
+@pytest.mark.parametrize("argv", CROPS)
+def test_the_cure_of_a_crop_is_one(root, monkeypatch, capsys, argv):
+    cure = bad(monkeypatch, capsys, *argv.split()).partition("give ")[2].split()
+    assert [*cure[::2]] == ["--crop", "--aspect"]
+    args = arguments(root, *cure)
+    assert abs(args.crop / int(argv.split()[1]) - 1) < 0.25 and args.crop % 8 == round(args.crop * args.aspect) % 8 == 0
+
+
 def test_bad_data(monkeypatch, capsys, tmp_path, root):
     missing = tmp_path / "nowhere"
     assert str(missing) in bad(monkeypatch, capsys, "--data", "coco", "--data-root", missing)

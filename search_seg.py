@@ -25,7 +25,6 @@ import math
 import os
 import random
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -450,15 +449,14 @@ def read_ahead(split: "Split", size: int, order: torch.Generator) -> Iterator[Te
     `order` is never ahead of the batch in use: its state says where in the sequence the training is.
     """
     lazy, number = [part for part in split if isinstance(part, Pictures)], len(split.images)
-    coming, waiting = order.clone_state(), deque()
+    coming = order.clone_state()
     try:
-        while True:
-            while len(waiting) <= AHEAD:
-                waiting.append(torch.randint(number, (size,), generator=coming))
-                for pictures in lazy:
-                    pictures.prefetch(waiting[-1].tolist())
-            torch.randint(number, (size,), generator=order)
-            yield waiting.popleft()
+        for step in itertools.count(-AHEAD):
+            index = torch.randint(number, (size,), generator=coming).tolist()
+            for pictures in lazy:
+                pictures.prefetch(index)
+            if step >= 0:
+                yield torch.randint(number, (size,), generator=order)
     finally:
         for pictures in lazy:
             pictures.coming.clear()

@@ -348,22 +348,20 @@ class Pictures:
         """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
         sizes = [math.prod(shape) for shape in self.shapes]
         self.key, (H, W) = key, self.shape[-2:]
-        pixels = sum(shape[-2] * shape[-1] for shape in self.shapes)
-        if len({*self.shapes}) == 1 and H * W <= 2**16 and pixels <= SMALL:
-            self.strict = True
+        self.strict = sum(h * w for *_, h, w in self.shapes) <= SMALL  # all are read now: what is broken shows at once
+        if len({*self.shapes}) == 1 and H * W <= 2**16 and self.strict:
             return self[:]
-        size, cuda = sum(sizes) * self.dtype.itemsize, self.device.startswith("cuda")
-        if cuda and size < torch.cuda.mem_get_info(self.device)[0] / 4:
-            elements, there = torch.empty(sum(sizes), dtype=self.dtype, device=self.device), torch.zeros(self.number)
-        elif pixels <= SMALL:
-            elements, there = torch.empty(sum(sizes), dtype=self.dtype), torch.zeros(self.number)
+        size = sum(sizes) * self.dtype.itemsize
+        on_gpu = self.device.startswith("cuda") and size < torch.cuda.mem_get_info(self.device)[0] / 4
+        if on_gpu or self.strict:
+            device = self.device if on_gpu else "cpu"
+            elements, there = torch.empty(sum(sizes), dtype=self.dtype, device=device), torch.zeros(self.number)
         elif (shared := shared_bytes(key(), size + self.number)) is not None:
             elements, there = shared[:size].view(self.dtype), shared[size:]
         else:
             return self
         self.kept = elements, [0, *itertools.accumulate(sizes)], there
-        if pixels <= SMALL:
-            self.strict = True  # what is broken shows at once
+        if self.strict:
             self.take(range(self.number))
         return self
 

@@ -670,8 +670,7 @@ def resnet(depth: int, pretrained: bool | str, **options) -> nn.Module:
         if pretrained is True:
             fail(f"{flag}: no download ({reason}); fetch {weights.url} elsewhere and give it as --pretrained FILE")
         fail(f"{flag}: no readable file of weights ({reason}); give one that torch.save has written")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if "fc." not in name}
+    state = {str(name).removeprefix("module."): value for name, value in state.items() if "fc." not in str(name)}
     wanted = [name for name in net.state_dict() if not name.startswith("fc.") and "num_batches" not in name]
     if missing := [name for name in wanted if name not in state]:
         fail(f"{flag}: no {missing[0]} in it; give torchvision's resnet{depth} weights, or another --model")
@@ -1256,7 +1255,7 @@ def train_network(
     _, world = evolve.rank_and_world()
     parts = (net, optimizer, schedule)  # of which a checkpoint has the network first
     first, curve = checkpoint.load(parts, data.generators) if checkpoint else (0, [])
-    weights, valid = list(net.parameters()), None
+    weights, valid = list(net.parameters()), True
     net.train()
     if world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if cuda else net
@@ -1272,8 +1271,7 @@ def train_network(
         value.backward()
         norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         if stop_invalid:
-            finite = shown.isfinite() & norm.isfinite()
-            valid = finite if valid is None else valid & finite
+            valid = shown.isfinite() & norm.isfinite() & valid
             if (not cuda or step % 10 == 9 or step == plan.steps - 1) and not valid:
                 raise InvalidLoss(f"step {step}")
         if plan.clip < math.inf:

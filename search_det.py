@@ -595,13 +595,14 @@ PORTION_OF_MASKS = 2**26  # pixels of masks that are cut, or pasted, at once: so
 
 
 def batch_scale_flip(
-    split: Split, index: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator, masks: bool
+    split: Split, index: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Scale, flip and cut a (size, size) window out of each picture, in one affine sampling; objects follow.
 
-    Returns images (N, 3, size, size) float in 0..255 and, in torchvision's form, the boxes (n, 4), labels (n,) and
-    masks (n, size, size) uint8 of each, on the split's device. At scale 1 the longer side of a picture fills the
-    window; the scale is log-uniform in `scale`; half of the pictures are mirrored. Crowds are no targets.
+    Returns images (N, 3, size, size) float in 0..255 and, in torchvision's form, the boxes (n, 4), labels (n,) and,
+    where the split has them, masks (n, size, size) uint8 of each, on the split's device. At scale 1 the longer side of
+    a picture fills the window; the scale is log-uniform in `scale`; half of the pictures are mirrored. Crowds are no
+    targets.
     """
     N, device = len(index), split.images.device
     u = torch.rand(4, N, generator=generator).to(device, non_blocking=True)
@@ -617,7 +618,7 @@ def batch_scale_flip(
     boxes = torch.where(mirror.view(N, 1, 1) < 0, flipped, boxes).clamp(0, size)
     keep = (labels > 0) & ~crowd & (boxes[..., 2:] - boxes[..., :2] >= SMALLEST).all(-1)  # (N, G)
     targets = [{"boxes": b[k], "labels": c[k]} for b, c, k in zip(boxes, labels, keep)]
-    if masks:
+    if split.truth.objects.masks is not None:
         owner = torch.where(keep)[0]
         window = (x[owner] for x in (left, top, side, mirror, originals / sizes))
         bits = rows_of(split.bits, index)  # (N, 1, B)
@@ -1343,11 +1344,11 @@ class Batches:
     Their states say where in the sequence the training is. Of several processes each draws its share of a batch.
     """
 
-    def __init__(self, split: Split, plan: Schedule, seed: int, device: str, masks: bool):
+    def __init__(self, split: Split, plan: Schedule, seed: int):
         rank, _ = evolve.rank_and_world()
-        self.split, self.plan, self.share, self.masks = split, plan, evolve.share_of(plan.batch, 1), masks
+        self.split, self.plan, self.share = split, plan, evolve.share_of(plan.batch, 1)
         seed += 1_000_003 * rank
-        cuda = torch.device(device).type == "cuda"
+        cuda = split.sizes.is_cuda
         default = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
         own = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
         self.generators = *own, default
@@ -1355,7 +1356,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
         plan, (order, augmentation, _) = self.plan, self.generators
         for index in read_ahead(self.split, self.share, order):
-            images, targets = batch_scale_flip(self.split, index, plan.size, plan.scale, augmentation, self.masks)
+            images, targets = batch_scale_flip(self.split, index, plan.size, plan.scale, augmentation)
             yield normalise(batch_colour_jitter(images, 0.25, augmentation)), targets
 
 
@@ -1430,17 +1431,17 @@ def train_network(
 
 
 @torch.no_grad()
-def detect(net: Detector, split: Split, part: slice, size: int, device: str) -> list[dict[str, Tensor]]:
+def detect(net: Detector, split: Split, part: slice, size: int) -> list[dict[str, Tensor]]:
     """What `net` finds on some pictures of a split, boxes in pixels of the canvas.
 
     Each picture, its longer side `size` pixels, fills a square window from its upper left corner (in training it lies
     in the middle): what is found in it depends neither on what lies beside it nor on how it is kept.
     """
     net.eval()
-    images, sizes = split.images[part].to(device), split.sizes[part]
+    sizes = split.sizes[part]
     side = sizes.amax(1)
     corner = torch.zeros_like(side)
-    images = cut(images, corner, corner, side, torch.ones_like(side), size)
+    images = cut(split.images[part], corner, corner, side, torch.ones_like(side), size)
     factor = size / side
     found = net(normalise(images), [tuple(pair) for pair in (sizes * factor.view(-1, 1)).round().int().tolist()])
     return [{**result, "boxes": result["boxes"] / own} for result, own in zip(found, factor)]
@@ -1468,15 +1469,15 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
 
 
 @torch.no_grad()
-def test_network(net: Detector, split: Split, size: int, device: str) -> dict[str, float]:
+def test_network(net: Detector, split: Split, size: int) -> dict[str, float]:
     """COCO's average precisions of `net` on a split."""
-    found = []
-    number = max(1, 2 ** (23 if split.sizes.is_cuda else 19) // size**2)
+    found, device = [], split.sizes.device
+    number = max(1, 2 ** (23 if device.type == "cuda" else 19) // size**2)
     for start in range(0, len(split.images), number):
         if isinstance(split.images, Pictures):
             split.images.prefetch(range(start, min(start + 2 * number, len(split.images))))
-        found += detect(net, split, slice(start, start + number), size, device)
-    zoom = (split.originals / split.sizes).flip(1).repeat(1, 2).to(device)  # of x y x y
+        found += detect(net, split, slice(start, start + number), size)
+    zoom = (split.originals / split.sizes).flip(1).repeat(1, 2)  # of x y x y
     corners = torch.cat([result["boxes"] * own for result, own in zip(found, zoom)]).double()
     box = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
     counts = torch.tensor([len(result["boxes"]) for result in found], device=device)
@@ -1501,13 +1502,13 @@ def test_network(net: Detector, split: Split, size: int, device: str) -> dict[st
     return scores
 
 
-def draw_predictions(net: Detector, split: Split, path: Path, size: int, device: str, number: int = 8) -> None:
+def draw_predictions(net: Detector, split: Split, path: Path, size: int, number: int = 8) -> None:
     """The first few pictures with their true boxes and, below, with as many of the best predicted ones, as a PNG."""
     palette = [tuple(shapes.voc_palette()[3 * k : 3 * k + 3]) for k in range(256)]
     images = split.images[:number].cpu()
     zoom = max(1, 192 // max(images.shape[-2:]))
     rows, draw = ([], []), torchvision.utils.draw_bounding_boxes
-    for k, found in enumerate(detect(net, split, slice(0, number), size, device)):
+    for k, found in enumerate(detect(net, split, slice(0, number), size)):
         real = split.labels[k] > 0
         most = int(real.sum())
         drawn = (split.boxes[k, real], split.labels[k, real]), (found["boxes"][:most], found["labels"][:most])
@@ -1633,7 +1634,7 @@ class DetTask(evolve.Task):
         return found
 
     def batches(self, plan: Schedule, seed: int) -> Batches:
-        return Batches(self.data["train"], plan, seed, self.device, self.masks)
+        return Batches(self.data["train"], plan, seed)
 
     @functools.cached_property
     def proxy_batches(self):
@@ -1644,7 +1645,7 @@ class DetTask(evolve.Task):
         return None
 
     def test(self, net: nn.Module, split: Split, size: int | None = None) -> dict[str, float]:
-        return test_network(net, split, size or self.proxy.size, self.device)
+        return test_network(net, split, size or self.proxy.size)
 
     def prepare(self, base: Path) -> None:
         """The base network: the first steps of a training with the baseline's losses.
@@ -1687,7 +1688,7 @@ class DetTask(evolve.Task):
         self.few = rich[torch.arange(GATE_SAMPLES) % len(rich)]
         for index in self.few:
             augmentation = torch.Generator().manual_seed(self.args.seed)
-            images, targets = batch_scale_flip(train, index.view(1), size, (1.0, 1.0), augmentation, self.masks)
+            images, targets = batch_scale_flip(train, index.view(1), size, (1.0, 1.0), augmentation)
             with torch.no_grad():
                 net(normalise(images), [(size, size)], targets, losses)
         return {branch: self.make_branch(branch, seen[branch]) for branch in self.args.branches}
@@ -1752,7 +1753,7 @@ class DetTask(evolve.Task):
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
         try:
-            train_network(net, self.losses(losses), Batches(few, plan, self.args.seed, self.device, self.masks), plan)
+            train_network(net, self.losses(losses), Batches(few, plan, self.args.seed), plan)
         except InvalidLoss:
             return 0.0
         return self.test(net, few)[self.args.metric]
@@ -1765,7 +1766,7 @@ class DetTask(evolve.Task):
         net = self.network(plan, own)
         self.curve = train_network(net, self.losses(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:
-            draw_predictions(net, self.data["test"], picture, plan.size, self.device)
+            draw_predictions(net, self.data["test"], picture, plan.size)
         return {name: self.test(net, self.data[name], plan.size) for name in ("val", "test")}
 
 

@@ -1086,7 +1086,7 @@ class Batches:
     several processes each draws its share of a batch.
     """
 
-    def __init__(self, split: Split, swap: Tensor, plan: Schedule, size: tuple[int, int], seed: int, device: str):
+    def __init__(self, split: Split, swap: Tensor, plan: Schedule, size: tuple[int, int], seed: int):
         rank, _ = evolve.rank_and_world()
         self.split, self.swap, self.plan, self.size = split, swap, plan, size
         self.share = evolve.share_of(plan.batch)
@@ -1168,7 +1168,7 @@ def train_network(
 
 @torch.no_grad()
 def test_network(
-    net: nn.Module, split: Split, skeleton: Skeleton, size: tuple[int, int], device: str, flip: bool = False
+    net: nn.Module, split: Split, skeleton: Skeleton, size: tuple[int, int], flip: bool = False
 ) -> dict[str, float]:
     """All metrics of `net` on a split; with `flip` each crop is seen in a mirror as well."""
     found = []
@@ -1176,13 +1176,13 @@ def test_network(
     for start in range(0, len(split.images), number):
         if isinstance(split.images, Pictures):
             split.images.prefetch(range(start, min(start + 2 * number, len(split.images))))
-        images = middle(split.images[start : start + number], size).to(device)
+        images = middle(split.images[start : start + number], size)
         heatmaps = predict(net, images)
         if flip:
             heatmaps = (heatmaps + predict(net, images.flip(-1)).flip(-1)[:, skeleton.swap]) / 2
         found.append(locate(heatmaps))
     joints, height = (torch.cat(parts) for parts in zip(*found))
-    corner = doubles([(n - m) // 2 for n, m in zip(split.images.shape[-2:], size)]).flip(0).to(device)
+    corner = doubles([(n - m) // 2 for n, m in zip(split.images.shape[-2:], size)]).flip(0).to(joints.device)
     return pose_metrics(corner + joints.double() * STRIDE, height, split, skeleton.sigmas)
 
 
@@ -1195,11 +1195,11 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def draw_predictions(
-    net: nn.Module, split: Split, skeleton: Skeleton, size: tuple[int, int], path: Path, device: str, number: int = 8
+    net: nn.Module, split: Split, skeleton: Skeleton, size: tuple[int, int], path: Path, number: int = 8
 ) -> None:
     """The skeletons of the first few persons, as labelled and below it as predicted, as a PNG."""
     images = middle(split.images[:number], size)
-    joints, _ = locate(predict(net, images.to(device)))
+    joints, _ = locate(predict(net, images))
     corner = torch.tensor([(n - m) // 2 for n, m in zip(split.images.shape[-2:], size)]).flip(0)
     labelled, rows = split.labelled[:number].tolist(), []
     for poses in (split.joints[:number].cpu() - corner, joints.cpu() * STRIDE):
@@ -1269,7 +1269,7 @@ class PoseTask(evolve.Task):
         return LOSSES[losses] if isinstance(losses, str) else tree_loss(losses["loss"])
 
     def batches(self, plan: Schedule, seed: int) -> Batches:
-        return Batches(self.data["train"], self.skeleton.swap, plan, self.size, seed, self.device)
+        return Batches(self.data["train"], self.skeleton.swap, plan, self.size, seed)
 
     @functools.cached_property
     def proxy_batches(self):
@@ -1280,7 +1280,7 @@ class PoseTask(evolve.Task):
         return None
 
     def test(self, net: nn.Module, split: Split) -> dict[str, float]:
-        return test_network(net, split, self.skeleton, self.size, self.device, self.args.flip_test)
+        return test_network(net, split, self.skeleton, self.size, self.args.flip_test)
 
     def prepare(self, base: Path) -> None:
         """The base network: the first steps of a training with the baseline's loss.
@@ -1318,7 +1318,7 @@ class PoseTask(evolve.Task):
         target = batch_heatmaps(joints * scale.flip(0).to(self.device), size, 1.0)
         target = (target * train.labelled[index, :, None, None]).cpu()
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
-        images = normalise(middle(train.images[index], self.size).to(self.device).float())
+        images = normalise(middle(train.images[index], self.size).float())
         net, logits = self.network(self.proxy, self.args.seed), [noise]
         for state in self.states[1 : len(STATES)]:
             net.load_state_dict(state)
@@ -1368,7 +1368,7 @@ class PoseTask(evolve.Task):
         few = select(self.data["train"], self.few)
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
-        data = Batches(few, self.skeleton.swap, plan, self.size, self.args.seed, self.device)
+        data = Batches(few, self.skeleton.swap, plan, self.size, self.args.seed)
         try:
             train_network(net, self.loss(losses), data, plan)
         except InvalidLoss:
@@ -1383,7 +1383,7 @@ class PoseTask(evolve.Task):
         net = self.network(plan, own)
         self.curve = train_network(net, self.loss(losses), self.batches(plan, own), plan, checkpoint=checkpoint)
         if picture:
-            draw_predictions(net, self.data["test"], self.skeleton, self.size, picture, self.device)
+            draw_predictions(net, self.data["test"], self.skeleton, self.size, picture)
         return {name: self.test(net, self.data[name]) for name in ("val", "test")}
 
 

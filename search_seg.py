@@ -1196,7 +1196,7 @@ class Batches:
     several processes each draws its share of a batch.
     """
 
-    def __init__(self, split: Split, plan: Schedule, seed: int, device: str):
+    def __init__(self, split: Split, plan: Schedule, seed: int):
         rank, _ = evolve.rank_and_world()
         self.split, self.plan, self.share = split, plan, evolve.share_of(plan.batch)
         seed += 1_000_003 * rank
@@ -1286,11 +1286,11 @@ def train_network(
 
 
 @torch.no_grad()
-def test_network(net: nn.Module, split: Split, num_classes: int, device: str) -> dict[str, float]:
+def test_network(net: nn.Module, split: Split, num_classes: int) -> dict[str, float]:
     """All metrics of `net` on a split, at full size; 0 for those that it has nothing to measure by."""
-    metrics = SegMetrics(num_classes, device)
+    metrics = SegMetrics(num_classes, split.images.device)
     for images, labels in in_order(split):
-        metrics.update(predict(net, images.to(device)), labels.to(device))
+        metrics.update(predict(net, images), labels)
     return {name: value.nan_to_num(0.0).item() for name, value in metrics.compute().items()}
 
 
@@ -1302,13 +1302,12 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
         return net(normalise(images.float())).argmax(1)
 
 
-def draw_predictions(net: nn.Module, split: Split, path: Path, device: str, number: int = 8) -> None:
+def draw_predictions(net: nn.Module, split: Split, path: Path, number: int = 8) -> None:
     """Pictures, targets and predictions of the first few images, one below the other, as a PNG."""
     palette = torch.frombuffer(bytearray(shapes.voc_palette()), dtype=torch.uint8).view(256, 3)
-    images = split.images[:number].cpu()
-    pred = predict(net, split.images[:number].to(device)).cpu()
-    coloured = [palette[label.long()].movedim(-1, 1) for label in (split.labels[:number].cpu(), pred)]
-    grid = torchvision.utils.make_grid(torch.cat([images, *coloured]), nrow=len(images), pad_value=255)
+    images, labels = split.images[:number], split.labels[:number]
+    coloured = [palette[label.long().cpu()].movedim(-1, 1) for label in (labels, predict(net, images))]
+    grid = torchvision.utils.make_grid(torch.cat([images.cpu(), *coloured]), nrow=len(images), pad_value=255)
     Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
 
 
@@ -1393,7 +1392,7 @@ class SegTask(evolve.Task):
         name = losses if isinstance(losses, str) and losses in WEIGHTS else None
         if name not in self.weighted:
             self.weighted[name] = with_weights(self.data["train"], WEIGHTS[name], self.num_classes)
-        return Batches(self.weighted[name], plan, seed, self.device)
+        return Batches(self.weighted[name], plan, seed)
 
     @functools.cached_property
     def proxy_batches(self):
@@ -1404,7 +1403,7 @@ class SegTask(evolve.Task):
         return None
 
     def test(self, net: nn.Module, split: Split) -> dict[str, float]:
-        return test_network(net, split, self.num_classes, self.device)
+        return test_network(net, split, self.num_classes)
 
     def prepare(self, base: Path) -> None:
         """The base network: the first steps of a training with the baseline's loss.
@@ -1444,7 +1443,7 @@ class SegTask(evolve.Task):
         for state in self.states[: len(STATES)]:
             net.load_state_dict(state)
             with torch.no_grad():
-                logits.append(small(net(normalise(few.images.to(self.device).float())), "bilinear").cpu())
+                logits.append(small(net(normalise(few.images.float())), "bilinear").cpu())
         # The upper left pixel of each cell, half a cell beside what is predicted there; so were all searches made that
         # tests/RESULTS.md tells of [D].
         label = small(labels.unsqueeze(1).float(), "nearest").squeeze(1).long()
@@ -1500,7 +1499,7 @@ class SegTask(evolve.Task):
         plan = self.proxy._replace(steps=max(1, self.proxy.steps // 4))
         net = self.network(plan, self.args.seed)
         try:
-            train_network(net, self.loss(losses), Batches(few, plan, self.args.seed, self.device), plan)
+            train_network(net, self.loss(losses), Batches(few, plan, self.args.seed), plan)
         except InvalidLoss:
             return 0.0
         return self.test(net, few)[self.args.metric]
@@ -1513,7 +1512,7 @@ class SegTask(evolve.Task):
         net = self.network(plan, own)
         self.curve = train_network(net, self.loss(losses), self.batches(losses, plan, own), plan, checkpoint=checkpoint)
         if picture:
-            draw_predictions(net, self.data["test"], picture, self.device)
+            draw_predictions(net, self.data["test"], picture)
         return {name: self.test(net, self.data[name]) for name in ("val", "test")}
 
 

@@ -169,9 +169,7 @@ class PictureByPicture(torch.utils.data.IterableDataset):
             index = torch.randint(len(self.split.images), (1,), generator=generator)
             if self.script is search_det:
                 plan = self.plan
-                images, targets = search_det.batch_scale_flip(
-                    self.split, index, plan.size, plan.scale, generator, *self.more
-                )
+                images, targets = search_det.batch_scale_flip(self.split, index, plan.size, plan.scale, generator)
                 images = search_det.normalise(search_det.batch_colour_jitter(images, 0.25, generator))
                 yield images[0], targets[0]
             elif self.script is search_pose:
@@ -199,17 +197,17 @@ def load(script, args):
     if script is search_seg:
         plan = search_seg.PROXY[args.data]
         split = search_seg.read_data(args)["train"]
-        return search_seg.Batches(split, plan, 0, args.device), split, plan, ()
+        return search_seg.Batches(split, plan, 0), split, plan, ()
     if script is search_pose:
         data, skeleton = search_pose.read_data(args)
         plan, size = search_pose.PROXY[args.model], (args.crop, round(args.crop * args.aspect))
-        batches = search_pose.Batches(data["train"], skeleton.swap, plan, size, 0, args.device)
+        batches = search_pose.Batches(data["train"], skeleton.swap, plan, size, 0)
         return batches, data["train"], plan, (skeleton.swap, size)
     task = object.__new__(search_det.DetTask)
     task.args, task.device, task.masks = args, args.device, args.metric == "segm"
     task.proxy, task.retraining = search_det.PROXY[args.data], search_det.RETRAIN[args.data]
     task.data = search_det.read_data(args, max(task.proxy.size, task.retraining.size), task.masks)
-    return task.batches(task.proxy, 0), task.data["train"], task.proxy, (task.masks,)
+    return task.batches(task.proxy, 0), task.data["train"], task.proxy, ()
 
 
 def network(script, args, split, plan):

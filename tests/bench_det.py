@@ -137,7 +137,7 @@ def show_seconds(task: search_det.DetTask) -> None:
     for images, _ in data:
         backbone += seconds(lambda: sum(x.sum() for x in net.backbone(images).values()).backward())  # noqa: B023
     train = seconds(lambda: search_det.train_network(net, task.losses("ce+l1"), data, plan))
-    score = seconds(lambda: search_det.test_network(net, task.data["val"], plan.size, "cpu"))
+    score = seconds(lambda: search_det.test_network(net, task.data["val"], plan.size))
     print(f"\n{'one proxy training':<36}{'seconds':>10}")
     rest = train - backbone
     for name, value in (("backbone and pyramid", backbone), ("two stages and losses", rest), ("detection, AP", score)):

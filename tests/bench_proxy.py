@@ -218,7 +218,7 @@ class Bench:
         start = time.process_time()
         try:
             search_seg.train_network(net, task.loss(losses), task.batches(losses, plan, seed), plan)
-            scores = search_seg.test_network(net, task.data["val"], 7, "cpu")
+            scores = search_seg.test_network(net, task.data["val"], 7)
         except search_seg.InvalidLoss:
             scores = dict.fromkeys(search_seg.METRICS, 0.0)
         entry = {"proxy": proxy, "loss": loss, "seconds": round(time.process_time() - start, 1), **scores}

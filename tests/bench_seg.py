@@ -98,7 +98,7 @@ def show_proxy(task: search_seg.SegTask) -> None:
             stages["network"] += middle - start + time.perf_counter() - end
         net = task.network(plan, 0)
         whole = seconds(lambda: search_seg.train_network(net, loss, data, plan))  # noqa: B023
-        score = seconds(lambda: search_seg.test_network(net, task.data["val"], task.num_classes, "cpu"))  # noqa: B023
+        score = seconds(lambda: search_seg.test_network(net, task.data["val"], task.num_classes))  # noqa: B023
         rest = max(0.0, whole - sum(stages.values()))
         share = stages["network"] / (whole + score)
         print(f"{name:<34}{stages['network']:>10.2f}{stages['loss']:>8.2f}{rest:>8.2f}{score:>9.2f}{share:>18.0%}")
@@ -140,7 +140,7 @@ def main() -> None:
     number = plan.steps * plan.batch
 
     def ours():
-        for _ in itertools.islice(search_seg.Batches(task.data["train"], plan, 0, "cpu"), plan.steps):
+        for _ in itertools.islice(search_seg.Batches(task.data["train"], plan, 0), plan.steps):
             pass
 
     def theirs():
@@ -157,7 +157,7 @@ def main() -> None:
     print(f"{'this project, one process':<34}{number / a:>10.0f}{b / a:>8.1f}")
 
     net = task.network(plan, 0)
-    stored = list(itertools.islice(search_seg.Batches(task.data["train"], plan, 0, "cpu"), 60))
+    stored = list(itertools.islice(search_seg.Batches(task.data["train"], plan, 0), 60))
     step = seconds(lambda: search_seg.train_network(net, task.loss("ce"), stored, plan._replace(steps=60))) / 60
     share = (a / plan.steps) / (a / plan.steps + step)
     print(f"share of a re-training step spent in the loader: {share:.1%}")

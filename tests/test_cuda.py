@@ -184,7 +184,7 @@ def test_batches_are_the_same(tmp_path, memory, suffix):
         args = search_seg.parse_arguments([*flags, "--crop", "128", "--workers", "1", "--batch", "6"])
         split = search_seg.read_data(args)["train"]
         plan = search_seg.SegTask(args).proxy
-        found.append(list(itertools.islice(search_seg.Batches(split, plan, 0, device), 3)))
+        found.append(list(itertools.islice(search_seg.Batches(split, plan, 0), 3)))
     for cpu, cuda in zip(*found):
         assert all(part.is_cuda for part in cuda)
         assert (cpu[0] - cuda[0].cpu()).abs().mean() < (0.01 if suffix == "png" else 0.05)

@@ -1274,7 +1274,7 @@ def test_more_classes_than_bits(tmp_path):
     assert task.num_classes == 150
     wrong = task.branches["loss"].wrong.softmax(-3).amax(-3)
     assert torch.allclose(wrong, torch.tensor(0.961), atol=1e-3), "as sure as among seven classes"
-    scores = search_seg.test_network(task.network(task.proxy, 0), task.data["test"], 150, "cpu")
+    scores = search_seg.test_network(task.network(task.proxy, 0), task.data["test"], 150)
     assert all(0 <= value <= 1 for value in scores.values())
     with pytest.raises(DataError, match="599 colours or values"):
         read_folder(write_folder(tmp_path / "b", [np.arange(600).reshape(20, 30).astype(np.uint16)] * 6))
@@ -1288,7 +1288,7 @@ def test_splits_without_a_boundary(tmp_path, capsys):
     split = read_folder(root)["test"]
     assert "test: no mask has a boundary of a class other than 0; biou and bf1 count as 0" in capsys.readouterr().err
     net = search_seg.build_model("small", 3)
-    scores = search_seg.test_network(net, split, 3, "cpu")
+    scores = search_seg.test_network(net, split, 3)
     assert scores["biou"] == scores["bf1"] == 0 and all(map(math.isfinite, scores.values()))
     for metric in ("biou", "bf1"):
         with pytest.raises(DataError, match=f"test: .*; {metric} has nothing to measure"):

@@ -439,7 +439,7 @@ def test_windows_carry_boxes_and_masks_along(mask_task):
     """Unscaled windows hold the drawn masks to the pixel, mirrored or not, and boxes that fit them."""
     split, g = mask_task.data["train"], torch.Generator().manual_seed(0)
     index = torch.arange(40)
-    images, targets = search_det.batch_scale_flip(split, index, 64, (1.0, 1.0), g, True)
+    images, targets = search_det.batch_scale_flip(split, index, 64, (1.0, 1.0), g)
     mirrored = 0
     for k, target in enumerate(targets):
         _, _, instances = shapes.draw_scene(0, k, shapes.SIZE)
@@ -460,7 +460,7 @@ def test_windows_carry_boxes_and_masks_along(mask_task):
 @pytest.mark.parametrize("scale", [0.6, 1.7])
 def test_scaled_windows(mask_task, scale):
     split, g = mask_task.data["train"], torch.Generator().manual_seed(1)
-    _, targets = search_det.batch_scale_flip(split, torch.arange(40), 96, (scale, scale), g, True)
+    _, targets = search_det.batch_scale_flip(split, torch.arange(40), 96, (scale, scale), g)
     for target in targets:
         assert (target["boxes"] >= 0).all() and (target["boxes"] <= 96).all()
         for box, mask in zip(target["boxes"], target["masks"]):
@@ -520,7 +520,7 @@ def test_coco_layout(tmp_path):
     assert test.sizes[0].tolist() == [32, 64] and test.originals[0].tolist() == [40, 80]
     torch.testing.assert_close(test.boxes[0, 0], torch.tensor([2.0, 3, 10, 9]) * 0.8)
     g = torch.Generator().manual_seed(0)
-    _, targets = search_det.batch_scale_flip(test, torch.tensor([0, 15, 1]), 64, (1.0, 1.0), g, True)
+    _, targets = search_det.batch_scale_flip(test, torch.tensor([0, 15, 1]), 64, (1.0, 1.0), g)
     assert [target["labels"].tolist() for target in targets] == [[2], [1], []], "crowds are no targets"
     assert targets[2]["masks"].shape == (0, 64, 64)
     assert task.train("ce+l1") >= 0
@@ -836,10 +836,10 @@ def test_photographs():
     plan = search_det.PROXY["coco"]._replace(steps=1, batch=2, size=64)
     net = search_det.build_model("r50-fpn", 81, True)
     losses = {branch: next(iter(known.values())) for branch, (_, known) in search_det.BRANCHES.items()}
-    data = search_det.Batches(split, plan, 0, "cpu", True)
+    data = search_det.Batches(split, plan, 0)
     ((_, loss),) = search_det.train_network(net, losses, data, plan)
     assert 4 < loss < 8, "81 classes at random, and little from the rest"
-    assert all(0 <= value < 0.05 for value in search_det.test_network(net, split, 64, "cpu").values())
+    assert all(0 <= value < 0.05 for value in search_det.test_network(net, split, 64).values())
 
 
 def test_foreign_folder_is_not_overwritten(tmp_path):
@@ -864,7 +864,7 @@ def test_scores_of_a_perfect_detector(mask_task, monkeypatch):
     """The way from a network's answer to the score, with the truth as the answer."""
     split = mask_task.data["test"]
 
-    def detect(net, split, part, size, device):
+    def detect(net, split, part, size):
         found = []
         for k in range(len(split.images))[part]:
             boxes, labels = split.boxes[k, split.labels[k] > 0], split.labels[k, split.labels[k] > 0]
@@ -880,7 +880,7 @@ def test_scores_of_a_perfect_detector(mask_task, monkeypatch):
 
     monkeypatch.setattr(search_det, "detect", detect)
     net = mask_task.network(mask_task.proxy, 0)
-    scores = search_det.test_network(net, split, 64, "cpu")
+    scores = search_det.test_network(net, split, 64)
     assert scores["bbox"] == pytest.approx(1) and scores["segm50"] > 0.8
     assert set(scores) == set(search_det.METRICS["segm"])
 
@@ -908,7 +908,7 @@ def test_training_learns(root):
 def test_a_detection_depends_on_its_picture_alone(task):
     net, split = task.network(task.proxy, 0), task.data["test"]
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    alone, together = (search_det.detect(net, split, slice(0, n), 64, "cpu")[0] for n in (1, 5))
+    alone, together = (search_det.detect(net, split, slice(0, n), 64)[0] for n in (1, 5))
     assert len(alone["boxes"]) and all(torch.allclose(alone[key], together[key], atol=1e-4) for key in alone)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
@@ -923,8 +923,8 @@ def test_a_detection_depends_neither_on_the_sizes_of_others_nor_on_memory(tmp_pa
         task = search_det.DetTask(arguments(tmp_path, *flags))
         task.load()
         net, split = task.network(task.proxy, 0), task.data["test"]
-        found.append(search_det.detect(net, split, slice(0, 4), 64, "cpu"))
-        found.append([search_det.detect(net, split, slice(k, k + 1), 64, "cpu")[0] for k in range(4)])
+        found.append(search_det.detect(net, split, slice(0, 4), 64))
+        found.append([search_det.detect(net, split, slice(k, k + 1), 64)[0] for k in range(4)])
     for others in found[1:]:
         for one, other in zip(found[0], others):
             assert len(one["boxes"]) and all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
@@ -939,7 +939,7 @@ def test_anchors_lie_at_the_strides_of_training(tmp_path, monkeypatch):
     net, seen = task.network(task.proxy, 0), []
     make = net.rpn.anchor_generator.forward
     monkeypatch.setattr(net.rpn.anchor_generator, "forward", lambda *what: seen.append(make(*what)[0]) or seen[-1:] * 2)
-    search_det.detect(net, task.data["test"], slice(0, 2), 64, "cpu")
+    search_det.detect(net, task.data["test"], slice(0, 2), 64)
     centres = (seen[0][:, :2] + seen[0][:, 2:]) / 2
     grids = [torch.cartesian_prod(*[torch.arange(0, 64, stride)] * 2) for stride in (4, 8, 16)]
     assert torch.equal(centres.flip(1)[::3], torch.cat(grids).float())
@@ -977,7 +977,7 @@ def test_boxes_end_where_their_pictures_do(tmp_path):
     task = search_det.DetTask(arguments(tmp_path, "--data", "coco", "--model", "small", "--proxy-steps", "2"))
     task.load()
     train, still = task.data["train"], torch.Generator().manual_seed(0)
-    _, targets = search_det.batch_scale_flip(train, torch.arange(1, 7), 64, (1.0, 1.0), still, False)
+    _, targets = search_det.batch_scale_flip(train, torch.arange(1, 7), 64, (1.0, 1.0), still)
     sides = [(target["boxes"][0, 0].item(), target["boxes"][0, 2].item()) for target in targets]
     assert set(sides) == {(15, 49)}, "the picture lies in columns 15 to 49"
     assert train.truth.objects.box[1].tolist() == [-20, 20, 60, 40], "the evaluator sees what was given"
@@ -1021,7 +1021,7 @@ def test_a_small_detector_is_trained_as_on_shapes(tmp_path):
 def test_masks_are_cut_in_portions(mask_task, monkeypatch):
     def draw():
         generator = torch.Generator().manual_seed(0)
-        return search_det.batch_scale_flip(split, torch.arange(8), 64, (0.8, 1.25), generator, True)[1]
+        return search_det.batch_scale_flip(split, torch.arange(8), 64, (0.8, 1.25), generator)[1]
 
     split, cut, sizes = mask_task.data["train"], search_det.cut_masks, []
     whole = draw()
@@ -1036,11 +1036,11 @@ def test_masks_of_a_large_picture_are_pasted_one_by_one(mask_task, monkeypatch):
     net, split, pasted = mask_task.network(mask_task.proxy, 0), mask_task.data["test"], []
     paste = search_det.paste_masks
     monkeypatch.setattr(search_det, "paste_masks", lambda m, *more: pasted.append(len(m)) or paste(m, *more))
-    want = search_det.test_network(net, split, 64, "cpu")
+    want = search_det.test_network(net, split, 64)
     assert max(pasted) > 1
     pasted.clear()
     monkeypatch.setattr(search_det, "PORTION_OF_MASKS", 1)
-    assert search_det.test_network(net, split, 64, "cpu") == want and set(pasted) <= {0, 1}
+    assert search_det.test_network(net, split, 64) == want and set(pasted) <= {0, 1}
 
 
 @pytest.mark.parametrize("name", search_det.LOSSES)

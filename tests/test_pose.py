@@ -831,12 +831,12 @@ class Oracle(torch.nn.Module):
 def test_right_heatmaps_score_high(task, flip):
     split, skeleton = task.data["train"], task.skeleton
     oracle_net = Oracle(split, skeleton.swap)
-    scores = search_pose.test_network(oracle_net, split, skeleton, (64, 48), "cpu", flip)
+    scores = search_pose.test_network(oracle_net, split, skeleton, (64, 48), flip)
     assert set(scores) == set(search_pose.METRICS)
     assert scores["pck"] > 0.98 and scores["ap50"] == 1 and scores["ar"] > 0.9
     wrong = Oracle(split, skeleton.swap)
     wrong.known = {key: heatmap.flip(-2) for key, heatmap in wrong.known.items()}
-    assert search_pose.test_network(wrong, split, skeleton, (64, 48), "cpu", flip)["ap"] < 0.1
+    assert search_pose.test_network(wrong, split, skeleton, (64, 48), flip)["ap"] < 0.1
 
 
 def test_metrics_of_a_network_are_those_of_its_json(task):

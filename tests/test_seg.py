@@ -834,7 +834,7 @@ def test_gate_windows():
 
 def test_training_learns(root):
     task = ready(search_seg.SegTask(arguments(root, "--proxy-steps", "40", "--metric", "gacc")))
-    start = search_seg.test_network(task.network(task.proxy, 0), task.data["val"], 7, "cpu")["gacc"]
+    start = search_seg.test_network(task.network(task.proxy, 0), task.data["val"], 7)["gacc"]
     assert task.train("ce") > max(start, 0.65)
 
 
@@ -865,7 +865,7 @@ def test_weights_are_cut_like_their_labels(root):
     train = task.data["train"]
     split = train._replace(weights=train.labels.half())
     plan = task.proxy._replace(steps=1, scale=(1.0, 1.0))
-    _, labels, weights = next(iter(search_seg.Batches(split, plan, 0, "cpu")))
+    _, labels, weights = next(iter(search_seg.Batches(split, plan, 0)))
     inside = (labels == labels.roll(1, 1)) & (labels == labels.roll(1, 2)) & (labels == labels.roll((1, 1), (1, 2)))
     inside = inside & inside.roll(-1, 1) & inside.roll(-1, 2) & inside.roll((-1, -1), (1, 2)) & (labels != 255)
     assert inside.float().mean() > 0.5
@@ -885,7 +885,7 @@ def test_a_picture_changes_nothing(task, tmp_path):
 
 
 def test_predictions_are_drawn(task, tmp_path):
-    search_seg.draw_predictions(task.network(task.proxy, 0), task.data["test"], tmp_path / "p.png", "cpu", number=3)
+    search_seg.draw_predictions(task.network(task.proxy, 0), task.data["test"], tmp_path / "p.png", number=3)
     height, width = cv2.imread(str(tmp_path / "p.png")).shape[:2]
     assert height > 3 * shapes.SIZE and width > 3 * shapes.SIZE
 

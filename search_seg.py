@@ -640,9 +640,6 @@ class SmallNet(Segmenter):
         self.head_fine = nn.Conv2d(width, num_classes, 1)
         self.head_coarse = nn.Conv2d(deep, num_classes, 1)
 
-    def head(self) -> list[nn.Module]:
-        return [self.head_fine, self.head_coarse]
-
     def logits(self, images: Tensor) -> Tensor:
         fine = self.fine(images)
         logits = self.head_fine(fine) + upsample(self.head_coarse(self.coarse(fine)), fine.shape[-2:])
@@ -713,9 +710,6 @@ class DeepLabV3Plus(Segmenter):
             conv(256 + 48, 256), conv(256, 256), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         )
 
-    def head(self) -> list[nn.Module]:
-        return [self.pyramid, self.pool, self.project, self.low, self.decoder]
-
     def logits(self, images: Tensor) -> Tensor:
         low, high = self.backbone(images)
         size = high.shape[-2:]
@@ -732,9 +726,6 @@ class PSPNet(Segmenter):
         self.backbone = Backbone(depth, output_stride, pretrained)
         self.bins = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(b), conv(2048, 512, size=1)) for b in (1, 2, 3, 6))
         self.classify = nn.Sequential(conv(2048 + 4 * 512, 512), nn.Dropout(0.1), nn.Conv2d(512, num_classes, 1))
-
-    def head(self) -> list[nn.Module]:
-        return [self.bins, self.classify]
 
     def logits(self, images: Tensor) -> Tensor:
         _, high = self.backbone(images)
@@ -1210,12 +1201,11 @@ class Batches:
 
 
 def make_optimizer(net: nn.Module, plan: Schedule) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The optimizer, and its learning rates over the steps; the layers after a backbone have one of their own."""
-    head = {id(weight) for module in net.head() for weight in module.parameters()}
-    groups = [
-        {"params": [w for w in net.parameters() if id(w) not in head], "lr": plan.lr},
-        {"params": [w for w in net.parameters() if id(w) in head], "lr": plan.lr * plan.head_lr},
-    ]
+    """The optimizer, and its learning rates over the steps; all but a backbone is the head, with one of its own."""
+    backbone, head = [], []
+    for name, weight in net.named_parameters():
+        (backbone if name.startswith("backbone.") else head).append(weight)
+    groups = [{"params": backbone, "lr": plan.lr}, {"params": head, "lr": plan.lr * plan.head_lr}]
     if plan.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=True)
     else:

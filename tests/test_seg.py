@@ -709,8 +709,9 @@ def test_networks_forward_and_backward(name, stride):
     assert logits.shape == (2, 5, 65, 48)
     logits.square().mean().backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in net.parameters())
-    head = {id(w) for module in net.head() for w in module.parameters()}
-    assert 0 < len(head) < len(list(net.parameters()))
+    optimizer, _ = search_seg.make_optimizer(net, search_seg.PROXY["voc"])
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    assert sum(sizes) == len(list(net.parameters())) and [size > 0 for size in sizes] == [stride is not None, True]
     if stride:
         assert net.backbone(images)[1].shape[-1] == 48 // stride
 

@@ -733,9 +733,7 @@ class PSPNet(Segmenter):
         return upsample(self.classify(torch.cat(views, 1)), images.shape[-2:])
 
 
-def build_model(
-    name: str, num_classes: int, pretrained: bool | str = False, output_stride: int | None = None
-) -> nn.Module:
+def build_model(name: str, num_classes: int, pretrained: bool | str = False) -> nn.Module:
     """One of MODELS: images (N, 3, H, W), normalised, to logits (N, num_classes, H, W).
 
     Without the auxiliary heads of the published settings [D].
@@ -746,8 +744,7 @@ def build_model(
         return SmallNet(num_classes, WIDTHS[name])
     resnet, head = name.split("-")
     network = {"dlv3p": DeepLabV3Plus, "psp": PSPNet}[head]
-    stride = {} if output_stride is None else {"output_stride": output_stride}
-    return network(num_classes, int(resnet[1:]), pretrained=pretrained, **stride)
+    return network(num_classes, int(resnet[1:]), pretrained=pretrained)
 
 
 # =====================================================================================================================

@@ -698,12 +698,12 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
 # Networks and training
 
 
-@pytest.mark.parametrize(
-    "name, stride",
-    [*((m, None) for m in search_seg.WIDTHS), *((m, s) for m in search_seg.MODELS if "r50" in m for s in (8, 16))],
-)
-def test_networks_forward_and_backward(name, stride):
-    net = search_seg.build_model(name, 5, output_stride=stride)
+STRIDED = [(network, stride) for network in (search_seg.DeepLabV3Plus, search_seg.PSPNet) for stride in (8, 16)]
+
+
+@pytest.mark.parametrize("network, stride", [*((name, None) for name in search_seg.WIDTHS), *STRIDED])
+def test_networks_forward_and_backward(network, stride):
+    net = network(5, 50, stride) if stride else search_seg.build_model(network, 5)
     images = torch.randn(2, 3, 65, 48)
     logits = net(images)
     assert logits.shape == (2, 5, 65, 48)

@@ -1031,8 +1031,7 @@ def bezier(x: Tensor, points) -> Tensor:
         # x0 + 2 t (x1 - x0) + t^2 (x0 - 2 x1 + x2) = x, solved in the form that has no 0/0 where the piece is a line in
         # x (x0 - 2 x1 + x2 = 0). The floor keeps the slope finite where the curve rises vertically (x1 = x0).
         u, b = x.clamp(x0, x2) - x0, x1 - x0
-        t = u / (b + (b * b + (x0 - 2 * x1 + x2) * u).clamp(min=1e-10).sqrt())
-        t = t.clamp(max=1)
+        t = (u / (b + (b * b + (x0 - 2 * x1 + x2) * u).clamp(min=1e-10).sqrt())).clamp(max=1)
         piece = y0 + 2 * t * (1 - t) * (y1 - y0) + t * t * (y2 - y0)
         height = torch.where(x > x0, piece, height)
     return torch.where(x < 1, height, 1.0)
@@ -1150,11 +1149,6 @@ def tree_loss(expr: Expr) -> Callable[[Tensor, Tensor], Tensor]:
         return evaluate(expr, leaves, mask)
 
     return loss
-
-
-def read_searched(text: str) -> Expr | Asl:
-    """A searched loss from its text."""
-    return Asl.read(text) if text.startswith("asl(") else parse(text)
 
 
 ASL_HELPERS = sources(edges, bezier, asl_boundary_f1, asl_loss)
@@ -1335,7 +1329,7 @@ class SegTask(evolve.Task):
 
     name, baseline, metrics = "seg", BASELINE, METRICS
     symbols = {"loss": "yp1"}
-    export, read = staticmethod(export), staticmethod(read_searched)
+    export = staticmethod(export)
 
     def __init__(self, args):
         self.pairs = list_data(args)  # what is missing is said at once
@@ -1347,6 +1341,10 @@ class SegTask(evolve.Task):
         self.whole = self.retraining.steps >= RETRAIN[own].steps
         self.samplers = {"asl": lambda: AslSearch(args.metric)}
         self.data: dict[str, Split] = {}
+
+    @staticmethod
+    def read(text: str) -> Expr | Asl:
+        return Asl.read(text) if text.startswith("asl(") else parse(text)
 
     def load(self) -> None:
         if not self.data:

@@ -316,7 +316,7 @@ def read_split(
 
     def by_picture(values: Tensor) -> Tensor:
         """(M, most objects of one, ...)"""
-        table = values.new_zeros(len(listed), int(number.max().clamp(min=1)), *values.shape[1:])
+        table = values.new_zeros(len(listed), int(number.max()), *values.shape[1:])
         table[where] = values
         return table
 
@@ -324,39 +324,32 @@ def read_split(
     corners = corners * (sizes / original).flip(1).repeat(1, 2)[objects.image]  # x y x y as the pictures are kept
     corners = corners.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[objects.image])
     boxes, labels, crowd = by_picture(corners.float()), by_picture(objects.label + 1), by_picture(objects.crowd)
-    frames, bits = labels.new_zeros(len(listed), 1, 5), torch.zeros(len(listed), 1, 1).byte()
+    frames, bits = labels.new_zeros(len(listed), 1, 5), torch.zeros(len(listed), 1, 1, dtype=torch.uint8, device=device)
     if masks:
         key = functools.partial(fingerprint, "det bits", [source.annotations, *paths])
         frames, bits = read_bits(objects.masks, number, memory - images.nbytes, device, key)
         frames = by_picture(frames)
     rest = (x.to(device) for x in (sizes.float(), original.float(), boxes, labels, crowd, frames))
-    return Split(images, *rest, bits.to(device) if isinstance(bits, Tensor) else bits, truth)
+    return Split(images, *rest, bits, truth)
 
 
 def read_bits(
     codes: list[dict], number: Tensor, memory: float, device: str, key: Callable[[], str]
 ) -> "tuple[Tensor, Tensor | Pictures]":
     """Frames (n, 5) of run-length codes, and the bits of pictures with `number` (M,) of them each; see `Split`."""
-    frames, sides = frames_of(codes, number)
-    begin = [0, *number.cumsum(0).tolist()]
+    frames = torch.from_numpy(rle.toBbox(codes)).long()
+    begin = F.pad(number.cumsum(0), (1, 0))  # of each picture among the codes, and where the last one ends
+    before = F.pad(frames[:, 2:].prod(1).cumsum(0), (1, 0))  # how many bits, in the order of the codes
+    first = before[begin]
+    start = 8 + before[:-1] - first[:-1].repeat_interleave(number)
+    sides = ((8 + first.diff() + 7) // 8).tolist()  # bytes of a picture, rounded up
 
     def read(numbers: list[int]) -> list[Tensor]:
         return [pack_masks(codes[begin[k] : begin[k + 1]], sides[k]) for k in numbers]
 
     bits = Pictures(read, len(number), device, [(1, side) for side in sides])
+    frames = torch.cat([frames, start.unsqueeze(1)], 1)
     return frames, bits.settle(key) if sum(sides) <= memory else bits
-
-
-def frames_of(codes: list[dict], number: Tensor) -> tuple[Tensor, list[int]]:
-    """Frames (n, 5) of run-length codes, as a `Split` has them, and the bytes of pictures with `number` (M,) each."""
-    frames = torch.tensor(rle.toBbox(codes) if codes else []).view(-1, 4).long()
-    area = frames[:, 2] * frames[:, 3]
-    owner = torch.arange(len(number)).repeat_interleave(number)
-    before = F.pad(area.cumsum(0), (1, 0))
-    first = before[number.cumsum(0) - number]  # of all bits that belong to a picture
-    start = 8 + before[:-1] - first[owner]
-    total = 8 + before[number.cumsum(0)] - first
-    return torch.cat([frames, start.unsqueeze(1)], 1), (-(-total // 8)).tolist()
 
 
 def pack_masks(codes: list[dict], size: int) -> Tensor:

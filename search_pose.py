@@ -522,10 +522,10 @@ def batch_heatmaps(joints: Tensor, size: tuple[int, int], sigma: float) -> Tenso
     return down.unsqueeze(-1) * across.unsqueeze(-2)
 
 
-def middle(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The crop of `size` in the middle of each cut."""
+def middle(images: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The crop of `size` in the middle of each cut, and x and y (2,) of where it begins there."""
     top, left = ((n - m) // 2 for n, m in zip(images.shape[-2:], size))
-    return images[..., top : top + size[0], left : left + size[1]]
+    return images[..., top : top + size[0], left : left + size[1]], torch.tensor([left, top])
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -1176,14 +1176,13 @@ def test_network(
     for start in range(0, len(split.images), number):
         if isinstance(split.images, Pictures):
             split.images.prefetch(range(start, min(start + 2 * number, len(split.images))))
-        images = middle(split.images[start : start + number], size)
+        images, corner = middle(split.images[start : start + number], size)
         heatmaps = predict(net, images)
         if flip:
             heatmaps = (heatmaps + predict(net, images.flip(-1)).flip(-1)[:, skeleton.swap]) / 2
         found.append(locate(heatmaps))
     joints, height = (torch.cat(parts) for parts in zip(*found))
-    corner = doubles([(n - m) // 2 for n, m in zip(split.images.shape[-2:], size)]).flip(0).to(joints.device)
-    return pose_metrics(corner + joints.double() * STRIDE, height, split, skeleton.sigmas)
+    return pose_metrics(corner.to(joints.device) + joints.double() * STRIDE, height, split, skeleton.sigmas)
 
 
 @torch.no_grad()
@@ -1198,15 +1197,14 @@ def draw_predictions(
     net: nn.Module, split: Split, skeleton: Skeleton, size: tuple[int, int], path: Path, number: int = 8
 ) -> None:
     """The skeletons of the first few persons, as labelled and below it as predicted, as a PNG."""
-    images = middle(split.images[:number], size)
+    images, corner = middle(split.images[:number], size)
     joints, _ = locate(predict(net, images))
-    corner = torch.tensor([(n - m) // 2 for n, m in zip(split.images.shape[-2:], size)]).flip(0)
-    labelled, rows = split.labelled[:number].tolist(), []
+    labelled, zoom, rows = split.labelled[:number].tolist(), max(1, 256 // size[0]), []
+    large = F.interpolate(images.cpu(), scale_factor=zoom).movedim(1, -1)
     for poses in (split.joints[:number].cpu() - corner, joints.cpu() * STRIDE):
-        for image, pose, known in zip(images.cpu(), poses, labelled):
-            enlarged = F.interpolate(image[None].float(), scale_factor=max(1, 256 // size[0]))[0]
-            picture = np.ascontiguousarray(enlarged.movedim(0, -1).byte().numpy())
-            draw_skeleton(picture, pose * max(1, 256 // size[0]), known, skeleton.limbs)
+        for image, pose, known in zip(large, poses, labelled):
+            picture = image.numpy().copy()
+            draw_skeleton(picture, pose * zoom, known, skeleton.limbs)
             rows.append(torch.from_numpy(picture).movedim(-1, 0))
     grid = torchvision.utils.make_grid(torch.stack(rows), nrow=len(images), pad_value=255)
     Image.fromarray(grid.movedim(0, -1).numpy()).save(path)
@@ -1312,13 +1310,13 @@ class PoseTask(evolve.Task):
         index = train.labelled.sum(1).sort(descending=True, stable=True).indices[:GATE_SAMPLES]
         self.few = index = index if len(index) > 1 else index.repeat(2)  # batch norm needs two
         size = (GATE_SIZE, round(GATE_SIZE * self.args.aspect))
-        corner = [(n - m) // 2 for n, m in zip(train.images.shape[-2:], self.size)]
-        joints = train.joints[index] - torch.tensor(corner).flip(0).to(self.device)
+        images, corner = middle(train.images[index], self.size)
+        joints = train.joints[index] - corner.to(self.device)
         scale = torch.tensor(size) / torch.tensor(self.size)  # of height and width
         target = batch_heatmaps(joints * scale.flip(0).to(self.device), size, 1.0)
         target = (target * train.labelled[index, :, None, None]).cpu()
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(self.args.seed))
-        images = normalise(middle(train.images[index], self.size).float())
+        images = normalise(images.float())
         net, logits = self.network(self.proxy, self.args.seed), [noise]
         for state in self.states[1 : len(STATES)]:
             net.load_state_dict(state)

@@ -471,7 +471,7 @@ def test_without_augmentation_the_middle_is_cut():
     plan = search_pose.PROXY["small"]._replace(scale=(1.0, 1.0), rotation=0.0)
     draw = search_pose.batch_scale_rotate_flip
     images, joints, _ = draw(split, swap, torch.zeros(8, dtype=torch.long), (64, 48), plan, torch.Generator())
-    want = search_pose.middle(split.images, (64, 48))[0].float()
+    want = search_pose.middle(split.images, (64, 48))[0][0].float()
     for image, xy in zip(images, joints):
         mirrored = xy[0, 0] != 24.5
         torch.testing.assert_close(image, want.flip(-1) if mirrored else want, atol=1e-2, rtol=0)
@@ -819,7 +819,9 @@ class Oracle(torch.nn.Module):
         corner = torch.tensor([6.0, 8.0])
         heatmaps = search_pose.batch_heatmaps((split.joints - corner) / 4, (16, 12), 1.0)
         self.known = {}
-        for image, heatmap in zip(search_pose.normalise(search_pose.middle(split.images, (64, 48)).float()), heatmaps):
+        for image, heatmap in zip(
+            search_pose.normalise(search_pose.middle(split.images, (64, 48))[0].float()), heatmaps
+        ):
             self.known[image.numpy().tobytes()] = heatmap
             self.known[image.flip(-1).contiguous().numpy().tobytes()] = heatmap[swap].flip(-1)
 
@@ -914,7 +916,7 @@ def test_every_loss_trains(task, name):
 
 
 def test_a_prediction_depends_on_its_picture_alone(task):
-    net, images = task.network(task.proxy, 0), search_pose.middle(task.data["test"].images, task.size)
+    net, images = task.network(task.proxy, 0), search_pose.middle(task.data["test"].images, task.size)[0]
     torch.testing.assert_close(search_pose.predict(net, images)[:1], search_pose.predict(net, images[:1]))
 
 

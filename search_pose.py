@@ -243,15 +243,13 @@ def read_skeleton(content: dict, sigmas: list[float] | None) -> Skeleton:
     names = tuple(category["keypoints"])
     if sigmas and len(sigmas) not in (1, len(names)):
         fail(f"--sigmas {','.join(map(str, sigmas))}: {len(sigmas)} numbers; give one, or {len(names)}, one per joint")
-    other = torch.tensor(mirror(names))
-    if sigmas:
-        return Skeleton(names, category["skeleton"], other, doubles(sigmas).expand(len(names)))
-    sigmas = default_sigmas(len(names))
-    if len(names) == len(COCO_SIGMAS) and other.tolist() != COCO_SWAP:
+    swap = mirror(names)
+    if not sigmas and len(names) == len(COCO_SIGMAS) and swap != COCO_SWAP:
         why = f"{len(names)} joints, but not COCO's left and right ones"
         warn_once(f"{why}: each has a tolerance of {OTHER_SIGMA} in OKS; --sigmas gives others")
-        sigmas = torch.full_like(sigmas, OTHER_SIGMA)
-    return Skeleton(names, category["skeleton"], other, sigmas)
+        sigmas = [OTHER_SIGMA]
+    tolerances = doubles(sigmas).expand(len(names)) if sigmas else default_sigmas(len(names))
+    return Skeleton(names, category["skeleton"], torch.tensor(swap), tolerances)
 
 
 def read_split(

@@ -190,15 +190,12 @@ def find_meaning(args, pairs: dict[str, list[tuple[Path, Path]]]) -> Meaning:
         if 255 in values and values.isdisjoint(range(19, 34)):  # classes 0..18
             raise DataError(f"{masks[0]}: no label ids of Cityscapes, here or in others; take --data folder")
         return Meaning(19, {number: k for k, number in enumerate(CITYSCAPES_IDS)}, {}, rest=IGNORE)
-    table = inside(args.data_root, "labelmap.txt")
-    if args.classes is None and args.data == "folder" and table.is_file():
-        number, colours = read_classes(table)
-    elif args.classes is not None:
-        number, colours = read_classes(args.classes)
-    elif args.data == "folder":
-        return found_meaning(masks, None)
-    else:
-        return plain_meaning(CLASSES[args.data])
+    source, table = args.classes, inside(args.data_root, "labelmap.txt")
+    if source is None and args.data == "folder" and table.is_file():
+        source = table
+    if source is None:
+        return found_meaning(masks, None) if args.data == "folder" else plain_meaning(CLASSES[args.data])
+    number, colours = read_classes(source)
     if colours:
         colours = {colour: k for k, colour in enumerate(colours)}
         return plain_meaning(number)._replace(colours={colour_number(224, 224, 192): IGNORE} | colours, palette=True)

@@ -314,6 +314,14 @@ def floats(values, number: int, limit: float = LARGEST) -> list[float] | None:
     return values if good else None
 
 
+def in_row(value, width: int):
+    """The numbers of a list of lists of so many, in one list; anything else as it is."""
+    kinds = list, tuple
+    if isinstance(value, kinds) and all(isinstance(part, kinds) and len(part) == width for part in value):
+        return [*itertools.chain.from_iterable(value)]
+    return value
+
+
 def found_files(folder: Path, names: list[str]) -> list[Path]:
     """The pictures of these names, accents and capitals written in any way; DataError naming one that is not there.
 
@@ -390,11 +398,7 @@ def points_in_row(value):
     """x y x y ... of a polygon that comes as points, or as an array of them; anything else as it is."""
     if isinstance(value, (np.ndarray, Tensor)) and (value.ndim == 1 or value.shape[-1] == 2):
         return value.reshape(-1).tolist()
-    if isinstance(value, (list, tuple)) and all(
-        isinstance(point, (list, tuple)) and len(point) == 2 for point in value
-    ):
-        return [*itertools.chain.from_iterable(value)]
-    return value
+    return in_row(value, 2)
 
 
 def in_line(value, most: int = 60) -> str:
@@ -524,12 +528,7 @@ def check_joints(entry: dict, size: tuple[int, int] | None, joints: int, scoring
 
 def joints_in_row(value):
     """x y visibility x y ... of joints that come as triples, or as an array; anything else as it is."""
-    value = value.tolist() if isinstance(value, (np.ndarray, Tensor)) else value
-    if isinstance(value, (list, tuple)) and all(
-        isinstance(joint, (list, tuple)) and len(joint) == 3 for joint in value
-    ):
-        return [*itertools.chain.from_iterable(value)]
-    return value
+    return in_row(value.tolist() if isinstance(value, (np.ndarray, Tensor)) else value, 3)
 
 
 def mend_joints(given, joints: int) -> list[float]:
@@ -598,17 +597,8 @@ def check_skeleton(category: dict, names: tuple[str, ...]) -> list[list[int]]:
 
 # In whatever case, as a word or where a word begins or ends; whatever comes behind them is the same for both.
 SIDES = [("left", "right"), ("l", "r"), ("link", "recht"), ("gauche", "droite"), ("gauche", "droit")]
-SIDES += [
-    ("izquierd", "derech"),
-    ("izq", "der"),
-    ("esquerd", "direit"),
-    ("sinistr", "destr"),
-    ("sx", "dx"),
-    ("izdo", "dcho"),
-    ("esq", "dir"),
-    ("лев", "прав"),
-    ("左", "右"),
-]
+SIDES += [("izquierd", "derech"), ("izq", "der"), ("esquerd", "direit"), ("sinistr", "destr"), ("sx", "dx")]
+SIDES += [("izdo", "dcho"), ("esq", "dir"), ("лев", "прав"), ("左", "右")]
 SIDES += [(right, left) for left, right in SIDES]
 
 

@@ -151,7 +151,6 @@ def draw_scene(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray
     for k, (kind, joints) in enumerate(drawn):
         mask = owner == k
         if mask.sum() < 6:  # hidden
-            label[mask] = 0
             continue
         label[mask] = kind
         if joints is not None:

@@ -466,18 +466,16 @@ def python_module(losses: Sequence[tuple[Expr, str]], title: str, helpers: Mappi
         order = [node for node in subtrees(expr) if node.args]
         names = {Expr(leaf): leaf for leaf in LEAVES} | {ONE: "one"}
         names |= {node: f"x{k}" for k, node in enumerate(order, 1)}
-        steps = []
+        leaves, pools = leaves_of(expr), has_pool(order)
+        some = min(leaves - {"1"}, default="p")
+        steps = [f"    {name} = planes_last({name})" for name in (*sorted(leaves - {"1"}), "mask") if pools]
+        steps += [f"    one = {some}.new_ones((1, 1, 1, 1))"] * ("1" in leaves)
         for node in order:
             operator = OPERATORS[node.op]
             args = [names[arg] for arg in node.args] + ["mask"] * operator.masked
             steps.append(f"    {names[node]} = {operator.function.__name__}({', '.join(args)})")
-        some = min(leaves_of(expr) - {"1"}, default="p")
-        if "1" in leaves_of(expr):
-            steps.insert(0, f"    one = {some}.new_ones((1, 1, 1, 1))")
         steps.append(f"    return reduce({names[expr]}, {some}.shape[1], mask)")
-        if has_pool(order):
-            steps[:0] = [f"    {name} = planes_last({name})" for name in (*sorted(leaves_of(expr) - {"1"}), "mask")]
-        bodies.append(head.replace("{expr}", str(expr)).replace("{pools}", str(has_pool(order))) + "\n".join(steps))
+        bodies.append(head.replace("{expr}", str(expr)).replace("{pools}", str(pools)) + "\n".join(steps))
     formulas, shown = ("\n    ".join(show(expr) for expr, _ in losses) for show in (str, latex))
     about = f"    {formulas}\n\nIn LaTeX, log and sqrt extended as odd functions:\n\n    {shown}"
     return standalone(title, about, f"EPS = {EPS}", bodies, helpers or {})

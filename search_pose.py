@@ -407,7 +407,7 @@ class Pictures:
 
     def prefetch(self, index: Iterable[int]) -> None:
         """Begin to decode some pictures."""
-        new = [k for k in dict.fromkeys(map(int, index)) if k not in self.coming]
+        new = [k for k in dict.fromkeys(index) if k not in self.coming]
         if self.kept is not None:
             new = [k for k in new if not self.kept[2][k]]
         for start in range(0, len(new), self.group):
@@ -425,16 +425,15 @@ class Pictures:
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         numbers = range(self.number)[index] if isinstance(index, slice) else index.tolist()
         pictures = self.take(numbers)
-        sides = [max((p.shape[d] for p in pictures), default=0) for d in (-2, -1)]
+        sides = [max(picture.shape[d] for picture in pictures) for d in (-2, -1)]
         return self.stack(pictures, [(0, 0)] * len(pictures), *sides)
 
     def stack(self, pictures: list[Tensor], corners: list[tuple[int, int]], height: int, width: int) -> Tensor:
         """Windows (N, ..., height, width) on the device; of each picture the one that begins at its (top, left)."""
-        leading = pictures[0].shape[:-2] if pictures else self.shapes[0][:-2]
         here = any(picture.is_cuda for picture in pictures)
         staged = self.device.startswith("cuda") and not here
         canvas = torch.full(
-            (len(pictures), *leading, height, width),
+            (len(pictures), *pictures[0].shape[:-2], height, width),
             self.fill,
             dtype=self.dtype,
             device=self.device if here else "cpu",

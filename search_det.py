@@ -23,7 +23,6 @@ import itertools
 import math
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -760,7 +759,7 @@ class Detector(nn.Module):
         """
         self.rpn.losses = self.roi_heads.losses = losses
         with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):  # boxes need more than eight bits
-            features = OrderedDict((name, x.float()) for name, x in self.backbone(images).items())
+            features = {name: x.float() for name, x in self.backbone(images).items()}
         proposals, first = self.rpn(ImageList(images, sizes), features, targets)
         found, second = self.roi_heads(features, proposals, sizes, targets)
         if not targets:
@@ -823,8 +822,8 @@ class SmallBackbone(nn.Module):
         )
         self.pyramid = FeaturePyramidNetwork([width * 2, width * 4, width * 8], self.out_channels)
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        x, features = self.stem(images), OrderedDict()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x, features = self.stem(images), {}
         for k, stage in enumerate(self.stages):
             x = features[str(k)] = stage(x)
         return self.pyramid(features)

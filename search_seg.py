@@ -841,18 +841,18 @@ class SegMetrics:
             hit = confusion.diagonal(dim1=1, dim2=2)
             return hit / (confusion.sum(1) + confusion.sum(2) - hit)
 
-        confusion, total = self.confusion.double(), self.confusion.sum((1, 2), keepdim=True)
-        hit, occurs = confusion.diagonal(dim1=1, dim2=2), confusion.sum(2)
+        confusion, total = self.confusion.double(), self.confusion.sum((1, 2))
+        hit, occurs, ious = confusion.diagonal(dim1=1, dim2=2), confusion.sum(2), iou(confusion)
         edge_pred, hit_pred, edge_target, hit_target = self.edges.double()
         # F1 = 2 P R / (P + R); without any hit it is 0, without a target boundary the class is left out. The background
         # is a class like the others, which the released evaluator leaves out [D].
         precision, recall = hit_pred / edge_pred.clamp(min=1), hit_target / edge_target
         f1 = 2 * precision * recall / torch.where(precision + recall == 0, 1, precision + recall)
         return {
-            "miou": iou(confusion).nanmean(1),
-            "fwiou": torch.where(total[:, 0, 0] > 0, (occurs / total[:, 0] * iou(confusion)).nansum(1), math.nan),
+            "miou": ious.nanmean(1),
+            "fwiou": torch.where(total > 0, (occurs / total.unsqueeze(1) * ious).nansum(1), math.nan),
             "macc": (hit / occurs).nanmean(1),
-            "gacc": hit.sum(1) / total[:, 0, 0],
+            "gacc": hit.sum(1) / total,
             "biou": iou(self.near_boundary.double()).nanmean(1),
             "bf1": f1.nanmean(1),
         }

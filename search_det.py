@@ -455,21 +455,15 @@ class Pictures:
     def __len__(self) -> int:
         return self.number
 
-    @functools.cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor that would hold all of them on one canvas."""
-        return self.number, *(max(sides) for sides in zip(*self.shapes))
-
     @property
     def nbytes(self) -> int:
         return 0 if self.kept is None else self.kept[0].nbytes
 
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
-        sizes = [math.prod(shape) for shape in self.shapes]
-        self.key, (H, W) = key, self.shape[-2:]
-        self.strict = sum(h * w for *_, h, w in self.shapes) <= SMALL  # all are read now: what is broken shows at once
-        if len({*self.shapes}) == 1 and H * W <= 2**16 and self.strict:
+        self.key, sizes, areas = key, [math.prod(shape) for shape in self.shapes], [h * w for *_, h, w in self.shapes]
+        self.strict = sum(areas) <= SMALL  # all are read now: what is broken shows at once
+        if len({*self.shapes}) == 1 and areas[0] <= 2**16 and self.strict:
             return self[:]
         size = sum(sizes) * self.dtype.itemsize
         on_gpu = self.device.startswith("cuda") and size < torch.cuda.mem_get_info(self.device)[0] / 4

@@ -348,21 +348,15 @@ class Pictures:
     def __len__(self) -> int:
         return self.number
 
-    @functools.cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor that would hold all of them on one canvas."""
-        return self.number, *(max(sides) for sides in zip(*self.shapes))
-
     @property
     def nbytes(self) -> int:
         return 0 if self.kept is None else self.kept[0].nbytes
 
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
-        sizes = [math.prod(shape) for shape in self.shapes]
-        self.key, (H, W) = key, self.shape[-2:]
-        self.strict = sum(h * w for *_, h, w in self.shapes) <= SMALL  # all are read now: what is broken shows at once
-        if len({*self.shapes}) == 1 and H * W <= 2**16 and self.strict:
+        self.key, sizes, areas = key, [math.prod(shape) for shape in self.shapes], [h * w for *_, h, w in self.shapes]
+        self.strict = sum(areas) <= SMALL  # all are read now: what is broken shows at once
+        if len({*self.shapes}) == 1 and areas[0] <= 2**16 and self.strict:
             return self[:]
         size = sum(sizes) * self.dtype.itemsize
         on_gpu = self.device.startswith("cuda") and size < torch.cuda.mem_get_info(self.device)[0] / 4
@@ -485,11 +479,11 @@ def batch_scale_rotate_flip(
     labelled and inside of it (N, J) bool, on the split's device. The scale is log-uniform; three in five are
     rotated [S]; half of them are mirrored, left and right joints exchanged.
     """
-    N, (height, width), (H, W), device = len(index), size, split.images.shape[-2:], split.images.device
+    images = rows_of(split.images, index)
+    N, (height, width), (H, W), device = len(index), size, images.shape[-2:], images.device
     u = torch.rand(3, N, generator=generator).to(device, non_blocking=True)
     angle = torch.randn(N, generator=generator).to(device, non_blocking=True)
-    angle = angle.clamp(-2, 2) * math.radians(plan.rotation)
-    angle = angle * (u[0] < 0.6)
+    angle = angle.clamp(-2, 2) * math.radians(plan.rotation) * (u[0] < 0.6)
     zoom = plan.scale[0] * (plan.scale[1] / plan.scale[0]) ** u[1]
     mirror = torch.where(u[2] < 0.5, -1.0, 1.0)
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
@@ -502,7 +496,7 @@ def batch_scale_rotate_flip(
         grid = F.affine_grid(theta, [len(images), 3, height, width], align_corners=False)
         return F.grid_sample(images.float(), grid, align_corners=False)
 
-    images = map_pictures(sample, rows_of(split.images, index), theta)
+    images = map_pictures(sample, images, theta)
     index = index.to(device, non_blocking=True)
     order = torch.where(mirror[:, None] < 0, swap, torch.arange(len(swap), device=device))  # (N, J)
     joints = split.joints[index].gather(1, order.unsqueeze(-1).expand(-1, -1, 2))

@@ -50,11 +50,9 @@ from torchvision.ops.poolers import initLevelMapper
 import evolve
 from data import shapes
 from data.coco import (
-    check_categories,
     check_coco,
     check_extents,
     check_mask,
-    check_places,
     check_runs,
     coco_files,
     column,
@@ -63,7 +61,6 @@ from data.coco import (
     list_results,
     load_coco,
     no_mask,
-    places,
     run_lengths,
     uncollected,
 )
@@ -1080,15 +1077,7 @@ def read_results(detections: Path | str | Sequence[dict] | Tensor | np.ndarray, 
             raise ValueError(f"detections: {rows.dtype} does not hold such image ids exactly; give float64")
         rows = rows.tolist()
         detections = [{"image_id": a, "bbox": box, "score": b, "category_id": c} for a, *box, b, c in rows]
-    path, results = list_results(detections)
-    image = places(results, "image_id", coco["images"])
-    label = places(results, "category_id", coco["categories"])
-    check_places(image, results, path)
-    check_categories(label, results, path)
-    if (label < 0).any():
-        known = label >= 0
-        results = [result for result, good in zip(results, known.tolist()) if good]
-        image, label = image[known], label[known]
+    path, results, image, label = list_results(detections, coco)
     score = column(results, "score", 1, path, nan=True).squeeze(1)
     # As in pycocotools the first result decides for all whether boxes and areas are given or those of the masks.
     boxed = len(results) == 0 or (hasattr(results[0].get("bbox"), "__len__") and len(results[0]["bbox"]) > 0)

@@ -39,10 +39,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import evolve
 from data import shapes
 from data.coco import (
-    check_categories,
     check_coco,
     check_joints,
-    check_places,
     coco_files,
     column,
     entries_of,
@@ -52,7 +50,6 @@ from data.coco import (
     load_coco,
     mirror,
     one_sided,
-    places,
     read_annotations,
     uncollected,
 )
@@ -702,17 +699,8 @@ def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: i
 
     joints: how many they must have, None if that is unknown.
     """
-    path, results = list_results(detections)
-    picture = places(results, "image_id", content["images"])
-    check_places(picture, results, path)
-    category = places(results, "category_id", content["categories"])
-    check_categories(category, results, path)
-    known = category >= 0
-    results = [result for result, good in zip(results, known.tolist()) if good]
-    rows = [joints_in_row(result.get("keypoints")) for result in results]
-    if any(row is not result.get("keypoints") for row, result in zip(rows, results)):
-        results = [result | {"keypoints": row} for row, result in zip(rows, results)]
-    group = (category * len(content["images"]) + picture)[known]
+    path, results, picture, category = list_results(detections, content)
+    results = [result | {"keypoints": joints_in_row(result.get("keypoints"))} for result in results]
     first = results[0] if results else {"keypoints": [0] * (3 * (joints or 0))}
     length = len(first["keypoints"]) if hasattr(first.get("keypoints"), "__len__") else 0
     if length % 3:
@@ -722,7 +710,8 @@ def read_poses(detections: Path | str | Sequence[dict], content: dict, joints: i
     xy = column(results, "keypoints", length, path).view(len(results), length // 3, 3)[..., :2]
     boxed = hasattr(first.get("bbox"), "__len__") and len(first["bbox"]) > 0
     area = column(results, "bbox", 4, path)[:, 2:].prod(1) if boxed else extent(xy)
-    return Poses(group, category[known], xy, column(results, "score", 1, path, nan=True).squeeze(1), area)
+    score = column(results, "score", 1, path, nan=True).squeeze(1)
+    return Poses(category * len(content["images"]) + picture, category, xy, score, area)
 
 
 def pick(rows: NamedTuple, index: Tensor):

@@ -643,15 +643,36 @@ def one_sided(names: tuple[str, ...], others: list[int]) -> list[str]:
 # Results of detectors and pose estimators
 
 
-def list_results(detections: Path | str | Sequence[dict]) -> tuple[Path | str, Sequence[dict]]:
-    """COCO results and what to call them in a message."""
+def list_results(
+    detections: Path | str | Sequence[dict], coco: dict
+) -> tuple[Path | str, Sequence[dict], Tensor, Tensor]:
+    """COCO results, what to call them in a message, and the places (M,) of their pictures and categories in `coco`.
+
+    Those of unlisted categories are left out, as in pycocotools; all of them with a warning. Raises ValueError if a
+    result is on no picture of the ground truth, or has no category.
+    """
     if hasattr(detections, "dataset"):  # pycocotools' COCO
         detections = detections.dataset["annotations"]
     given = isinstance(detections, (str, Path))
     path, results = (detections, load_coco(detections)) if given else ("detections", detections)
     if not (isinstance(results, (list, tuple)) and all(issubclass(kind, dict) for kind in set(map(type, results)))):
         raise ValueError(f"{path}: it must be a list of COCO results")
-    return path, results
+    image, category = places(results, "image_id", coco["images"]), places(results, "category_id", coco["categories"])
+    if (image < 0).any():
+        k = int((image < 0).nonzero()[0])
+        raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
+    known = category >= 0
+    if known.all():
+        return path, results, image, category
+    for k in (~known).nonzero().flatten().tolist():
+        if identity(named := results[k].get("category_id")) is None:
+            cure = "it must be one of the ground truth's"
+            raise ValueError(f"{path}: result {k}: 'category_id' is {named!r:.40}; {cure}")
+    if not known.any():
+        first = results[0]["category_id"]
+        warn_once(f"{path}: no result is of a category of the ground truth (first: {first!r:.40})")
+    results = [result for result, good in zip(results, known.tolist()) if good]
+    return path, results, image[known], category[known]
 
 
 def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
@@ -664,26 +685,6 @@ def places(results: Sequence[dict], key: str, known: list[dict]) -> Tensor:
     for k in np.flatnonzero(found < 0):  # or the id is written in another way
         found[k] = row.get(identity(results[k].get(key)), -1)
     return torch.from_numpy(found)
-
-
-def check_places(image: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """ValueError if a result is on no picture of the ground truth, as pycocotools has it."""
-    if (image < 0).any():
-        k = int((image < 0).nonzero()[0])
-        raise ValueError(f"{path}: result {k}: image {results[k].get('image_id')!r:.40} is not in the ground truth")
-
-
-def check_categories(category: Tensor, results: Sequence[dict], path: Path | str) -> None:
-    """ValueError if a result has no category; a warning where none has one that is listed: all are left out then."""
-    for k in (category < 0).nonzero().flatten().tolist():
-        if identity(results[k].get("category_id")) is None:
-            given = results[k].get("category_id")
-            raise ValueError(
-                f"{path}: result {k}: 'category_id' is {given!r:.40}; it must be one of the ground truth's"
-            )
-    if len(category) and (category < 0).all():
-        first = results[0]["category_id"]
-        warn_once(f"{path}: no result is of a category of the ground truth (first: {first!r:.40})")
 
 
 def column(results: Sequence[dict], key: str, width: int, path: Path | str, nan: bool = False) -> Tensor:

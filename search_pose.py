@@ -795,12 +795,7 @@ def match(
 
 
 def accumulate(
-    matches: tuple[Tensor, Tensor, Tensor],
-    outside: Tensor,
-    label: Tensor,
-    score: Tensor,
-    rank: Tensor,
-    positives: Tensor,
+    matches: tuple[Tensor, ...], outside: Tensor, label: Tensor, score: Tensor, rank: Tensor, positives: Tensor
 ) -> tuple[Tensor, Tensor]:
     """COCO's average precision (T, A, K) and recall (len(MOST), T, A, K) of K categories; NaN where one has no truth.
 

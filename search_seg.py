@@ -1112,15 +1112,7 @@ class Asl(NamedTuple):
         return cls(metric, theta)
 
 
-LOSSES = {
-    "ce": ce,
-    "wce": weighted_ce,
-    "dice": dice,
-    "lovasz": lovasz,
-    "dpce": weighted_ce,
-    "ssim": ssim,
-    "asl": asl_loss,
-}
+LOSSES = dict(ce=ce, wce=weighted_ce, dice=dice, lovasz=lovasz, dpce=weighted_ce, ssim=ssim, asl=asl_loss)
 WEIGHTS = {"wce": unet_weights, "dpce": distance_weights}
 KNOWN = (  # what `--search cse` starts from: cross entropy, squared and absolute error, Dice, true positives
     "Neg(Mul(y, Log(p)))",

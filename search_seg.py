@@ -44,7 +44,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import evolve
 from data import shapes
 from data.layouts import cityscapes_pairs, download_voc, folder_pairs, voc_pairs
-from data.masks import CLASSES, IGNORE, Meaning, find_meaning, full_size, plain_meaning, read_label
+from data.masks import CLASSES, IGNORE, Meaning, find_meaning, full_size, read_label
 from data.pictures import decode as decode  # the way in for one picture; tests and users call it
 from data.pictures import fingerprint, group_size, read_pictures, scaled, shared_bytes, threads, warn_of_shared
 from evolve import Branch, Child, DataError, InvalidLoss, fail, note, warn, warn_once
@@ -177,19 +177,14 @@ LARGEST = 2048  # pixels: a picture with a longer side is scaled down on reading
 
 
 def read_split(
-    pairs: list[tuple[Path, Path]],
-    num_classes: int,
-    meaning: "Meaning | None" = None,
-    memory: float = math.inf,
-    device: str = "cpu",
+    pairs: list[tuple[Path, Path]], meaning: Meaning, memory: float = math.inf, device: str = "cpu"
 ) -> Split:
     """The split of some (image, label map) files; what takes at most `memory` bytes is kept once it is decoded.
 
     Raises DataError, now or when a picture is used, naming the file that is missing, cannot be read, does not fit its
-    image or has an unknown class. `meaning` says what the values of label maps are; classes as they are without it.
+    image or has an unknown class. `meaning` says what the values of label maps are.
     """
     images, labels = ([*map(Path, paths)] for paths in zip(*pairs))
-    meaning = meaning or plain_meaning(num_classes)
 
     def read_images(numbers: list[int]) -> list[Tensor]:
         found = read_pictures([images[k] for k in numbers], [full_size(*pairs[k]) for k in numbers], device)
@@ -268,7 +263,7 @@ def read_data(args, pairs=None, meaning: Meaning | None = None) -> dict[str, Spl
     meaning = meaning or find_meaning(args, pairs)
     splits, left = {}, args.memory * 2**30
     for name, chosen in pairs.items():
-        splits[name] = split = read_split(chosen, meaning.number, meaning, left, args.device)
+        splits[name] = split = read_split(chosen, meaning, left, args.device)
         left -= sum(part.nbytes for part in split if part is not None)
         if split.images.nbytes == 0:
             number = f"{name}: {len(chosen):,} pictures"

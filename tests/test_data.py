@@ -158,7 +158,9 @@ def test_broken_pairs_are_blank(tmp_path, what, capsys):
         "size": lambda: save(np.zeros((40, 60), np.uint8), mask),
         "end of the picture": lambda: image.write_bytes(image.read_bytes()[:-300]),
     }[what]()
-    split = search_seg.read_split([(tmp_path / f"{k}.png", tmp_path / f"{k}m.png") for k in range(300)], 3, memory=0)
+    split = search_seg.read_split(
+        [(tmp_path / f"{k}.png", tmp_path / f"{k}m.png") for k in range(300)], plain_meaning(3), memory=0
+    )
     images, labels = split.images.take([299])[0], split.labels.take([299])[0]
     assert images.shape[1:] == labels.shape and "299" in capsys.readouterr().err
     assert (labels == (2 if "end" in what else IGNORE)).all() and images.any() == (what == "class")
@@ -329,7 +331,7 @@ def test_one_large_photograph_costs_only_itself(tmp_path):
         save(np.full((*size, 3), 40 * k, np.uint8), tmp_path / f"{k}.png")
         save(np.full(size, k, np.uint8), tmp_path / f"{k}m.png")
     pairs = [(tmp_path / f"{k}.png", tmp_path / f"{k}m.png") for k in range(6)]
-    split = search_seg.read_split(pairs, 6)
+    split = search_seg.read_split(pairs, plain_meaning(6))
     assert split.sizes[2].tolist() == [1570, 2048] and split.sizes[0].tolist() == [60, 80]
     assert sum(part.nbytes for part in split if part is not None) < 1.01 * 4 * (1570 * 2048 + 5 * 4800) + 100
     g = torch.Generator().manual_seed(0)
@@ -347,7 +349,7 @@ def test_windows_of_unlike_pictures_are_those_of_a_canvas(tmp_path):
         image = save(np.asarray(coarse), tmp_path / f"{k}.png")
         label = np.kron(g.integers(0, 5, (h // 5 + 1, w // 5 + 1)), np.ones((5, 5)))[:h, :w]
         pairs.append((image, save(label.astype(np.uint8), tmp_path / f"{k}m.png")))
-    split = search_seg.read_split(pairs, 5)
+    split = search_seg.read_split(pairs, plain_meaning(5))
     assert isinstance(split.images, Pictures)
     whole = search_seg.Split(split.images[:], split.labels[:], split.sizes)
     index = torch.arange(4).repeat(10)
@@ -405,7 +407,7 @@ def test_rarer_kinds_of_pictures(tmp_path, suffix):
         pytest.skip("PIL is without it")
     root = write_folder(tmp_path, [index_map()] * 4, suffixes=(suffix, "png"))
     pairs = search_seg.folder_pairs(root)
-    split = search_seg.read_split(pairs["train"], 21)
+    split = search_seg.read_split(pairs["train"], plain_meaning(21))
     assert [path.suffix for path, _ in pairs["train"]] == [f".{suffix}"] * 2 and split.images.float().std() > 40
 
 
@@ -450,11 +452,11 @@ def test_a_mask_goes_with_its_turned_picture(tmp_path):
     for mask, size in ((np.zeros((48, 32), np.uint8), (48, 32)), (np.zeros((32, 48), np.uint8), (32, 48))):
         mask[:9, :5] = 1
         save(mask, tmp_path / "a.png")
-        split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+        split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, plain_meaning(2))
         assert split.images.shape == (2, 3, *size) and split.labels[0].sum() == 45
     save(np.zeros((30, 48), np.uint8), tmp_path / "a.png")
     with pytest.raises(DataError, match="a.png: mask of 48x30 pixels, its image has 32x48"):
-        search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")], 2)
+        search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")], plain_meaning(2))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -474,7 +476,7 @@ def test_a_mask_with_the_tag_of_its_picture(tmp_path, orientation, side):
     pixels[:9, :5] = 200
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
     Image.fromarray(pixels[..., 0] // 200).save(tmp_path / "a.png", exif=exif)
-    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, plain_meaning(2))
     assert split.labels[0].sum() == 45 and (split.images[0, 0][split.labels[0] == 1] > 120).all()
     assert (split.images[0, 0] > 150).sum() < 60
 
@@ -486,7 +488,7 @@ def test_a_turned_mask_in_which_the_tag_was_left(tmp_path):
     upright[:16, 16:] = 200
     Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "a.jpg", exif=exif, quality=95)
     Image.fromarray(upright[..., 0] // 200).save(tmp_path / "a.png", exif=exif)
-    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, 2)
+    split = search_seg.read_split([(tmp_path / "a.jpg", tmp_path / "a.png")] * 2, plain_meaning(2))
     assert split.labels.shape == (2, 48, 32) and torch.equal(split.images[0, 0] > 100, split.labels[0] == 1)
 
 

@@ -266,21 +266,15 @@ def check_source(source: Source, masks: bool, skip_empty: bool) -> dict:
 
 
 def read_split(
-    source: Source,
-    largest: int,
-    masks: bool,
-    skip_empty: bool,
-    memory: float = math.inf,
-    device: str = "cpu",
-    coco: dict | None = None,
+    source: Source, coco: dict, largest: int, masks: bool, memory: float = math.inf, device: str = "cpu"
 ) -> Split:
     """The pictures of a COCO file, scaled down where a side is longer than `largest` pixels, and their objects.
 
-    What takes at most `memory` bytes is kept once it is decoded; few and small pictures are decoded at once. Raises
-    DataError, now or when a picture is used, naming the file, and the annotation in it, that is missing, cannot be read
-    or does not fit. `coco` is what `check_coco` says of the file, where somebody has asked already.
+    coco: as of `check_source`. What takes at most `memory` bytes is kept once it is decoded; few and small pictures are
+    decoded at once. Raises DataError, now or when a picture is used, naming what is missing, cannot be read or does not
+    fit.
     """
-    path, coco = source.annotations, coco or check_source(source, masks, skip_empty)
+    path = source.annotations
     listed = [image for k, image in enumerate(coco["images"]) if source.keep(k)]
     if not listed:
         raise DataError(f"{path}: too few pictures; give two or more, every eighth is held out")
@@ -322,7 +316,7 @@ def read_split(
     boxes, labels, crowd = by_picture(corners.float()), by_picture(objects.label + 1), by_picture(objects.crowd)
     frames, bits = labels.new_zeros(len(listed), 1, 5), torch.zeros(len(listed), 1, 1, dtype=torch.uint8, device=device)
     if masks:
-        key = functools.partial(fingerprint, "det bits", [source.annotations, *paths])
+        key = functools.partial(fingerprint, "det bits", [path, *paths])
         frames, bits = read_bits(objects.masks, number, memory - images.nbytes, device, key)
         frames = by_picture(frames)
     rest = (x.to(device) for x in (sizes.float(), original.float(), boxes, labels, crowd, frames))
@@ -395,7 +389,7 @@ def read_data(args, size: int, masks: bool) -> dict[str, Split]:
                 )
         chosen = [image["file_name"] for k, image in enumerate(coco["images"]) if source.keep(k)]
         files[name] = [source.folder.resolve() / file.lstrip("/") for file in chosen]
-        splits[name] = split = read_split(source, size, masks, args.skip_empty, left, args.device, coco)
+        splits[name] = split = read_split(source, coco, size, masks, left, args.device)
         left -= split.images.nbytes + split.bits.nbytes
         if 0 in (split.images.nbytes, split.bits.nbytes):
             number = f"{name}: {len(split.images):,} pictures"

@@ -494,6 +494,11 @@ def entry(number, image, category=3, box=(2, 3, 8, 6), **more):
             "iscrowd": 0, "segmentation": polygon} | more  # fmt: skip
 
 
+def read_split(source, masks, skip_empty, memory=float("inf")):
+    """The split of a COCO file for windows of 64 pixels."""
+    return search_det.read_split(source, search_det.check_source(source, masks, skip_empty), 64, masks, memory)
+
+
 def test_coco_layout(tmp_path):
     """Pictures of several sizes, gaps in ids and categories, an uncompressed crowd, pictures without objects."""
     pictures = {5 * k + 2: (40 + k, 80 - k) for k in range(16)}
@@ -672,13 +677,13 @@ def test_crowds_teach_nothing_and_are_told(tmp_path, capsys):
     evolve.warn_once.cache_clear()
     source = search_det.Source(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
     write_coco(tmp_path, {1: (20, 30)}, [entry(k, 1, iscrowd=("1", 1, True, "0")[k]) for k in range(4)])
-    assert search_det.read_split(source, 64, False, True).crowd.sum() == 3
+    assert read_split(source, False, True).crowd.sum() == 3
     assert "3 of 4 objects are crowds ('iscrowd' 1), which teach nothing" in capsys.readouterr().err
     content = json.loads(source.annotations.read_text())
     content["annotations"] = [entry(k, 1, iscrowd=1) for k in range(4)]
     source.annotations.write_text(json.dumps(content))
     with pytest.raises(DataError, match="all objects in .* are crowds .*; set it to 0"):
-        search_det.read_split(source, 64, False, True)
+        read_split(source, False, True)
 
 
 def test_names_as_they_were_elsewhere(tmp_path, capsys):
@@ -689,32 +694,32 @@ def test_names_as_they_were_elsewhere(tmp_path, capsys):
         image["file_name"] = name
     listing, folder = tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017"
     listing.write_text(json.dumps(content))
-    split = search_det.read_split(search_det.Source(listing, folder), 64, False, True)
+    split = read_split(search_det.Source(listing, folder), False, True)
     assert len(split.images) == 5
     assert "4 pictures (first: images/0.jpg) are not where the annotations say" in capsys.readouterr().err
     links = ["0.jpg?X-Amz=1", "%31.jpg", "/data/local-files/?d=2.jpg", "up/3.jpg?a=b", "4.jpg"]
     for image, name in zip(content["images"], links):
         image["file_name"] = name
     listing.write_text(json.dumps(content))
-    assert len(search_det.read_split(search_det.Source(listing, folder), 64, False, True).images) == 5
+    assert len(read_split(search_det.Source(listing, folder), False, True).images) == 5
     for image, name in zip(content["images"], names):
         image["file_name"] = name
     content["images"][1]["file_name"] = "train/0.jpg"  # two pictures that this folder cannot tell apart
     listing.write_text(json.dumps(content))
     with pytest.raises(DataError, match="0.jpg: the annotations mean it by 'images/0.jpg' and by 'train/0.jpg'"):
-        search_det.read_split(search_det.Source(listing, folder), 64, False, True)
+        read_split(search_det.Source(listing, folder), False, True)
     content["images"][1]["file_name"] = "data:image/png;base64," + 5000 * "A"
     listing.write_text(json.dumps(content))
     with pytest.raises(DataError, match="AAA: not found; the annotations name it"):
-        search_det.read_split(search_det.Source(listing, folder), 64, False, True)
+        read_split(search_det.Source(listing, folder), False, True)
 
 
 def test_empty_boxes_can_be_left_out(tmp_path):
     write_coco(tmp_path, {1: (20, 30)}, [entry(30, 1), entry(31, 1, box=(4, 4, 0, 6))])
     source = search_det.Source(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
-    assert len(search_det.read_split(source, 64, False, True).truth.objects.box) == 1
+    assert len(read_split(source, False, True).truth.objects.box) == 1
     with pytest.raises(DataError, match="annotation 31: empty box .* --skip-empty"):
-        search_det.read_split(source, 64, False, False)
+        read_split(source, False, False)
 
 
 def test_coco_files_of_all_tools_load(tmp_path, capsys):
@@ -736,7 +741,7 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
     ]  # fmt: skip
     content["annotations"] += [content["annotations"][0], entry(11, 3, segmentation=[[50, 50, 60, 50, 60, 60]])]
     source.annotations.write_text(json.dumps(content), "utf-8-sig")
-    split = search_det.read_split(source, 64, True, True)
+    split = read_split(source, True, True)
     assert split.sizes.tolist() == 4 * [[20, 30]] and split.truth.categories == [3, 7]
     assert split.labels.tolist() == [[1, 0], [1, 0], [2, 0], [2, 1]] and not split.crowd.any()
     objects = split.truth.objects
@@ -756,7 +761,7 @@ def test_coco_files_of_all_tools_load(tmp_path, capsys):
         assert words in said, said
     for encoding in ("utf-16", "utf-32", "utf-8"):
         source.annotations.write_text(json.dumps(content | {"info": "行人"}, ensure_ascii=False), encoding)
-        assert torch.equal(search_det.read_split(source, 64, True, True).boxes, split.boxes)
+        assert torch.equal(read_split(source, True, True).boxes, split.boxes)
     assert not capsys.readouterr().err, "said once"
 
 
@@ -783,7 +788,7 @@ def test_what_cannot_be_right_is_refused(tmp_path, what):
     source = search_det.Source(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
     source.annotations.write_text(json.dumps(content))
     with pytest.raises(DataError, match=f"{source.annotations.name}: ([^\n]*[;,] [^\n]*|.*twice.*)$"):
-        search_det.read_split(source, 64, True, True)
+        read_split(source, True, True)
 
 
 @pytest.mark.parametrize("task", ["masks", "boxes", "score"])
@@ -803,7 +808,7 @@ def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path, capsys, task):
                 numbers = coco_eval(source.annotations, [], "segm", "cpu").values()
                 assert all(-1 <= number <= 1 for number in numbers), what
             else:
-                assert_sane(search_det.read_split(source, 64, task == "masks", False), capsys, what)
+                assert_sane(read_split(source, task == "masks", False), capsys, what)
             loaded += 1
         except DataError as error:
             assert str(source.annotations) in str(error) or "2017/x: not found" in str(error), (what, error)
@@ -832,7 +837,7 @@ def test_photographs():
     """The published network on a few photographs: one step, and their scores."""
     folder = SHARED / "coco_mini"
     source = search_det.Source(folder / "annotations/instances_val2017.json", folder / "val2017", lambda k: k < 4)
-    split = search_det.read_split(source, 64, True, False)
+    split = read_split(source, True, False)
     plan = search_det.PROXY["coco"]._replace(steps=1, batch=2, size=64)
     net = search_det.build_model("r50-fpn", 81, True)
     losses = {branch: next(iter(known.values())) for branch, (_, known) in search_det.BRANCHES.items()}
@@ -987,10 +992,10 @@ def test_boxes_end_where_their_pictures_do(tmp_path):
 def test_masks_share_the_memory_of_their_pictures(root):
     """What holds the pictures or the bits, not both, holds the pictures."""
     source = search_det.list_data(arguments(root, "--metric", "segm"))["train"]
-    whole = search_det.read_split(source, 64, True, False)
+    whole = read_split(source, True, False)
     pictures, bits = whole.images.nbytes, whole.bits.nbytes
     for memory in (pictures + bits, pictures + bits - 1):
-        split = search_det.read_split(source, 64, True, False, memory)
+        split = read_split(source, True, False, memory)
         assert (split.images.nbytes, split.bits.nbytes > 0) == (pictures, memory == pictures + bits)
 
 

@@ -330,7 +330,7 @@ def read_bits(
     frames = torch.from_numpy(rle.toBbox(codes)).long()
     begin = F.pad(number.cumsum(0), (1, 0))  # of each picture among the codes, and where the last one ends
     before = F.pad(frames[:, 2:].prod(1).cumsum(0), (1, 0))  # how many bits, in the order of the codes
-    first = before[begin]
+    first = before[begin]  # the same of the pictures
     start = 8 + before[:-1] - first[:-1].repeat_interleave(number)
     sides = ((8 + first.diff() + 7) // 8).tolist()  # bytes of a picture, rounded up
 
@@ -452,7 +452,8 @@ class Pictures:
 
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
-        self.key, sizes, areas = key, [math.prod(shape) for shape in self.shapes], [h * w for *_, h, w in self.shapes]
+        self.key, sizes = key, [math.prod(shape) for shape in self.shapes]
+        areas = [height * width for *_, height, width in self.shapes]
         self.strict = sum(areas) <= SMALL  # all are read now: what is broken shows at once
         if len({*self.shapes}) == 1 and areas[0] <= 2**16 and self.strict:
             return self[:]

@@ -336,7 +336,8 @@ class Pictures:
 
     def settle(self, key: Callable[[], str]) -> "Tensor | Pictures":
         """Keep what has been decoded; few small ones of one size at once, as one tensor. `key` tells splits apart."""
-        self.key, sizes, areas = key, [math.prod(shape) for shape in self.shapes], [h * w for *_, h, w in self.shapes]
+        self.key, sizes = key, [math.prod(shape) for shape in self.shapes]
+        areas = [height * width for *_, height, width in self.shapes]
         self.strict = sum(areas) <= SMALL  # all are read now: what is broken shows at once
         if len({*self.shapes}) == 1 and areas[0] <= 2**16 and self.strict:
             return self[:]

@@ -203,16 +203,15 @@ def read_split(
             return kept_size(*full_size(*pairs[k]))
         return 16, 16
 
-    keep, sizes, shapes = 4 * pixels <= memory, None, (lambda k: (3, *size(k)), size)
-    if keep:
-        sizes = [kept_size(*full_size(*pair)) for pair in pairs]
-        shapes = [(3, *size) for size in sizes], sizes
-        sizes = torch.tensor(sizes, dtype=torch.float32)
+    keep = 4 * pixels <= memory
+    sizes = [kept_size(*full_size(*pair)) for pair in pairs] if keep else None
+    image_shapes = [(3, *sides) for sides in sizes] if keep else lambda k: (3, *size(k))
     stored = (
-        Pictures(read_images, len(pairs), device, shapes[0], group=group_size(images, device)),
-        Pictures(read_labels, len(pairs), device, shapes[1], fill=IGNORE),
+        Pictures(read_images, len(pairs), device, image_shapes, group=group_size(images, device)),
+        Pictures(read_labels, len(pairs), device, sizes or size, fill=IGNORE),
     )
     if keep:
+        sizes = torch.tensor(sizes, dtype=torch.float32)
         kinds = (f"seg {LARGEST}", f"seg {LARGEST} {meaning}")
         stored = [x.settle(lambda kind=k: fingerprint(kind, itertools.chain(*pairs))) for x, k in zip(stored, kinds)]
     return Split(*stored, sizes)
@@ -790,7 +789,8 @@ class SegMetrics:
     """
 
     def __init__(self, num_classes: int, device="cpu", tolerance: int = 5, groups: int = 1):
-        self.C, self.tolerance, self.groups = C, _, _ = num_classes, tolerance, groups
+        C = self.C = num_classes
+        self.tolerance, self.groups = tolerance, groups
         self.confusion = torch.zeros(groups, C, C, dtype=torch.long, device=device)  # [target, prediction]
         self.near_boundary = torch.zeros_like(self.confusion)
         self.edges = torch.zeros(4, groups, C, dtype=torch.long, device=device)  # predicted, hit; target, hit

@@ -860,6 +860,16 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
 # Networks, training, gates
 
 
+def test_each_process_draws_its_share_of_a_batch(task, monkeypatch, capsys):
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (1, task.proxy.batch))
+    plan = task.proxy
+    assert len(next(iter(task.batches(plan, 0)))[0]) == plan.batch // task.proxy.batch
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(SystemExit):
+        task.batches(plan, 0)
+    assert f"--batch {plan.batch}: not to be shared by 3 processes" in capsys.readouterr().err
+
+
 def test_scoring_twice_gives_the_same_number(task):
     assert task.train("ce+l1") == task.train("ce+l1")
     assert len(task.curve) == 2

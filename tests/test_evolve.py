@@ -1,5 +1,6 @@
 """The search, on a toy task that needs no data: mutations, gates, surrogate, state, journal, closing round, workers."""
 
+import argparse
 import csv
 import dataclasses
 import hashlib
@@ -2562,6 +2563,13 @@ def test_a_search_of_the_tasks_own(tmp_path):
     assert [line["known"] for line in whole] == list(range(9)), "each proposal knows all earlier scores"
     assert whole[0]["losses"]["loss"].startswith("number ")
     assert result_of(part)["losses"]["loss"].startswith("number ")
+
+
+def test_lists_of_names_bear_blanks_and_repetition():
+    names = evolve.some_of(("dead", "seen"))
+    assert names("seen, dead,,seen") == ["seen", "dead"] and names("") == []
+    with pytest.raises(argparse.ArgumentTypeError, match="ded: unknown; choose one of dead seen"):
+        names("seen, ded")
 
 
 @pytest.mark.parametrize("batch, world, least, share", [(16, 1, 2, 16), (16, 8, 2, 2), (4, 4, 1, 1), (2, 1, 2, 2)])

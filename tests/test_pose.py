@@ -868,6 +868,16 @@ def test_metrics_of_a_network_are_those_of_its_json(task):
     assert got["pck"] == pytest.approx(np.concatenate(off).mean(), abs=1e-3)
 
 
+def test_each_process_draws_its_share_of_a_batch(task, monkeypatch, capsys):
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (1, 2))
+    plan = task.proxy
+    assert len(next(iter(task.batches(plan, 0)))[0]) == plan.batch // 2
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(SystemExit):
+        task.batches(plan, 0)
+    assert f"--batch {plan.batch}: not to be shared by 3 processes" in capsys.readouterr().err
+
+
 def test_scoring_twice_gives_the_same_number(task):
     assert task.train("mse") == task.train("mse")
     curve = task.curve

@@ -861,6 +861,24 @@ def test_each_loss_is_the_one_of_its_name(root):
     assert task.loss("dice")(logits, label) == search_seg.dice(logits, label)
 
 
+def test_a_temporary_folder_without_room_is_told(root, monkeypatch, capsys):
+    monkeypatch.setattr(search_seg, "SMALL", 0)
+    monkeypatch.setattr(search_seg, "shared_bytes", lambda *_: None)
+    search_seg.note.cache_clear()
+    assert search_seg.read_data(arguments(root))["train"].images.nbytes == 0
+    assert "train: 40 pictures, more than --memory" in capsys.readouterr().out
+
+
+def test_each_process_draws_its_share_of_a_batch(task, monkeypatch, capsys):
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (1, 4))
+    plan = task.proxy
+    assert len(next(iter(task.batches("ce", plan, 0)))[0]) == plan.batch // 4
+    monkeypatch.setattr(evolve, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(SystemExit):
+        task.batches("ce", plan, 0)
+    assert f"--batch {plan.batch}: not to be shared by 3 processes" in capsys.readouterr().err
+
+
 def test_weights_are_cut_like_their_labels(root):
     task = ready(search_seg.SegTask(arguments(root)))
     train = task.data["train"]

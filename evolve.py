@@ -1544,7 +1544,8 @@ def write_atomically(path: Path, content: str | bytes, once: bool = False) -> No
     """Write a whole file or none; with `once` only if there is none yet, whoever of all workers comes first."""
     part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        with naming(path), contextlib.suppress(*[FileExistsError] * once):  # what a link finds out in one step
+        known = [FileExistsError] if once else []  # what a link finds out in one step
+        with naming(path), contextlib.suppress(*known):
             part.write_bytes(content.encode() if isinstance(content, str) else content)
             os.link(part, path) if once else part.replace(path)
     finally:

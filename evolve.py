@@ -2277,12 +2277,16 @@ def open_run(args, task_name: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line: flag, value and cure; exit code 2."""
+    """argparse with errors of one line: flag, value and cure; exit code 2. Flags are written out."""
 
     place = ""  # the file in which the arguments stand
 
+    def __init__(self, **about):
+        super().__init__(allow_abbrev=False, **about)
+
     def error(self, message: str):
-        fail(self.place + message.removeprefix("argument "))
+        cure = "; --help tells all flags" * message.startswith("unrecognized")
+        fail(self.place + message.removeprefix("argument ") + cure)
 
 
 def speaks() -> bool:

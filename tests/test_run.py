@@ -551,7 +551,8 @@ bad = functools.partial(refused, search_seg)
         (["--data", "voc"], ["--data voc", "--data-root"]),
         (["--model", "resnet"], ["--model", "resnet", "small"]),
         (["--device", "tpu9"], ["--device tpu9", "cpu"]),
-        (["--metrc", "miou"], ["--metrc"]),
+        (["--metrc", "miou"], ["--metrc", "--help"]),
+        (["--metri", "miou"], ["--metri", "--help"]),
     ],
 )
 def test_bad_flags(monkeypatch, capsys, argv, words):

@@ -1,6 +1,7 @@
 """How much is the proxy's ranking worth? Rank correlation of short trainings with re-trainings.
 
     python tests/bench_proxy.py --seeds 1 [--table FILE]     # an hour and a half of one core; FILE keeps what is done
+    python tests/bench_proxy.py --runs RUN_DIR RUN_DIR ...   # of what these runs have found; half a minute for each
 
 Losses of all qualities (fast and slow starters, hand-made ones, found ones) are trained by each proxy and, with so many
 seeds, by re-trainings (2,400 steps, other weights and batches). All are scored on the search-validation split of the
@@ -22,12 +23,16 @@ Measured (AMD EPYC, torch 2.14.1, one seed; `600 from scratch` begins with the w
     ... and 1200 of 2400, then 120          5.5   0.93 0.89   0.94 0.91   0.96 0.83   0.92 0.86   0.94 0.87   0.88 0.79
 
 A later base adds nothing over such a list, but tells among the finalists of searches: see tests/RESULTS.md.
+
+With --runs the losses are those that searches have found, and what counts is their lead over cross entropy on the test
+split, the mean of the closing table's paired seeds: is what leads the most by proxy ahead the most in the end?
 """
 
 import argparse
 import copy
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -229,13 +234,51 @@ class Bench:
         return entry
 
 
+def final_leads(run: Path) -> tuple[str, dict[str, float]] | None:
+    """What a run has found, and how far it is ahead of cross entropy; None where its closing table is not complete."""
+    scores = {}
+    for record in (each for journal in run.glob("journal*.jsonl") for each in evolve.read_records(journal)[0]):
+        if record.get("scores") and record["seed"] >= evolve.TABLE_SEEDS:
+            loss = record["retrained"]
+            scores.setdefault(loss if loss == "ce" else loss["loss"], {})[record["seed"]] = record["scores"]["test"]
+    baseline = scores.pop("ce", {})
+    for loss, by_seed in scores.items():
+        if paired := by_seed.keys() & baseline.keys():
+            leads = {m: statistics.mean(by_seed[s][m] - baseline[s][m] for s in paired) for m in search_seg.METRICS}
+            return loss, leads
+    return None
+
+
+def show_found(bench: "Bench", runs: list[Path]) -> None:
+    """How proxies rank what runs have found, against how their closing tables do."""
+    found = dict(filter(None, map(final_leads, runs)))
+    names = [name for name, (before, *_) in PROXIES.items() if before]
+    lead = {
+        (name, loss): {m: bench.score(name, loss)[m] - bench.score(name, "ce")[m] for m in search_seg.METRICS}
+        for loss in found
+        for name in names
+    }
+    print(f"{'Spearman, all and the better half':<36}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
+    both = [(name,) for name in names] + [(LATER[0], name) for name in LATER[1]]
+    for proxies in both:
+        cells = ""
+        for metric in search_seg.METRICS:
+            ranked = [sum(lead[name, loss][metric] for name in proxies) for loss in found]
+            cells += f"{correlations(ranked, [final[metric] for final in found.values()]):>12}"
+        print(f"{' and '.join(proxies):<36}{cells}")
+    print(f"{len(found)} losses of {len(runs)} runs")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN_DIR")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--seeds", type=int, choices=(1, 2), default=2, help="re-trainings of each loss")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bench, losses, again = Bench(args.table), (*LOSSES, *FOUND), AGAIN[: args.seeds]
+    if args.runs:
+        return show_found(bench, args.runs)
     for loss in losses:
         entries = [bench.score(name, loss) for name in (*again, *PROXIES)]
         print(" ".join(f"{entry['miou']:.3f}" for entry in entries), loss, flush=True)

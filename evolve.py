@@ -1609,7 +1609,7 @@ class Journal:
         """Fold what is new into the state; the records. What cannot be read is skipped with a warning and counted."""
         if STOPPED:
             raise KeyboardInterrupt(STOPPED[0])
-        heard, news, broken = [], [], Counter()
+        heard, news, broken = [], [], {}
         for path in sorted(self.directory.glob("journal-*.jsonl")):
             records, self.read[path] = read_records(path, self.read.get(path, 0))
             times = itertools.accumulate((is_a(r.get("elapsed"), float) and r["elapsed"] or 0.0 for r in records), max)
@@ -1618,11 +1618,11 @@ class Journal:
             try:
                 state.absorb(record)
                 heard.append(record)
-            except ValueError:
+            except ValueError as error:
                 state.broken += 1
-                broken[path] += 1
-        for path, number in broken.items() if self.warns else ():
-            warn(f"{path}: {number} broken lines were skipped")
+                broken.setdefault(path, []).append(str(error))
+        for path, errors in broken.items() if self.warns else ():
+            warn(f"{path}: {len(errors)} broken lines were skipped ({errors[0]:.80})")
         return heard
 
 
@@ -1866,6 +1866,8 @@ class Reporter:
             + (f"  {' '.join(record['losses'])}" if len(state.task.symbols) > 1 and not improved else ""),
             flush=True,
         )
+        if n == 10 and len({result.score for result in state.valid()}) == 1:
+            warn(f"ten proxy trainings ended at the same {args.metric}; more --proxy-steps may tell losses apart")
         scores = [member.score for member in state.population if member.score is not None]
         mean, deviation = record["predicted"] or (None, None)
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {

@@ -113,13 +113,15 @@ def min_pool3(x, mask):
 
 
 class Operator(NamedTuple):
-    arity: int
-    function: Callable[..., Tensor]
-    latex: str
+    arity: int  # 1 or 2
+    function: Callable[..., Tensor]  # what is exported: a `def` of torch, F, EPS and operators above it alone
+    latex: str  # of terms that bring their own brackets
     why: str
     masked: bool = False  # takes the mask of valid positions as its last argument
 
 
+# A further operator needs a line here and one in tests/test_loss_ops.py, and where its algebra is to be known one in
+# COMMUTATIVE, ODD, EVEN ... below; one that pools belongs to OTHER_POOL.
 OPERATORS = {
     "Add": Operator(2, add, "{} + {}", "combine terms"),
     "Mul": Operator(2, mul, r"{} \cdot {}", "weigh one term by another; select with a one-hot target"),
@@ -269,9 +271,9 @@ def latex(expr: Expr) -> str:
         if not node.args:
             return node.op
         args = [show(arg) for arg in node.args]
-        if node.op in ("Mul", "Neg"):  # these bind tighter than Add and, behind a product sign, than Neg
-            loose = ("Add", "Neg") if node.op == "Mul" else ("Add",)
-            args = [rf"\left({t}\right)" if a.op in loose else t for a, t in zip(node.args, args)]
+        if node.op in ("Mul", "Neg"):  # these bind tighter than sums and, behind a product sign, than Neg
+            loose = [len(a.args) == 2 and a.op != "Mul" or (node.op, a.op) == ("Mul", "Neg") for a in node.args]
+            args = [rf"\left({t}\right)" if out else t for out, t in zip(loose, args)]
         elif node.op not in ("Add", "Abs", "Inv", "Exp", "Sqrt"):  # these bring no brackets of their own
             args = [t if node.op == "Square" and not a.args else rf"\left({t}\right)" for a, t in zip(node.args, args)]
         return OPERATORS[node.op].latex.format(*args)
@@ -498,6 +500,7 @@ def standalone(title: str, about: str, constants: str, bodies: Sequence[str], he
 # ---------------------------------------------------------------------------------------------------------------------
 # Algebra: what can be known of a loss without touching a tensor
 
+COMMUTATIVE = frozenset({"Add", "Mul"})
 ODD = frozenset({"Tanh", "Log", "Sqrt", "MeanNHW", "MeanC"})  # f(-x) = -f(x)
 EVEN = frozenset({"Abs", "Square"})  # f(-x) = f(x)
 NEVER_NEGATIVE = frozenset({"Abs", "Square", "Exp"})
@@ -584,7 +587,7 @@ def combine(op: str, *args: Expr) -> Expr:
         return z if x == ONE else x
     if op == "Add" and ZERO in args:
         return z if x == ZERO else x
-    if op in ("Add", "Mul"):
+    if op in COMMUTATIVE:
         return Expr(op, args if x <= z else (z, x))
     if op in EVEN and x.op == "Abs":
         return combine(op, *x.args)

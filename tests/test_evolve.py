@@ -1501,7 +1501,7 @@ def test_broken_lines_are_skipped_and_counted(finished, capsys, kind):
 def test_of_all_readers_of_a_journal_one_warns(finished, tmp_path, short, capsys):
     damage(finished, b"\0" * 64)
     run(finished.parent, *SHORT, "rejected", resume=finished, planted=PLANTED)
-    assert capsys.readouterr().err.count("broken lines were skipped") == 1
+    assert capsys.readouterr().err.count("1 broken lines were skipped (it has no 'worker')") == 1
 
 
 def test_damaged_records_do_no_harm(finished, tmp_path):
@@ -2217,6 +2217,19 @@ def test_two_evaluations_at_once_are_told_apart(tmp_path, capsys, place):
     events.Reload()
     assert [tag for tag in events.Tags()["scalars"] if tag.startswith("proxy_curve")] == [f"proxy_curve/000{place + 1}"]
     assert [event.step for event in events.Scalars("search/best_by_second")] == [10, 11]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_proxy_that_tells_no_losses_apart_is_told(tmp_path, capsys, same):
+    lines = explore(begin(ToyTask()), 12)
+    reporter = evolve.Reporter(tmp_path, evolve.make_state(arguments(tmp_path), ToyTask()), arguments(tmp_path))
+    for line in lines:
+        line["score"] = 0.25
+    lines[3]["score"] = 0.25 if same else 0.26
+    (tmp_path / "journal-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reporter.hear()
+    reporter.board.close()
+    assert capsys.readouterr().err.count("more --proxy-steps may tell losses apart") == same
 
 
 def test_gradients_are_drawn():

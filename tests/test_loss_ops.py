@@ -20,6 +20,7 @@ from loss_ops import (
     MAX_NODES,
     OPERATORS,
     Expr,
+    Operator,
     canonical,
     evaluate,
     evaluate_batch,
@@ -87,13 +88,14 @@ def slow(op, x, z, mask):
                     elif op == "MeanNHW":
                         out[n, c, h, w] = x[:, c][mask[:, 0]].mean()
                     else:
+                        most = {"MaxPool3": max, "MinPool3": min}[op]
                         window = [
                             x[n, c, a, b].item()
                             for a in range(max(0, h - 1), min(H, h + 2))
                             for b in range(max(0, w - 1), min(W, w + 2))
                             if mask[n, 0, a, b]
                         ]
-                        out[n, c, h, w] = (max if op == "MaxPool3" else min)(window, default=0.0)
+                        out[n, c, h, w] = most(window, default=0.0)
     return out
 
 
@@ -411,6 +413,17 @@ def test_latex_has_every_part():
     for expr in trees(300, seed=16):
         shown = latex(expr)
         assert shown.count("{") == shown.count("}") and shown.count(r"\left") == shown.count(r"\right")
+
+
+def test_a_further_operator(monkeypatch):
+    """Infix and not commutative, as no operator here is."""
+    monkeypatch.setitem(OPERATORS, "Sub", Operator(2, lambda x, z: x - z, "{} - {}", "differences"))
+    assert latex(parse("Mul(y, Sub(1, p))")) == r"y \cdot \left(\left(1\right) - \left(p\right)\right)"
+    assert latex(parse("Neg(Sub(y, p))")) == r"-\left(\left(y\right) - \left(p\right)\right)"
+    one, other = parse("Sub(y, p)"), parse("Sub(p, y)")
+    assert canonical(one) == one and canonical(other) == other
+    leaves = {name: torch.rand(2, 3, 4, 4) for name in "yp"}
+    torch.testing.assert_close(evaluate(one, leaves), -evaluate(other, leaves))
 
 
 CHECK = """

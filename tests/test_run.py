@@ -225,6 +225,27 @@ def test_losses_that_searches_have_fallen_for_are_unstable(root, tmp_path, metri
         assert evolve.is_stable(branch, parse(text)), text
 
 
+def test_a_further_metric(root, tmp_path, monkeypatch, capsys):
+    """It needs a name and a value; Auto Seg-Loss, which has no curves for it, says so."""
+    names, compute = (*search_seg.METRICS, "worst"), search_seg.SegMetrics.compute
+
+    def with_worst(metrics):
+        confusion = metrics.confusion.double()
+        accuracy = confusion.diagonal(dim1=1, dim2=2) / confusion.sum(2)
+        return compute(metrics) | {"worst": accuracy.nan_to_num(1).amin(1)}
+
+    monkeypatch.setattr(search_seg, "METRICS", names)
+    monkeypatch.setattr(search_seg.SegTask, "metrics", names)
+    monkeypatch.setattr(search_seg.SegMetrics, "compute", with_worst)
+    flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--metric", "worst"]
+    task = ready(search_seg.SegTask(search_seg.parse_arguments(flags)))
+    assert 0 < task.branches["loss"].eta <= 0.1
+    scores = task.proxy_scores({"loss": parse("Neg(Mul(y, Log(p)))")})
+    assert 0 <= task.train("ce") <= 1 and 0 <= scores["worst"] <= scores["macc"] and scores.keys() == {*names}
+    for argv in (["--search", "asl"], ["--loss", "asl"], ["--compare", "ce,asl"]):
+        assert "--metric worst: Auto Seg-Loss has no surrogate of it" in bad(monkeypatch, capsys, *flags, *argv)
+
+
 def test_termination_ends_all_workers(root, tmp_path):
     with started(root, tmp_path / "runs", "--evals", "500", "--workers", "2") as (process, printed):
         wait_until(lambda: "eval   1/500" in printed(), process, printed)
@@ -542,7 +563,7 @@ bad = functools.partial(refused, search_seg)
         (["--workers", "-1"], ["--workers", "-1"]),
         (["--search", "grid"], ["--search", "grid", "evolve random naive cse cse-rand aml asl"]),
         (["--loss", "asl(miou: 0.1 0.2)"], ["--loss asl(miou: 0.1 0.2)", "12 numbers in 0..1, got 0.1 0.2"]),
-        (["--loss", "asl(iou: 0.1)"], ["--loss asl(iou", "'iou' is no metric"]),
+        (["--loss", "asl(iou: 0.1)"], ["--loss asl(iou", "'iou' has no surrogate"]),
         (["--loss", "asl(macc: 0 0 0 0 0 x)"], ["--loss asl(macc", "'x'"]),
         (["--loss", "asl(macc: nan 0 0 0 0 0)"], ["--loss asl(macc", "6 numbers in 0..1", "got nan 0"]),
         (["--download"], ["--download", "VOC", "leave the flag out"]),

@@ -258,14 +258,14 @@ def show_found(bench: "Bench", runs: list[Path]) -> None:
         for loss in found
         for name in names
     }
-    print(f"{'Spearman, all and the better half':<36}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
+    print(f"{'Spearman, all and the better half':<52}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
     both = [(name,) for name in names] + [(LATER[0], name) for name in LATER[1]]
     for proxies in both:
         cells = ""
         for metric in search_seg.METRICS:
             ranked = [sum(lead[name, loss][metric] for name in proxies) for loss in found]
             cells += f"{correlations(ranked, [final[metric] for final in found.values()]):>12}"
-        print(f"{' and '.join(proxies):<36}{cells}")
+        print(f"{' and '.join(proxies):<52}{cells}")
     print(f"{len(found)} losses of {len(runs)} runs")
 
 

@@ -12,6 +12,7 @@ lose? And how much do good losses gain, those with pools included?
 
 Stability: what the gate `unstable` measures of the losses in tests/RESULTS.md, and of those that searches for this
 metric have trained and found ahead of cross entropy; which it turns away, and how near the limits the others come.
+Further, which of them lead an untrained network away from where cross entropy does; no gate asks that so far.
 """
 
 import argparse
@@ -118,6 +119,12 @@ def some_losses(runs: list[Path]):
                 yield f"{journal.parent.name}, {record['score']:.3f}", record["losses"]["loss"]
 
 
+def cosine(branch: evolve.Branch, expr) -> float:
+    """Of the gradients of a loss and of cross entropy at the untrained network."""
+    ours, its = (evolve.gradients(branch, loss) for loss in (expr, parse(branch.baseline)))
+    return math.nan if ours is None else torch.cosine_similarity(ours[0].flatten(), its[0].flatten(), 0).item()
+
+
 def show_stability(task: search_seg.SegTask, runs: list[Path]) -> None:
     branch, known = task.branches["loss"], {text: origin for origin, text in some_losses(runs)}
     limits = f"they have to regain {branch.recovery:.3f} and may be as steep as {branch.steepness:.1f}"
@@ -131,6 +138,13 @@ def show_stability(task: search_seg.SegTask, runs: list[Path]) -> None:
         print(f"unstable {regained:>9.3f} {steep:>9.2f}  {origin}: {text}")
     least, most = min(row[0] for row in stable), max(row[1] for row in stable)
     print(f"of the {len(stable)} others the least regains {least:.3f}, the steepest has {most:.2f}")
+    print(
+        "the ten of these whose gradient at the untrained network is least like that of cross entropy, by its cosine:"
+    )
+    for value, origin, text in sorted((cosine(branch, parse(text)), origin, text) for _, _, origin, text in stable)[
+        :10
+    ]:
+        print(f"{value:>18.2f}            {origin}: {text}")
 
 
 def verdicts_of(task: search_seg.SegTask, trees: list) -> tuple[float, list[tuple[str, str]]]:

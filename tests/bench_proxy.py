@@ -259,8 +259,7 @@ def show_found(bench: "Bench", runs: list[Path]) -> None:
         for name in names
     }
     print(f"{'Spearman, all and the better half':<52}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
-    both = [(name,) for name in names] + [(LATER[0], name) for name in LATER[1]]
-    for proxies in both:
+    for proxies in [(name,) for name in names] + [(LATER[0], name) for name in LATER[1]]:
         cells = ""
         for metric in search_seg.METRICS:
             ranked = [sum(lead[name, loss][metric] for name in proxies) for loss in found]

@@ -573,7 +573,7 @@ bad = functools.partial(refused, search_seg)
         (["--model", "resnet"], ["--model", "resnet", "small"]),
         (["--device", "tpu9"], ["--device tpu9", "cpu"]),
         (["--metrc", "miou"], ["--metrc", "--help"]),
-        (["--metri", "miou"], ["--metri", "--help"]),
+        (["--metri", "miou", "--loss", "focal"], ["--metri", "--help"]),
     ],
 )
 def test_bad_flags(monkeypatch, capsys, argv, words):

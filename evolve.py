@@ -700,15 +700,24 @@ def rejection_gain(branch: Branch, expr: Expr, steps: int = REJECTION_STEPS, ear
 
 
 def is_stable(branch: Branch, expr: Expr) -> bool:
-    """Whether a loss leads away from what is sure and wrong, and meets no pole on the way to what is sure and right.
+    """Whether a loss leads an untrained network to where the baseline does, leads away from what is sure and wrong, and
+    meets no pole on the way to what is sure and right.
 
-    From random weights a network may come to be sure of what is wrong; in the end it is sure of what is right, and one
-    gradient far longer than all before would throw it back.
+    No base network is untrained, nor sure of what is wrong, as a network may come to be from random weights; in the end
+    it is sure of what is right, and one gradient far longer than all before would throw it back.
     """
     if branch.wrong is None:
         return True
-    lost = recovery(branch, expr, branch.recovery) < branch.recovery
-    return not lost and steepness(branch, expr) <= branch.steepness
+    if not agreement(branch, expr) > 0 or recovery(branch, expr, branch.recovery) < branch.recovery:
+        return False
+    return steepness(branch, expr) <= branch.steepness
+
+
+def agreement(branch: Branch, expr: Expr) -> float:
+    """The cosine of the gradients of a loss and of the baseline at the untrained network; NaN where there is none."""
+    ours, its = (gradients(branch, loss) for loss in (expr, parse(branch.baseline)))
+    missing = ours is None or its is None
+    return math.nan if missing else torch.cosine_similarity(ours[0].flatten(), its[0].flatten(), 0).item()
 
 
 def recovery(branch: Branch, expr: Expr, enough: float = math.inf) -> float:

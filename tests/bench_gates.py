@@ -12,7 +12,6 @@ lose? And how much do good losses gain, those with pools included?
 
 Stability: what the gate `unstable` measures of the losses in tests/RESULTS.md, and of those that searches for this
 metric have trained and found ahead of cross entropy; which it turns away, and how near the limits the others come.
-Further, which of them lead an untrained network away from where cross entropy does; no gate asks that so far.
 """
 
 import argparse
@@ -45,6 +44,7 @@ GOOD = (
     "Neg(Mul(MaxPool3(y), Log(p)))",
     "Square(Add(MaxPool3(p), Neg(MaxPool3(y))))",
 )
+SHOWN = {"unstable": None, "stable": 10}  # how many are printed
 LIMITS = (-math.inf, 0.0, 0.05, 0.1, 0.2, 0.4, 0.6, math.inf)
 
 
@@ -119,32 +119,19 @@ def some_losses(runs: list[Path]):
                 yield f"{journal.parent.name}, {record['score']:.3f}", record["losses"]["loss"]
 
 
-def cosine(branch: evolve.Branch, expr) -> float:
-    """Of the gradients of a loss and of cross entropy at the untrained network."""
-    ours, its = (evolve.gradients(branch, loss) for loss in (expr, parse(branch.baseline)))
-    return math.nan if ours is None else torch.cosine_similarity(ours[0].flatten(), its[0].flatten(), 0).item()
-
-
 def show_stability(task: search_seg.SegTask, runs: list[Path]) -> None:
     branch, known = task.branches["loss"], {text: origin for origin, text in some_losses(runs)}
-    limits = f"they have to regain {branch.recovery:.3f} and may be as steep as {branch.steepness:.1f}"
-    print(f"\n{len(known)} losses; {limits}")
-    measured = []
-    for text, origin in known.items():
-        regained = evolve.recovery(branch, parse(text))
-        measured.append((regained, evolve.steepness(branch, parse(text)), origin, text))
-    stable = [row for row in measured if row[0] >= branch.recovery and row[1] <= branch.steepness]
-    for regained, steep, origin, text in sorted(set(measured) - set(stable)):
-        print(f"unstable {regained:>9.3f} {steep:>9.2f}  {origin}: {text}")
-    least, most = min(row[0] for row in stable), max(row[1] for row in stable)
-    print(f"of the {len(stable)} others the least regains {least:.3f}, the steepest has {most:.2f}")
-    print(
-        "the ten of these whose gradient at the untrained network is least like that of cross entropy, by its cosine:"
-    )
-    for value, origin, text in sorted((cosine(branch, parse(text)), origin, text) for _, _, origin, text in stable)[
-        :10
-    ]:
-        print(f"{value:>18.2f}            {origin}: {text}")
+    print(f"\n{len(known)} losses have to agree with cross entropy (> 0) at the untrained network, to regain")
+    print(f"{branch.recovery:.3f} of what is sure and wrong, and may be as steep as {branch.steepness:.1f}")
+    measures = evolve.agreement, evolve.recovery, evolve.steepness
+    measured = [(*(f(branch, parse(text)) for f in measures), origin, text) for text, origin in known.items()]
+    stable = [row for row in measured if evolve.is_stable(branch, parse(row[-1]))]
+    print(f"{'':<10}{'agreement':>10}{'regained':>10}{'steepness':>10}")
+    for verdict, rows in (("unstable", set(measured) - set(stable)), ("stable", stable)):
+        for agrees, regained, steep, origin, text in sorted(rows)[: SHOWN[verdict]]:
+            print(f"{verdict:<10}{agrees:>10.2f}{regained:>10.3f}{steep:>10.2f}  {origin}: {text}")
+    agrees, regained, steep = zip(*(row[:3] for row in stable))
+    print(f"of the {len(stable)} stable ones: {min(agrees):.2f}, {min(regained):.3f} and {max(steep):.2f}")
 
 
 def verdicts_of(task: search_seg.SegTask, trees: list) -> tuple[float, list[tuple[str, str]]]:

@@ -108,7 +108,7 @@ def search(state: "State", worker: "Worker", args) -> None:
         if not state.compared and worker.claim("baseline"):
             worker.works_on(state.task.baseline)
             first, *later = [proxy_score(state.task, state.task.baseline, base) for base in range(state.task.bases)]
-            worker.tell({"baseline": first, "later": later})
+            worker.tell({"baseline": first, "later": later, "witness": witness_score(state, state.task.baseline)})
             continue
         turn = state.next_turn(worker.rank)
         rng = Random(f"{args.seed}/{worker.rank}/{turn}")
@@ -154,12 +154,11 @@ def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
     """The proxy training of a child, as its record in the journal."""
     start = time.monotonic()
     worker.works_on(child.losses)
-    score, later, curve = train_by_proxy(state, child.losses)
+    shown, curve = train_by_proxy(state, child.losses)
     return {
         "losses": texts(child.losses),
         "parent": texts(child.parent),
-        "score": score,
-        "later": later,
+        **shown,
         "gain": {tree.branch: tree.gain for tree in child.trees},
         "identity": child.identity,
         "predicted": child.predicted,
@@ -170,26 +169,43 @@ def proxy_training(state: "State", worker: "Worker", child: "Child") -> dict:
     }
 
 
-def train_by_proxy(state: "State", losses) -> tuple[float | None, list[float | None], list[tuple[int, float]]]:
-    """The proxy score of losses, what they score from later base networks, and the curve of their first training.
+def train_by_proxy(state: "State", losses) -> tuple[dict, list[tuple[int, float]]]:
+    """What losses show in proxy trainings, as the journal has it, and the curve of the first of them.
 
     Where they are ahead of the baseline, they go on from later base networks, too, and how far they are ahead there is
     added: what starts well may not last. What is behind is not looked at any further, and nothing is until the baseline
     has been trained, as by another worker in the first seconds of a search [D].
+
+    What would then lead the search is trained from random weights, too, as from these no base network begins. Where it
+    is behind the baseline there, so far behind is it in all [D].
     """
-    task, later = state.task, []
+    task, later, witness = state.task, [], None
     score, curve = proxy_score(task, losses), task.curve
     if score is not None and state.baseline is not None and score > state.baseline:
         later = [proxy_score(task, losses, base) for base in range(1, 1 + len(state.later))]
         leads = [again - known for again, known in zip(later, state.later) if None not in (again, known)]
         score = None if None in later else round(score + sum(leads), 6)
-    return score, later, curve
+        if None not in (score, state.witness) and (state.leading is None or score > state.leading):
+            witness = witness_score(state, losses)
+            behind = math.inf if witness is None else max(0.0, state.witness - witness)
+            score = None if witness is None else score if not behind else round(state.baseline - behind, 6)
+    return {"score": score, "later": later, "witness": witness}, curve
+
+
+def witness_score(state: "State", losses) -> float | None:
+    """What losses score by `Task.witness`, from the weights that the closing round begins with; None if not asked."""
+    return score_of(state.task.witness, losses, state.choice_seeds[0]) if "unstable" in state.gates else None
 
 
 def proxy_score(task: "Task", losses, base: int = 0) -> float | None:
-    """What a proxy training of losses scores; None where that is no number, or the training became invalid."""
+    """What a proxy training of losses scores, as below."""
+    return score_of(task.train, losses, base)
+
+
+def score_of(train: Callable[..., float], *what) -> float | None:
+    """What a training scores; None where that is no number, or the training became invalid."""
     try:
-        score = float(task.train(losses, base))
+        score = float(train(*what))
     except InvalidLoss:
         return None
     return score if math.isfinite(score) else None
@@ -307,6 +323,13 @@ class Task:
         With a `Checkpoint` it goes on from there, and is shared by all processes under torchrun. Raises InvalidLoss.
         """
         raise NotImplementedError
+
+    def witness(self, losses: dict[str, Expr] | str, seed: int) -> float:
+        """As `train`, but as long as the base network is trained, and from the random weights of `retrain`.
+
+        NaN: nothing is asked of this task's losses there.
+        """
+        return math.nan
 
     def simulate(self, losses: dict[str, Expr] | str) -> float:
         """A short training on a few samples: the metric on these, 0 if it became invalid; for `--search cse` alone."""
@@ -1074,7 +1097,8 @@ class State:
     programs: dict[str, list] = field(default_factory=dict)  # by branch and tree, the latest that computes it
     compared: bool = False  # whether the baseline has had its proxy trainings:
     baseline: float | None = None  # its score ...
-    later: Sequence[float | None] = ()  # ... and what it scores from later base networks
+    later: Sequence[float | None] = ()  # ... what it scores from later base networks ...
+    witness: float | None = None  # ... and from random weights
     simulated: float | None = None  # its score in the short training of CSE
     choice_seeds: Sequence[int] = range(CHOICE_SEEDS, TABLE_SEEDS)  # of the re-trainings by which losses are chosen
     broken: int = 0  # lines of the journal that could not be read
@@ -1167,7 +1191,8 @@ class State:
         kind, record = next((kind for kind in RECORDS if kind in record), "losses"), UNSAID | record
         checked(record, RECORDS[kind])
         if kind == "baseline":
-            self.compared, self.baseline, self.later = True, record["baseline"], record["later"]
+            self.compared, self.baseline = True, record["baseline"]
+            self.later, self.witness = record["later"], record["witness"]
         elif kind == "retrained":
             key, scores = losses_text(self.task.read_losses(record["retrained"])), record["scores"]
             checked(scores, (dict.fromkeys(SCORES, dict.fromkeys(self.task.metrics, float)), None), "scores")
@@ -1219,6 +1244,11 @@ class State:
     def valid(self) -> list[Member]:
         """The valid candidates, the oldest first."""
         return [result for result in self.results.values() if result.score is not None]
+
+    @property
+    def leading(self) -> float | None:
+        """The best score of all proxy trainings, None while none was valid."""
+        return max((result.score for result in self.valid()), default=None)
 
     def hall_of_fame(self) -> list[Member]:
         """The same by what they have shown: in re-trainings, else by proxy; what was invalid there comes last."""
@@ -1443,7 +1473,7 @@ TRAINING = {**AGAIN, "loss": str}  # a line of retrain.jsonl
 STAMP = {"worker": int, "elapsed": float}
 VERDICT = [str, str, str, str, (float, None)]  # branch, text, and a `Verdict`
 RECORDS = {  # the lines of a journal, by the key that tells their kind
-    "baseline": {**STAMP, "baseline": (float, None), "later": [(float, None)]},
+    "baseline": {**STAMP, "baseline": (float, None), "later": [(float, None)], "witness": (float, None)},
     "retrained": {**STAMP, **AGAIN, "retrained": (TREES, str)},
     "losses": {
         **STAMP,
@@ -1452,6 +1482,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "parent": (TREES, None),
         "score": (float, None),
         "later": [(float, None)],
+        "witness": (float, None),
         "gain": {str: (float, None)},
         "identity": [str],
         "predicted": ([float, float], None),
@@ -1461,7 +1492,7 @@ RECORDS = {  # the lines of a journal, by the key that tells their kind
         "seconds": float,
     },
 }
-UNSAID = {"programs": {}, "later": []}  # by earlier versions
+UNSAID = {"programs": {}, "later": [], "witness": None}  # by earlier versions
 ABOUT = {"task": str, "arguments": {str: (str, bool, float, [(str, float)], None)}}  # args.json
 RESULT = {"task": str, "losses": TREES}  # result.json, as far as it is read
 ALIVE = {"losses": (TREES, str, None), "searching": bool}  # a worker's sign of life
@@ -1865,9 +1896,8 @@ class Reporter:
         rate = (state.explored - self.explored_earlier) / max(1e-9, time.monotonic() - self.start)
         share = max(n / args.evals, state.searched / (60 * args.minutes))
         left = max(0, int(state.searched * (1 / max(share, 1e-9) - 1)))
-        best = max((result.score for result in state.valid()), default=None)
         print(
-            f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(best)}  "
+            f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(state.leading)}  "
             f"explored {state.explored:,} ({rate:,.0f}/s)  "
             f"equivalent {gates.get('equivalent', 0)}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
@@ -1880,7 +1910,7 @@ class Reporter:
         scores = [member.score for member in state.population if member.score is not None]
         mean, deviation = record["predicted"] or (None, None)
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
-            "found/best": best,
+            "found/best": state.leading,
             "search/score": score,
             "search/population_mean": sum(scores) / len(scores) if scores else None,
             "search/baseline": state.baseline,
@@ -1895,8 +1925,8 @@ class Reporter:
         for tag, value in tags.items():
             if value is not None:
                 self.board.add_scalar(tag, value, state.explored)
-        if best is not None:
-            self.board.add_scalar("search/best_by_second", best, int(record["elapsed"]))
+        if state.leading is not None:
+            self.board.add_scalar("search/best_by_second", state.leading, int(record["elapsed"]))
         if state.sampler:
             state.sampler.show(self.board)
         for step, loss in record["curve"] if improved else ():

@@ -1464,6 +1464,14 @@ class SegTask(evolve.Task):
         self.curve = train_network(net, self.loss(losses), data, self.proxy, "invalid" not in self.args.without)
         return self.test(net, self.data["val"])
 
+    def witness(self, losses: dict[str, Expr] | str, seed: int) -> float:
+        plan, own = self.proxy._replace(steps=self.proxy.base_of), 1000 + seed  # as in `retrain`
+        if not plan.base:
+            return math.nan
+        net, batches = self.network(plan, own), itertools.islice(self.batches(losses, plan, own), plan.base[-1])
+        train_network(net, self.loss(losses), batches, plan)
+        return round(self.test(net, self.data["val"])[self.args.metric], 6)
+
     def simulate(self, losses: dict[str, Expr] | str) -> float:
         """A short training on the pictures of the gates: the score on these."""
         few = select(self.data["train"], self.few)

@@ -1830,7 +1830,38 @@ def test_what_is_ahead_of_the_baseline_goes_on_from_later_bases():
     assert scores[SIX[2]] == (None, [None, 0.9]), "invalid later is invalid"
     assert [base for text, base in task.calls if text == SIX[0]] == [0, 1, 2]
     state.later = [None, 0.8]
-    assert evolve.train_by_proxy(state, {"loss": parse(SIX[0])})[0] == pytest.approx(0.7), "where the baseline failed"
+    shown, _ = evolve.train_by_proxy(state, {"loss": parse(SIX[0])})
+    assert shown["score"] == pytest.approx(0.7), "where the baseline failed"
+
+
+def test_what_would_lead_is_trained_from_random_weights_too(tmp_path, short):
+    class Witnessed(Lasting):
+        def witness(self, losses, seed):
+            self.asked.append((evolve.losses_text(losses), seed))
+            score = {"ce": 0.7, SIX[0]: 0.55, SIX[1]: 0.71}.get(evolve.losses_text(losses))
+            if score is None:
+                raise InvalidLoss("step 3")
+            return score
+
+    task = Witnessed({SIX[0]: (0.6, 0.7, 0.8), SIX[1]: (0.6, 0.7, 0.8), SIX[2]: (0.4, 0, 0), SIX[3]: (0.7, 0.7, 0.8)})
+
+    def shown(text):
+        child = tried_child(state, make_child(state, text))
+        record = evolve.proxy_training(state, nobody, child) | {"worker": 0, "turn": state.evaluated, "elapsed": 0.0}
+        state.absorb(json.loads(json.dumps(record)))
+        return record["score"], record["witness"]
+
+    state, task.asked = begin(task, baseline=0.5, later=[0.7, 0.8], witness=0.7), []
+    assert shown(SIX[2]) == (0.4, None), "is behind"
+    assert shown(SIX[0]) == (pytest.approx(0.5 - 0.15), 0.55) and state.leading == 0.4
+    assert shown(SIX[3]) == (None, None), "became invalid"
+    assert shown(SIX[1]) == (0.6, 0.71) and state.leading == 0.6
+    assert shown(SIX[0]) == (0.6, None), "does not lead any more"
+    assert task.asked == [(text, 50) for text in (SIX[0], SIX[3], SIX[1])]
+    state, task.asked = begin(task, "--without", "unstable", baseline=0.5, later=[0.7, 0.8]), []
+    assert shown(SIX[0]) == (0.6, None) and task.asked == []
+    assert evolve.witness_score(begin(task), "ce") == 0.7 and evolve.witness_score(state, "ce") is None
+    assert evolve.witness_score(begin(ToyTask()), "ce") is None, "a task without"
 
 
 def test_the_baseline_is_trained_from_every_base(tmp_path, short):
@@ -1841,15 +1872,18 @@ def test_the_baseline_is_trained_from_every_base(tmp_path, short):
             self.given.setdefault(evolve.losses_text(losses), (0.4, 0.0, 0.0))
             return super().train(losses, base)
 
+        def witness(self, losses, seed):
+            return 0.9
+
     directory = run(tmp_path, *SHORT, "rejected", task=Any(scores))
     (baseline,) = (line for line in records(directory) if "baseline" in line)
-    assert (baseline["baseline"], baseline["later"]) == (0.5, [0.7, 0.8])
+    assert (baseline["baseline"], baseline["later"], baseline["witness"]) == (0.5, [0.7, 0.8], 0.9)
     state = begin(ToyTask())
     state.absorb(baseline | {"elapsed": 0})
-    assert (state.baseline, state.later) == (0.5, [0.7, 0.8])
-    del baseline["later"]
+    assert (state.baseline, state.later, state.witness) == (0.5, [0.7, 0.8], 0.9)
+    del baseline["later"], baseline["witness"]
     state.absorb(baseline | {"elapsed": 0})
-    assert list(state.later) == [], "of an earlier version"
+    assert list(state.later) == [] and state.witness is None, "of an earlier version"
 
 
 # Closing round

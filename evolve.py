@@ -177,7 +177,7 @@ def train_by_proxy(state: "State", losses) -> tuple[dict, list[tuple[int, float]
     has been trained, as by another worker in the first seconds of a search [D].
 
     What would then lead the search is trained from random weights, too, as from these no base network begins. Where it
-    is behind the baseline there, so far behind is it in all [D].
+    gets less than half as far as the baseline there, or leaves twice as much to be gained, it counts as invalid [D].
     """
     task, later, witness = state.task, [], None
     score, curve = proxy_score(task, losses), task.curve
@@ -187,8 +187,8 @@ def train_by_proxy(state: "State", losses) -> tuple[dict, list[tuple[int, float]
         score = None if None in later else round(score + sum(leads), 6)
         if None not in (score, state.witness) and (state.leading is None or score > state.leading):
             witness = witness_score(state, losses)
-            behind = math.inf if witness is None else max(0.0, state.witness - witness)
-            score = None if witness is None else score if not behind else round(state.baseline - behind, 6)
+            if witness is None or witness < max(state.witness / 2, 2 * state.witness - 1):
+                score = None
     return {"score": score, "later": later, "witness": witness}, curve
 
 

@@ -9,8 +9,9 @@
     closing round: the best few are trained with all steps; the best of these is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected,
-unstable. A child ahead of the baseline shows from later base networks, too, whether that lasts (`train_by_proxy`) [D].
-With the surrogate a search begins anew a few times before it goes on from all that was found (`State.island`) [D].
+unstable. A child ahead of the baseline shows from later base networks, too, whether that lasts, and one ahead of all
+before from random weights whether it learns (`train_by_proxy`) [D]. With the surrogate a search begins anew a few times
+before it goes on from all that was found (`State.island`) [D].
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
 The journal is all that workers share. Each appends its records to a file of its own in the run directory and tails the
@@ -83,6 +84,7 @@ ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, 
 ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
 ISLANDS = 4  # [D] ... so many of them, before one as long as these goes on from everything found ...
 PROMISING = 0.03  # [D] ... or up to twice as many, until this share of what the baseline leaves to be gained is gained
+FURTHER = 1.25  # [D] times the lead of what has learned from random weights, at which the next is asked to
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
@@ -176,8 +178,8 @@ def train_by_proxy(state: "State", losses) -> tuple[dict, list[tuple[int, float]
     added: what starts well may not last. What is behind is not looked at any further, and nothing is until the baseline
     has been trained, as by another worker in the first seconds of a search [D].
 
-    What would then lead the search is trained from random weights, too, as from these no base network begins. Where it
-    gets less than half as far as the baseline there, or leaves twice as much to be gained, it counts as invalid [D].
+    What is further ahead than all before is trained from random weights, too, since no base network has these; what
+    hardly learns there counts as invalid [D].
     """
     task, later, witness = state.task, [], None
     score, curve = proxy_score(task, losses), task.curve
@@ -185,16 +187,20 @@ def train_by_proxy(state: "State", losses) -> tuple[dict, list[tuple[int, float]
         later = [proxy_score(task, losses, base) for base in range(1, 1 + len(state.later))]
         leads = [again - known for again, known in zip(later, state.later) if None not in (again, known)]
         score = None if None in later else round(score + sum(leads), 6)
-        if None not in (score, state.witness) and (state.leading is None or score > state.leading):
+        if score is not None and state.needs_witness(score):
             witness = witness_score(state, losses)
-            if witness is None or witness < max(state.witness / 2, 2 * state.witness - 1):
-                score = None
+            score = score if learns(state, witness) else None
     return {"score": score, "later": later, "witness": witness}, curve
 
 
 def witness_score(state: "State", losses) -> float | None:
     """What losses score by `Task.witness`, from the weights that the closing round begins with; None if not asked."""
     return score_of(state.task.witness, losses, state.choice_seeds[0]) if "unstable" in state.gates else None
+
+
+def learns(state: "State", witness: float | None) -> bool:
+    """Whether losses with this score of a witness come half as far as the baseline, with an error at most twice its."""
+    return witness is not None and witness >= max(state.witness / 2, 2 * state.witness - 1)
 
 
 def proxy_score(task: "Task", losses, base: int = 0) -> float | None:
@@ -1099,6 +1105,7 @@ class State:
     baseline: float | None = None  # its score ...
     later: Sequence[float | None] = ()  # ... what it scores from later base networks ...
     witness: float | None = None  # ... and from random weights
+    proven: float = -math.inf  # the best score of what has learned from these, too
     simulated: float | None = None  # its score in the short training of CSE
     choice_seeds: Sequence[int] = range(CHOICE_SEEDS, TABLE_SEEDS)  # of the re-trainings by which losses are chosen
     broken: int = 0  # lines of the journal that could not be read
@@ -1140,7 +1147,16 @@ class State:
     def is_promising(self, number: int) -> bool:
         """Whether the best of the first so many candidates is so far ahead that there is something to go on from."""
         score = max((member.score for member in self.members()[:number] if member.score is not None), default=-math.inf)
-        return self.baseline is None or score - self.baseline >= PROMISING * (1 - self.baseline)
+        return self.baseline is None or score >= self.promising
+
+    @property
+    def promising(self) -> float:
+        return self.baseline + PROMISING * (1 - self.baseline)
+
+    def needs_witness(self, score: float) -> bool:
+        """Whether this is promising, and a lead a quarter as large again as that of what has learned already."""
+        proven = self.baseline + FURTHER * (self.proven - self.baseline)
+        return self.witness is not None and score >= max(self.promising, proven)
 
     def island(self) -> list["Member"]:
         """Those that the surrogate learns from and children are bred from at present, the oldest first [D].
@@ -1215,6 +1231,8 @@ class State:
         self.turns[worker].add(turn)
         self.counts.update(tried["counts"])
         self.counts["invalid"] += score is None
+        if None not in (score, record["witness"]):
+            self.proven = max(self.proven, score)
         for branch, tree, *verdict in tried["verdicts"]:
             self.learn(branch, tree, *verdict)
         self.failed |= {tuple(known) for known in tried["failed"]}
@@ -1244,11 +1262,6 @@ class State:
     def valid(self) -> list[Member]:
         """The valid candidates, the oldest first."""
         return [result for result in self.results.values() if result.score is not None]
-
-    @property
-    def leading(self) -> float | None:
-        """The best score of all proxy trainings, None while none was valid."""
-        return max((result.score for result in self.valid()), default=None)
 
     def hall_of_fame(self) -> list[Member]:
         """The same by what they have shown: in re-trainings, else by proxy; what was invalid there comes last."""
@@ -1896,8 +1909,9 @@ class Reporter:
         rate = (state.explored - self.explored_earlier) / max(1e-9, time.monotonic() - self.start)
         share = max(n / args.evals, state.searched / (60 * args.minutes))
         left = max(0, int(state.searched * (1 / max(share, 1e-9) - 1)))
+        best = max((result.score for result in state.valid()), default=None)
         print(
-            f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(state.leading)}  "
+            f"eval {n:>3}/{args.evals}  {args.metric} {shown(score)}  best {shown(best)}  "
             f"explored {state.explored:,} ({rate:,.0f}/s)  "
             f"equivalent {gates.get('equivalent', 0)}  invalid {gates['invalid']}  "
             f"{record['seconds']:.1f} s  eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
@@ -1910,7 +1924,7 @@ class Reporter:
         scores = [member.score for member in state.population if member.score is not None]
         mean, deviation = record["predicted"] or (None, None)
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
-            "found/best": state.leading,
+            "found/best": best,
             "search/score": score,
             "search/population_mean": sum(scores) / len(scores) if scores else None,
             "search/baseline": state.baseline,
@@ -1925,8 +1939,8 @@ class Reporter:
         for tag, value in tags.items():
             if value is not None:
                 self.board.add_scalar(tag, value, state.explored)
-        if state.leading is not None:
-            self.board.add_scalar("search/best_by_second", state.leading, int(record["elapsed"]))
+        if best is not None:
+            self.board.add_scalar("search/best_by_second", best, int(record["elapsed"]))
         if state.sampler:
             state.sampler.show(self.board)
         for step, loss in record["curve"] if improved else ():

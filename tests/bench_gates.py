@@ -1,6 +1,6 @@
 """The gates against the plain protocol: speed, agreement of verdicts, and what a rejection is worth.
 
-    python tests/bench_gates.py [--trees 400] [--quality 200] [--metric miou] [--runs RUN_DIR ...]
+    python tests/bench_gates.py [--trees 400] [--quality 200] [--metric miou] [--runs RUN_DIR ...] [--witness]
 
 Half of the trees are random, half are mutations of good losses. The plain protocol is what one would write first: for
 every tree 500 optimisation steps on the five rejection samples, no symbolic test, no cache, no early decision. This
@@ -12,6 +12,8 @@ lose? And how much do good losses gain, those with pools included?
 
 Stability: what the gate `unstable` measures of the losses in tests/RESULTS.md, and of those that searches for this
 metric have trained and found ahead of cross entropy; which it turns away, and how near the limits the others come.
+
+Witness: what the losses in tests/RESULTS.md score by `Task.witness`, a quarter of a minute for each; which are out.
 """
 
 import argparse
@@ -134,6 +136,15 @@ def show_stability(task: search_seg.SegTask, runs: list[Path]) -> None:
     print(f"of the {len(stable)} stable ones: {min(agrees):.2f}, {min(regained):.3f} and {max(steep):.2f}")
 
 
+def show_witness(task: search_seg.SegTask) -> None:
+    state = evolve.make_state(task.args, task)
+    state.witness = evolve.witness_score(state, "ce")
+    print(f"\n{state.witness:.3f}     ce, from the weights that the closing round begins with")
+    for text in dict.fromkeys(text for _, text in some_losses([])):
+        score = evolve.witness_score(state, {"loss": parse(text)})
+        print(f"{evolve.shown(score)} {'   ' if evolve.learns(state, score) else 'out'} {text}", flush=True)
+
+
 def verdicts_of(task: search_seg.SegTask, trees: list) -> tuple[float, list[tuple[str, str]]]:
     """Seconds, and for each tree its verdict and the gate that gave it."""
     state, found, start = evolve.make_state(task.args, task), [], time.perf_counter()
@@ -153,6 +164,7 @@ def main() -> None:
     parser.add_argument("--quality", type=int, default=200)
     parser.add_argument("--metric", default="miou")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], metavar="RUN_DIR")
+    parser.add_argument("--witness", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = search_seg.SegTask(search_seg.parse_arguments(["--metric", args.metric, "--device", "cpu"]))
@@ -181,6 +193,8 @@ def main() -> None:
     if args.quality:
         show_quality(task, args.quality)
     show_stability(task, args.runs)
+    if args.witness:
+        show_witness(task)
 
 
 if __name__ == "__main__":

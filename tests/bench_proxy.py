@@ -252,14 +252,13 @@ def final_leads(run: Path) -> tuple[str, dict[str, float]] | None:
 def show_found(bench: "Bench", runs: list[Path]) -> None:
     """How proxies rank what runs have found, against how their closing tables do."""
     found = dict(filter(None, map(final_leads, runs)))
-    names = [name for name, (before, *_) in PROXIES.items() if before]
     lead = {
         (name, loss): {m: bench.score(name, loss)[m] - bench.score(name, "ce")[m] for m in search_seg.METRICS}
         for loss in found
-        for name in names
+        for name in PROXIES
     }
     print(f"{'Spearman, all and the better half':<52}" + "".join(f"{m:>12}" for m in search_seg.METRICS))
-    for proxies in [(name,) for name in names] + [(LATER[0], name) for name in LATER[1]]:
+    for proxies in [(name,) for name in PROXIES] + [(LATER[0], name) for name in LATER[1]]:
         cells = ""
         for metric in search_seg.METRICS:
             ranked = [sum(lead[name, loss][metric] for name in proxies) for loss in found]

@@ -1835,16 +1835,16 @@ def test_what_is_ahead_of_the_baseline_goes_on_from_later_bases():
 
 
 @pytest.mark.parametrize("known, given", [(0.7, 0.39), (0.4, 0.19)])
-def test_what_would_lead_is_trained_from_random_weights_too(known, given):
+def test_what_is_further_ahead_than_all_before_is_trained_from_random_weights(known, given):
     class Witnessed(Lasting):
         def witness(self, losses, seed):
-            self.asked.append((evolve.losses_text(losses), seed))
-            score = {"ce": 0.7, SIX[0]: given, SIX[1]: 0.65}.get(evolve.losses_text(losses))
-            if score is None:
+            asked.append((evolve.losses_text(losses), seed))
+            if losses["loss"] == parse(SIX[3]):
                 raise InvalidLoss("step 3")
-            return score
+            return given if losses["loss"] == parse(SIX[0]) else 0.65
 
-    task = Witnessed({SIX[0]: (0.6, 0.7, 0.8), SIX[1]: (0.6, 0.7, 0.8), SIX[2]: (0.4, 0, 0), SIX[3]: (0.7, 0.7, 0.8)})
+    leads = dict(zip(SIX, (0.1, 0.2, 0.014, 0.3, 0.24, 0.26)))
+    task, asked = Witnessed({text: (0.5 + lead, 0.7, 0.8) for text, lead in leads.items()}), []
 
     def shown(text):
         child = tried_child(state, make_child(state, text))
@@ -1852,17 +1852,20 @@ def test_what_would_lead_is_trained_from_random_weights_too(known, given):
         state.absorb(json.loads(json.dumps(record)))
         return record["score"], record["witness"]
 
-    state, task.asked = begin(task, baseline=0.5, later=[0.7, 0.8], witness=known), []
-    assert shown(SIX[2]) == (0.4, None), "is behind"
-    assert shown(SIX[0]) == (None, given) and state.leading == 0.4 and state.counts["invalid"] == 1
-    assert shown(SIX[3]) == (None, None), "became invalid"
-    assert shown(SIX[1]) == (0.6, 0.65) and state.leading == 0.6
-    assert shown(SIX[0]) == (0.6, None), "does not lead any more"
-    assert task.asked == [(text, 50) for text in (SIX[0], SIX[3], SIX[1])]
-    state, task.asked = begin(task, "--without", "unstable", baseline=0.5, later=[0.7, 0.8]), []
-    assert shown(SIX[0]) == (0.6, None) and task.asked == []
-    assert evolve.witness_score(begin(task), "ce") == 0.7 and evolve.witness_score(state, "ce") is None
-    assert evolve.witness_score(begin(ToyTask()), "ce") is None, "a task without"
+    state = begin(task, baseline=0.5, later=[0.7, 0.8], witness=known)
+    assert shown(SIX[2]) == (0.514, None), "does not promise enough"
+    assert shown(SIX[0]) == (None, given), "hardly learns"
+    assert shown(SIX[3]) == (None, None), "becomes invalid"
+    assert state.counts["invalid"] == 2 and state.proven == -math.inf
+    assert shown(SIX[1]) == (0.7, 0.65) and state.proven == 0.7
+    assert shown(SIX[0]) == (0.6, None) and shown(SIX[4]) == (0.74, None), "hardly more is not asked"
+    assert shown(SIX[5]) == (0.76, 0.65)
+    assert asked == [(SIX[k], 50) for k in (0, 3, 1, 5)]
+    state = begin(task, "--without", "unstable", baseline=0.5, later=[0.7, 0.8])
+    assert shown(SIX[1]) == (0.7, None) and len(asked) == 4
+    assert evolve.witness_score(state, {"loss": CE}) is None and len(asked) == 4
+    assert evolve.witness_score(begin(task), {"loss": CE}) == given
+    assert evolve.witness_score(begin(ToyTask()), {"loss": CE}) is None, "of a task without"
 
 
 def test_the_baseline_is_trained_from_every_base(tmp_path, short):

@@ -985,6 +985,20 @@ def test_a_damaged_sample_is_a_broken_line(tmp_path, damage, capsys):
     assert state.evaluated == 1 == len(state.sampler.round) and "1 broken lines were skipped" in capsys.readouterr().err
 
 
+def test_a_witness_begins_as_a_retraining_does(task, monkeypatch):
+    """As long as the base network's training, and no longer."""
+    short = task.retraining._replace(steps=task.proxy.base_of)
+    monkeypatch.setattr(task, "retraining", short)
+    assert short.steps == task.proxy.base[-1] > task.proxy.steps
+    again = task.retrain("ce", 50)["val"][task.args.metric]
+    assert task.witness("ce", 50) == pytest.approx(again, abs=1e-6)
+    assert task.witness("ce", 51) != pytest.approx(again, abs=1e-6)
+    with pytest.raises(InvalidLoss):
+        task.witness({"loss": parse("Square(y)")}, 50)
+    monkeypatch.setattr(task, "proxy", task.proxy._replace(base=()))
+    assert math.isnan(task.witness("ce", 50)), "where no base network is trained nothing can be compared"
+
+
 def test_simulation_prefers_what_teaches(task):
     baseline = task.simulate("ce")
     assert task.simulate({"loss": parse("Neg(Mul(y, Log(p)))")}) == pytest.approx(baseline, rel=0.3)

@@ -118,7 +118,7 @@ def some_losses(runs: list[Path]):
     for journal in (file for run in runs for file in run.glob("journal*.jsonl")):
         for record in evolve.read_records(journal)[0]:
             if record.get("later") and None not in record["later"] and "losses" in record:
-                yield f"{journal.parent.name}, {record['score']:.3f}", record["losses"]["loss"]
+                yield f"{journal.parent.name}, {evolve.shown(record['score'])}", record["losses"]["loss"]
 
 
 def show_stability(task: search_seg.SegTask, runs: list[Path]) -> None:

@@ -80,6 +80,10 @@ class ReplayTask(search_seg.SegTask):
         make = super().proxy_scores
         return self.look_up(f"proxy {self.proxy} {base}", losses, lambda: make(losses, base))
 
+    def witness(self, losses, seed):
+        make, schedule = super().witness, f"witness {self.proxy} {seed} {self.args.metric}"
+        return self.look_up(schedule, losses, lambda: {"witness": make(losses, seed)})["witness"]
+
     def retrain(self, losses, seed, picture=None, checkpoint=None):
         make = super().retrain
         return self.look_up(f"again {self.retraining} {seed}", losses, lambda: make(losses, seed))
@@ -97,6 +101,7 @@ def replay(kind: str, metric: str, seed: int, evals: int, table: Table) -> list[
         task.prepare(base)
         state, worker = evolve.make_state(args, task), evolve.Worker(Path(folder))
         state.baseline, *state.later = (task.train(task.baseline, base) for base in range(task.bases))
+        state.witness = evolve.witness_score(state, task.baseline)
         task.spent, start = 0.0, time.process_time()
         trained = 0.0  # processor time within trainings that were made now
         inner = task.look_up

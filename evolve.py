@@ -1145,12 +1145,13 @@ class State:
         return age * ISLAND
 
     def is_promising(self, number: int) -> bool:
-        """Whether the best of the first so many candidates is so far ahead that there is something to go on from."""
+        """Whether the best of the first so many candidates is."""
         score = max((member.score for member in self.members()[:number] if member.score is not None), default=-math.inf)
         return self.baseline is None or score >= self.promising
 
     @property
     def promising(self) -> float:
+        """The least score with which there is something to go on from."""
         return self.baseline + PROMISING * (1 - self.baseline)
 
     def needs_witness(self, score: float) -> bool:
@@ -1926,6 +1927,7 @@ class Reporter:
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
             "found/best": best,
             "search/score": score,
+            "search/witness": record["witness"],
             "search/population_mean": sum(scores) / len(scores) if scores else None,
             "search/baseline": state.baseline,
             "search/explored_per_second": rate,

@@ -9,9 +9,10 @@
     closing round: the best few are trained with all steps; the best of these is the found loss
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected,
-unstable. A child ahead of the baseline shows from later base networks, too, whether that lasts, and one ahead of all
-before from random weights whether it learns (`train_by_proxy`) [D]. With the surrogate a search begins anew a few times
-before it goes on from all that was found (`State.island`) [D].
+unstable. A child ahead of the baseline shows from later base networks, too, whether that lasts, and one further ahead
+than all before from random weights whether it learns (`train_by_proxy`) [D]. With the surrogate a search begins anew a
+few times before it goes on from all that was found (`State.island`) [D].
+
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
 The journal is all that workers share. Each appends its records to a file of its own in the run directory and tails the
@@ -1927,7 +1928,7 @@ class Reporter:
         tags = {f"gates/{gate}": number / max(1, state.explored) for gate, number in gates.items()} | {
             "found/best": best,
             "search/score": score,
-            "search/witness": record["witness"],
+            "search/witness": record.get("witness"),  # earlier versions had none
             "search/population_mean": sum(scores) / len(scores) if scores else None,
             "search/baseline": state.baseline,
             "search/explored_per_second": rate,

@@ -2,9 +2,10 @@
 
     python tests/bench_searches.py --table scores.jsonl --kinds evolve,published,random --seeds 3 --evals 100
 
-Every proxy training and every re-training is kept in the table, by its schedule and the text of the loss, with all
-six metrics. A search trains only what the table lacks: what one kind of search, seed or metric has paid for, the others
-get for nothing, and the whole can be stopped and taken up again. Seconds are those of the training when it was made.
+Every proxy training and every re-training is kept in the table, by its schedule and the text of the loss, with all six
+metrics (what is asked from random weights with the one that is searched for). A search trains only what the table
+lacks: what one kind of search, seed or metric has paid for, the others get for nothing, and the whole can be stopped
+and taken up again. Seconds are those of the training when it was made.
 
 Each search is stopped after 25, 50, 100, ... trainings; what it would have given then, its best candidate by
 proxy, has its score on the test split after others read off the table (mean of two seeds). Per metric and kind the

@@ -2260,6 +2260,7 @@ def test_two_evaluations_at_once_are_told_apart(tmp_path, capsys, place):
     best, other = (lines := explore(begin(ToyTask()), 2))[:: 1 - 2 * place]
     reporter = evolve.Reporter(tmp_path, evolve.make_state(arguments(tmp_path), ToyTask()), arguments(tmp_path))
     best["score"], other["score"], lines[0]["elapsed"], lines[1]["elapsed"] = 0.9, 0.2, 10.0, 11.0
+    best["witness"], other["witness"] = 0.75, None
     late = STAMP | {"retrained": "ce", "seed": 1, "scores": None, "elapsed": 900.0}
     (tmp_path / "journal-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, late]))
     capsys.readouterr()
@@ -2272,6 +2273,7 @@ def test_two_evaluations_at_once_are_told_apart(tmp_path, capsys, place):
     events.Reload()
     assert [tag for tag in events.Tags()["scalars"] if tag.startswith("proxy_curve")] == [f"proxy_curve/000{place + 1}"]
     assert [event.step for event in events.Scalars("search/best_by_second")] == [10, 11]
+    assert [event.value for event in events.Scalars("search/witness")] == [0.75], "of the one that was asked"
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -1128,12 +1128,16 @@ class State:
     @property
     def initial(self) -> int:
         """Random candidates to begin with; on islands the surrogate soon chooses."""
-        return ISLAND_INITIAL if self.surrogate and len(self.task.symbols) == 1 else INITIAL
+        return ISLAND_INITIAL if self.has_islands else INITIAL
+
+    @property
+    def has_islands(self) -> bool:
+        return self.surrogate is not None and "islands" in self.gates and len(self.task.symbols) == 1
 
     @property
     def island_start(self) -> int:
         """The number of candidates on earlier islands; 0 where the search goes on from all of them."""
-        if len(self.task.symbols) > 1 or not self.surrogate:
+        if not self.has_islands:
             return 0
         age, first, last = len(self.results) // ISLAND, 0, ISLANDS
         while last <= age:
@@ -2430,7 +2434,7 @@ def add_search_flags(parser: argparse.ArgumentParser, own: dict[str, str] | None
     flag = flags(parser, "search")
     about = "; ".join(f"{name}: {about}" for name, about in kinds.items())
     flag("--search", "NAME", about, one_of(tuple(kinds)), "evolve")
-    about = "gates to switch off, comma-separated, for ablations: " + ", ".join(SWITCHABLE)
+    about = "what to switch off, comma-separated, for ablations: " + ", ".join(SWITCHABLE)
     flag("--without", "GATES", about, some_of(SWITCHABLE), [])
     flag("--evals", "N", "budget: proxy trainings", at_least(1), 500)
     about = "budget: minutes before the closing round, should they end first; other data than shapes need more"
@@ -2942,11 +2946,11 @@ def compiled(state: State, rng: Random, name: str, branch: Branch, expr: Expr | 
 TREE_GATES = ("dead", "seen", "gradient", "equivalent", "rejected", "unstable")
 SIMULATED = ("seen", "rising", "simulation")
 METHODS = {
-    "evolve": Method("all gates", (*TREE_GATES, "surrogate"), random_loss, mutated_loss),
+    "evolve": Method("all gates", (*TREE_GATES, "surrogate", "islands"), random_loss, mutated_loss),
     "random": Method("the same gates but the surrogate, no evolution", TREE_GATES, random_loss),
     "naive": Method("evolution without gates", (), random_loss, mutated_loss),
     "cse": Method("convergence simulation, from known losses", SIMULATED, known_loss, mutated_loss),
     "cse-rand": Method("the same from random trees", SIMULATED, random_loss, mutated_loss),
     "aml": Method("programs as in AutoML-Zero, without gates", (), compiled, compiled),
 }
-SWITCHABLE = (*TREE_GATES, "surrogate", "invalid")  # by --without
+SWITCHABLE = (*TREE_GATES, "surrogate", "islands", "invalid")  # by --without

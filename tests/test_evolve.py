@@ -897,9 +897,11 @@ def test_a_search_begins_anew_on_each_island(monkeypatch):
         scored(state, {name: known[name]})
     assert len(state.surrogate.fit(state, [], whole=True).rows) == 85
     assert len(begin(ToyTask(branches=("cls", "reg"))).island()) == 0
-    for plain in (begin(task, "--without", "surrogate"), begin(ToyTask(branches=("cls", "reg")))):
+    without = [begin(task, "--without", what) for what in ("surrogate", "islands")]
+    for plain in (*without, begin(ToyTask(branches=("cls", "reg")))):
         plain.results = state.results
         assert len(plain.island()) == 85, "one search, as published; several branches have too few trainings"
+        assert plain.initial == evolve.INITIAL
 
 
 @pytest.mark.parametrize("found_on, goes_on_at", [(0, 3), (2, 3), (3, 4), (4, 5), (None, 6)])

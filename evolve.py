@@ -1132,6 +1132,7 @@ class State:
 
     @property
     def has_islands(self) -> bool:
+        """Whether the search begins anew from time to time; with several branches there are too few trainings."""
         return self.surrogate is not None and "islands" in self.gates and len(self.task.symbols) == 1
 
     @property

@@ -10,8 +10,7 @@
 
 Between a child and its training stand gates, cheapest first: dead, seen, gradient, equivalent, surrogate, rejected,
 unstable. A child ahead of the baseline shows from later base networks, too, whether that lasts, and one further ahead
-than all before from random weights whether it learns (`train_by_proxy`) [D]. With the surrogate a search begins anew a
-few times before it goes on from all that was found (`State.island`) [D].
+than all before from random weights whether it learns (`train_by_proxy`) [D].
 
 This module knows no task: what a script hands over is a `Task`, a handful of tensors and a few functions that train.
 
@@ -61,7 +60,7 @@ from torch import Tensor
 from loss_ops import OPERATORS, ZERO, Expr, canonical, evaluate, fits, is_dead, latex, leaves_of, parse
 
 POPULATION = 2500  # [P] the newest P candidates stay
-INITIAL = 20  # [P] random candidates to begin with; on islands fewer [D]
+INITIAL = 20  # [P] random candidates to begin with
 DEPTH = 3  # [P] operators above each leaf of a random tree
 TOURNAMENT = 0.05  # [P] share of the population that competes to be the parent ...
 TOURNAMENT_MIN = 5  # ... but never fewer [D]: 5 % of a population of 100 would be hardly a selection
@@ -81,11 +80,8 @@ POOL = 200  # [D] children from which the surrogate chooses ...
 ATTEMPTS = 2000  # [D] ... made by at most so many mutations, many of which are dead or known ...
 ELITE = 0.5  # [D] ... this share of them from the most promising children before them
 UPWARDS = 0.5  # [D] share of the surrogate's standard deviation that counts: few trainings surpass what is expected
-ISLAND = 30  # [D] trainings of a search from random trees, with the surrogate, which chooses after ...
-ISLAND_INITIAL = 10  # [D] ... so many of them; there are ...
-ISLANDS = 4  # [D] ... so many of them, before one as long as these goes on from everything found ...
-PROMISING = 0.03  # [D] ... or up to twice as many, until this share of what the baseline leaves to be gained is gained
-FURTHER = 1.25  # [D] times the lead of what has learned from random weights, at which the next is asked to
+PROMISING = 0.03  # [D] share of what the baseline leaves to be gained, at which a loss is trained from random weights,
+FURTHER = 1.25  # [D] ... and the next one at so many times the lead of what has learned there
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
@@ -137,7 +133,7 @@ def next_child(
     tried, parent = Tried(deadline), None
     if together := best_trials_together(state, at_work):
         return tried.close(state, together)
-    early = len(state.island()) < (state.initial if len(state.task.branches) == 1 else TRIALS)
+    early = len(state.results) < (INITIAL if len(state.task.branches) == 1 else TRIALS)
     fresh = rng.random() < FRESH or not state.method.mutate or early
     while time.monotonic() < deadline:
         if guide:
@@ -822,10 +818,10 @@ class Surrogate:
         self.merits: dict[tuple[str, ...], float] = {}  # expected scores, by identity
         self.niches: dict[tuple[str, ...], set] = {}  # see `niche_bests`, by branches
 
-    def fit(self, state: "State", at_work: list[dict[str, Expr]], whole: bool = False) -> "Surrogate | None":
-        """Learn all that is known of the present island, or of the whole search; None while that is too little."""
-        members = state.members() if whole else state.island()
-        if len(members) < state.initial:
+    def fit(self, state: "State", at_work: list[dict[str, Expr]]) -> "Surrogate | None":
+        """Learn all that is known; None while that is too little."""
+        members = state.members()
+        if len(members) < INITIAL:
             return None
         self.learn(state, members)
         choices_of = self.LENGTHS, self.NOISES, self.TRENDS
@@ -953,16 +949,10 @@ class Surrogate:
         promise = (expected_improvement(mean, UPWARDS * deviation, self.best) / cost).tolist()
         return [child for _, child in sorted(zip(promise, children), key=lambda pair: -pair[0])]
 
-    def without_twins(self, state: "State", children: Sequence[Child]) -> list[Child]:
-        """The children that are no twin of a candidate that was or is being trained, nor of the baseline [D].
-
-        Nor may they be related to what other islands have trained.
-        """
-        points = torch.stack([self.point(state.task, child.losses, child.trees) for child in children])
+    def without_twins(self, task: Task, children: Sequence[Child]) -> list[Child]:
+        """The children that are no twin of a candidate that was or is being trained, nor of the baseline [D]."""
+        points = torch.stack([self.point(task, child.losses, child.trees) for child in children])
         alone = squared_distances(points, self.points).amax(0).amin(1) >= 2 - 2 * TWINS
-        if others := state.members()[: state.island_start]:
-            others = torch.stack([self.point(state.task, member.losses) for member in others])
-            alone &= squared_distances(points, others).mean(0).amin(1) >= 2 - 2 * RELATED
         return [child for child, keep in zip(children, alone.tolist()) if keep]
 
 
@@ -994,7 +984,7 @@ def breed(state: "State", rng: Random, guide: Surrogate, fresh: bool, tried: Tri
     if not pool:
         return []
     ranked = guide.rank(task, list(pool.values()))
-    alone = guide.without_twins(state, ranked) or ranked
+    alone = guide.without_twins(task, ranked) or ranked
     tried.counts["surrogate"] += len(ranked) - len(alone)
     return alone
 
@@ -1125,55 +1115,10 @@ class State:
         """The distinct candidates, the oldest first."""
         return list(self.results.values())
 
-    @property
-    def initial(self) -> int:
-        """Random candidates to begin with; on islands the surrogate soon chooses."""
-        return ISLAND_INITIAL if self.has_islands else INITIAL
-
-    @property
-    def has_islands(self) -> bool:
-        """Whether the search begins anew from time to time; with several branches there are too few trainings."""
-        return self.surrogate is not None and "islands" in self.gates and len(self.task.symbols) == 1
-
-    @property
-    def island_start(self) -> int:
-        """The number of candidates on earlier islands; 0 where the search goes on from all of them."""
-        if not self.has_islands:
-            return 0
-        age, first, last = len(self.results) // ISLAND, 0, ISLANDS
-        while last <= age:
-            if last < first + 2 * ISLANDS and not self.is_promising(last * ISLAND):
-                last += 1
-            elif age < last + ISLANDS:
-                return 0
-            else:
-                first, last = last + ISLANDS, last + 2 * ISLANDS
-        return age * ISLAND
-
-    def is_promising(self, number: int) -> bool:
-        """Whether the best of the first so many candidates is."""
-        score = max((member.score for member in self.members()[:number] if member.score is not None), default=-math.inf)
-        return self.baseline is None or score >= self.promising
-
-    @property
-    def promising(self) -> float:
-        """The least score with which there is something to go on from."""
-        return self.baseline + PROMISING * (1 - self.baseline)
-
     def needs_witness(self, score: float) -> bool:
-        """Whether this is promising, and a lead a quarter as large again as that of what has learned already."""
-        proven = self.baseline + FURTHER * (self.proven - self.baseline)
-        return self.witness is not None and score >= max(self.promising, proven)
-
-    def island(self) -> list["Member"]:
-        """Those that the surrogate learns from and children are bred from at present, the oldest first [D].
-
-        A search that has settled in one family of losses hardly leaves it, and what its surrogate knows of others is
-        that their first members were bad. So there are ISLANDS searches of ISLAND trainings, each from random trees,
-        before one that goes on from all of them and is as long as they; and so forth. Where none of them has found
-        anything, there are more.
-        """
-        return self.members()[self.island_start :]
+        """Whether this promises enough, and by a quarter more than what has learned from random weights already."""
+        lead, proven = score - self.baseline, self.proven - self.baseline
+        return self.witness is not None and lead >= max(PROMISING * (1 - self.baseline), FURTHER * proven)
 
     @property
     def explored(self) -> int:
@@ -1453,7 +1398,7 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     for those of equivalent losses.
     """
     number, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
-    guide = state.surrogate and state.surrogate.fit(state, [], whole=True) or Surrogate()
+    guide = state.surrogate and state.surrogate.fit(state, []) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.full_score(result.text) not in (None, -math.inf)]
     promising = sorted(state.valid(), key=lambda result: -state.merit(result))
     candidates = [*proven[: number // 2], *promising[: 20 * number]]
@@ -1869,7 +1814,6 @@ class Reporter:
         self.board = SummaryWriter(str(directory))
         self.start, self.explored_earlier = time.monotonic(), state.explored
         self.best, self.told = state.best(), state.evaluated  # evaluations; several may come in at once
-        self.island_start = state.island_start
         arguments = sorted((given_arguments(args) | args.by_default).items())
         rows = "\n".join(f"| {name} | {value} |" for name, value in arguments if value is not None)
         self.board.add_text("run/arguments", "| argument | value |\n|---|---|\n" + rows)
@@ -1899,10 +1843,6 @@ class Reporter:
             self.export(self.best.losses, f"proxy score {self.best.score:.4f}")
         if records:
             self.write_hall_of_fame()
-        if self.island_start != self.state.island_start:
-            self.island_start = self.state.island_start
-            news = "begins anew, from random trees" if self.island_start else "goes on from all that was found"
-            print(news, flush=True)
 
     def tell_baseline(self) -> None:
         name, metric, score = self.task.baseline, self.args.metric, self.state.baseline
@@ -2947,11 +2887,11 @@ def compiled(state: State, rng: Random, name: str, branch: Branch, expr: Expr | 
 TREE_GATES = ("dead", "seen", "gradient", "equivalent", "rejected", "unstable")
 SIMULATED = ("seen", "rising", "simulation")
 METHODS = {
-    "evolve": Method("all gates", (*TREE_GATES, "surrogate", "islands"), random_loss, mutated_loss),
+    "evolve": Method("all gates", (*TREE_GATES, "surrogate"), random_loss, mutated_loss),
     "random": Method("the same gates but the surrogate, no evolution", TREE_GATES, random_loss),
     "naive": Method("evolution without gates", (), random_loss, mutated_loss),
     "cse": Method("convergence simulation, from known losses", SIMULATED, known_loss, mutated_loss),
     "cse-rand": Method("the same from random trees", SIMULATED, random_loss, mutated_loss),
     "aml": Method("programs as in AutoML-Zero, without gates", (), compiled, compiled),
 }
-SWITCHABLE = (*TREE_GATES, "surrogate", "islands", "invalid")  # by --without
+SWITCHABLE = (*TREE_GATES, "surrogate", "invalid")  # by --without

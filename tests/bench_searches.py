@@ -28,7 +28,6 @@ import search_seg  # noqa: E402
 
 KINDS = {
     "evolve": [],
-    "no-islands": ["--without", "islands"],
     "published": ["--without", "surrogate"],
     "random": ["--search", "random"],
     "naive": ["--search", "naive"],

@@ -1063,15 +1063,6 @@ def test_every_loss_trains(task, name):
     assert 0 <= task.train(name) < 1
 
 
-@pytest.mark.parametrize("branches, begins_anew", [("rcnn_cls", True), ("rcnn_cls,rcnn_reg", False)])
-def test_a_search_for_one_loss_begins_anew(root, branches, begins_anew):
-    args = arguments(root, "--branches", branches)
-    state = evolve.make_state(args, search_det.DetTask(args))
-    state.results = dict.fromkeys(map(str, range(evolve.ISLAND + 1)))
-    assert state.island_start == (evolve.ISLAND if begins_anew else 0)
-    assert state.initial == (evolve.ISLAND_INITIAL if begins_anew else evolve.INITIAL)
-
-
 def test_each_loss_goes_to_its_branch(task):
     got = task.losses({"rpn_reg": "iou", "rcnn_cls": "cse-a"})
     assert (

@@ -115,7 +115,6 @@ class ToyTask(evolve.Task):
 def small_search(monkeypatch):
     monkeypatch.setattr(evolve, "POOL", 8)
     monkeypatch.setattr(evolve, "ATTEMPTS", 80)
-    monkeypatch.setattr(evolve, "ISLAND", 10**6)
 
 
 def arguments(tmp_path, *argv):
@@ -797,11 +796,11 @@ def test_bad_scores_are_compressed():
 
 def test_surrogate_waits_for_the_initial_population():
     task, known, _ = spread(30)
-    first = dict(list(known.items())[: evolve.ISLAND_INITIAL - 1])
-    state, guide = guided(task, first)
+    first = list(known.items())[: evolve.INITIAL]
+    state, guide = guided(task, dict(first[:-1]))
     assert guide is None
-    scored(state, dict(list(known.items())[: evolve.ISLAND_INITIAL]))
-    assert evolve.ISLAND_INITIAL < state.evaluated < evolve.INITIAL and state.surrogate.fit(state, []) is not None
+    scored(state, dict(first[-1:]))
+    assert state.surrogate.fit(state, []) is not None
 
 
 RELATIVES = [f"Neg(Mul(y, {pool}))" for pool in ("MinPool3(p)", "Tanh(MinPool3(p))", "MinPool3(Tanh(p))")]
@@ -866,7 +865,7 @@ def test_twins_of_what_was_trained_are_passed_over(monkeypatch):
     children = [make_child(state, text) for text in names]
     for child in children:
         evolve.describe(task, *child.trees)
-    alone = {str(child.losses["loss"]) for child in guide.without_twins(state, children)}
+    alone = {str(child.losses["loss"]) for child in guide.without_twins(task, children)}
     assert alone == {text for text in names if cosine[text] < evolve.TWINS} and not alone >= {*names}
     pool = itertools.cycle(names)
     monkeypatch.setattr(evolve, "POOL", len(names))
@@ -877,88 +876,6 @@ def test_twins_of_what_was_trained_are_passed_over(monkeypatch):
     monkeypatch.setattr(evolve, "TWINS", -1.0)
     state.waiting.clear()
     assert evolve.breed(state, random.Random(0), guide, True, tried), "where there are twins alone, the best of them"
-
-
-def test_a_search_begins_anew_on_each_island(monkeypatch):
-    for name, value in {"ISLAND": 10, "ISLAND_INITIAL": 4, "ISLANDS": 3}.items():
-        monkeypatch.setattr(evolve, name, value)
-    task, known, others = spread(150)
-    state, names = begin(task), list(known)
-    for number, name in enumerate(names[:85]):
-        phase, age = divmod(number, 10)
-        start = 0 if phase in (3, 4, 5) else 10 * phase
-        assert [member.text for member in state.island()] == names[start:number]
-        guide = state.surrogate.fit(state, [])
-        assert (guide is None) == (number - start < 4)
-        if guide:
-            assert {row.text for row in guide.rows} == {*names[start:number]}
-            parents = {evolve.select_parent(state, random.Random(k)).text for k in range(20)}
-            assert parents <= {*names[start:number]}
-        scored(state, {name: known[name]})
-    assert len(state.surrogate.fit(state, [], whole=True).rows) == 85
-    assert len(begin(ToyTask(branches=("cls", "reg"))).island()) == 0
-    without = [begin(task, "--without", what) for what in ("surrogate", "islands")]
-    for plain in (*without, begin(ToyTask(branches=("cls", "reg")))):
-        plain.results = state.results
-        assert len(plain.island()) == 85, "one search, as published; several branches have too few trainings"
-        assert plain.initial == evolve.INITIAL
-
-
-@pytest.mark.parametrize("found_on, goes_on_at", [(0, 3), (2, 3), (3, 4), (4, 5), (None, 6)])
-def test_islands_go_on_until_one_has_found_something(monkeypatch, found_on, goes_on_at):
-    """But no longer than twice their number; what is found later changes nothing of that."""
-    for name, value in {"ISLAND": 10, "ISLANDS": 3}.items():
-        monkeypatch.setattr(evolve, name, value)
-    state = begin(ToyTask(), baseline=0.5)
-    for number in range(90):
-        island = number // 10
-        together = goes_on_at <= island < goes_on_at + 3
-        assert state.island_start == (0 if together else 10 * island)
-        lead = 0.016 if island == found_on else 0.014  # three hundredths of one half are .015
-        state.results[str(number)] = Member({}, None if number % 2 else 0.5 + lead, (str(number),), str(number))
-    state.baseline = None
-    assert state.is_promising(1), "without a baseline nothing is behind it"
-
-
-def test_finalists_come_from_all_islands(monkeypatch):
-    task, known, _ = spread(60)
-    monkeypatch.setattr(evolve, "ISLAND", len(known) // 2)
-    state = begin(task)
-    scored(state, known)
-    evolve.select_finalists(state)
-    assert {*state.surrogate.merits} == {member.identity for member in state.members()}
-
-
-def test_each_island_begins_with_random_trees(tmp_path, short, capsys, monkeypatch):
-    monkeypatch.setattr(evolve, "INITIAL", 5)  # of the loop without islands
-    directory = run(tmp_path, "--evals", "18", "--seed", "3", "--without", "rejected", planted=PLANTED)
-    lines = journal(directory)
-    assert [k for k, line in enumerate(lines) if line["predicted"] is None] == [0, 1, 2, 5, 6, 7, 10, 11, 12]
-    assert not any(line["parent"] for k, line in enumerate(lines) if line["predicted"] is None)
-    assert sum(line["parent"] is not None for line in lines[:15]) > 3, "and goes on with children"
-    printed = capsys.readouterr().out
-    assert printed.count("begins anew, from random trees\n") == 2
-    assert "\neval  15/18" in printed.split("goes on from all that was found\n")[0]
-
-
-def test_relatives_of_another_island_are_passed_over(monkeypatch):
-    task, known, others = spread(60)
-    names = list(others)
-    monkeypatch.setattr(evolve, "ISLAND", len(known))
-    state, _ = guided(task, known)
-    for name in names[: evolve.INITIAL]:
-        scored(state, {name: others[name]})
-    guide = state.surrogate.fit(state, [])
-    assert len(guide.rows) == len(state.island()) < len(known)
-    children = [make_child(state, text) for text in spread(120, 1)[1]]
-    for child in children:
-        evolve.describe(task, *child.trees)
-    there = torch.stack([guide.point(task, member.losses)[0] for member in state.members()[: len(known)]])
-    cosine = [(1 - (guide.point(task, c.losses)[0] - there).square().sum(1) / 2).max().item() for c in children]
-    monkeypatch.setattr(evolve, "TWINS", 1.1)
-    alone = guide.without_twins(state, children)
-    assert alone == [child for child, near in zip(children, cosine) if near < evolve.RELATED]
-    assert 3 < len(alone) < len(children) - 3
 
 
 def test_relatives_of_the_best_do_not_win_every_tournament():
@@ -1027,7 +944,7 @@ def test_without_surrogate_is_the_plain_algorithm(tmp_path):
 
 
 def test_after_the_random_trees_the_surrogate_chooses(tmp_path, monkeypatch):
-    monkeypatch.setattr(evolve, "ISLAND_INITIAL", 6)
+    monkeypatch.setattr(evolve, "INITIAL", 6)
     directory = run(tmp_path, "--evals", "16", "--without", "rejected", planted=PLANTED)
     lines = journal(directory)
     assert [line["predicted"] is None for line in lines] == [True] * 6 + [False] * 10
@@ -1038,7 +955,7 @@ def test_after_the_random_trees_the_surrogate_chooses(tmp_path, monkeypatch):
 
 
 def test_surrogate_finds_the_planted_formula_sooner(monkeypatch):
-    monkeypatch.setattr(evolve, "INITIAL", evolve.ISLAND_INITIAL)
+    monkeypatch.setattr(evolve, "INITIAL", 10)
     monkeypatch.setattr(evolve, "POOL", 20)
     monkeypatch.setattr(evolve, "ATTEMPTS", 200)
 
@@ -1118,7 +1035,7 @@ def test_planted_formula_is_found(tmp_path, monkeypatch):
     flags = ("--evals", "40", "--seed", "3", "--seeds", "1", "--without", "rejected")
     directory = run(tmp_path, *flags, planted="Neg(Mul(y, MinPool3(p)))")
     scores = [line["score"] or 0 for line in journal(directory)]
-    assert max(scores) > 0.995 and max(scores[: evolve.ISLAND_INITIAL]) < 0.5, "evolution improved on the random start"
+    assert max(scores) > 0.995 and max(scores[: evolve.INITIAL]) < 0.5, "evolution improved on the random start"
     assert result_of(directory)["test"]["found"]["toy"][0] > 0.995
 
 
@@ -1310,10 +1227,8 @@ def test_nothing_is_trained_twice():
 
 def shortened(patch):
     """All phases of a search and of its closing round within a few trainings."""
-    islands = {"ISLAND": 5, "ISLAND_INITIAL": 3, "ISLANDS": 3}
-    phases = {"INITIAL": 3, "TRIALS": 3}
     patch.setattr(evolve.Task, "rungs", ((3, 1), (2, 2)))
-    for name, value in {**phases, **islands, "POOL": 8, "ATTEMPTS": 80}.items():
+    for name, value in {"INITIAL": 3, "TRIALS": 3, "POOL": 8, "ATTEMPTS": 80}.items():
         patch.setattr(evolve, name, value)
 
 

@@ -155,7 +155,7 @@ def test_tensorboard_shows_what_the_glossary_explains(root, tmp_path, monkeypatc
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr(evolve.Task, "rungs", ((2, 1),))
-    for name, value in {"ISLAND_INITIAL": 3, "POOL": 5, "ATTEMPTS": 100}.items():
+    for name, value in {"INITIAL": 3, "POOL": 5, "ATTEMPTS": 100}.items():
         monkeypatch.setattr(evolve, name, value)
     flags = ["--data-root", str(root), "--runs", str(tmp_path), *SMALL, "--metric", "macc", "--evals", "7"]
     monkeypatch.setattr(sys, "argv", ["search_seg.py", *flags, "--workers", "1", "--seeds", "1"])

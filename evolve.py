@@ -85,7 +85,7 @@ FURTHER = 1.25  # [D] ... and the next one at so many times the lead of what has
 RELATED = 0.95  # [D] mean cosine of gradients: of losses nearer than this one alone is a parent, or a finalist
 TWINS = 0.99  # [D] cosine of gradients beyond which the training of one loss tells nothing that the other's has not
 SAME = 0.999  # [D] cosine of the gradients before and after the formula is made short
-HOLDS = 0.9  # [D] share of what the next finalist has scored that the best must hold with further seeds
+HOLDS = 0.9  # [D] share of what the best finalist scores, below which one has failed
 CHOICE_SEEDS = 50  # [D] seeds of the re-trainings by which losses are chosen; the closing table has ...
 TABLE_SEEDS = 100  # [D] ... those from here on, by which nothing was chosen
 
@@ -328,7 +328,7 @@ class Task:
         raise NotImplementedError
 
     def witness(self, losses: dict[str, Expr] | str, seed: int) -> float:
-        """As `train`, but as long as the base network is trained, and from the random weights of `retrain`.
+        """As `train`, but longer, and from the random weights of `retrain`, to tell who learns from these.
 
         NaN: nothing is asked of this task's losses there.
         """
@@ -1359,30 +1359,51 @@ def close(state: State, worker: "Worker", args) -> int:
         picture = predictions_of(worker.directory, losses)
         return [(losses, seed, picture if seed == table_seeds[0] else None) for seed in table_seeds]
 
-    def score(losses: dict, seeds: Sequence[int]) -> float:  # a resumed round may know other seeds, too
-        return state.full_score(losses_text(losses), seeds)
-
     worker.wait_for_searching(state)
     evaluated = state.evaluated
-    finalists = worker.agree("finalists", evaluated, task, lambda: select_finalists(state))[: task.rungs[0][0]]
+    finalists = worker.agree("finalists", evaluated, task, lambda: select_finalists(state))
     baseline = table_jobs(task.baseline)
     rungs = [(number, state.choice_seeds[: min(several, 2 * args.seeds)]) for number, several in task.rungs]
-    for most, seeds in rungs:
-        for number in itertools.count(most):  # where the best fail with further seeds, the next has its turn
-            worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]], baseline)
-            finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
-            if number >= len(finalists) or score(finalists[0], seeds) >= HOLDS * score(finalists[number], rungs[0][1]):
-                break
-    found = next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
+    found, seeds = halve(state, worker, finalists, rungs, baseline), rungs[-1][1]
     short = worker.agree("short", evaluated, task, lambda: found and shorten(task, found))
     if found and short != found:
         worker.serve(state, [(losses, seed) for seed in seeds for losses in (found, short)], baseline)
-        found = short if score(short, seeds) >= score(found, seeds) else found
+        found = max((short, found), key=lambda losses: state.full_score(losses_text(losses), seeds))
     found = worker.agree("found", evaluated, task, lambda: found)
     if found and (picture := draw_gradients(task, found)):
         write_atomically(worker.directory / "gradients.png", picture)
     worker.serve(state, [job for pair in zip(baseline, table_jobs(found)) for job in pair] if found else baseline)
     return evaluated
+
+
+def halve(
+    state: State, worker: "Worker", finalists: list[dict], rungs: list[tuple[int, Sequence[int]]], others: list[tuple]
+) -> dict | None:
+    """Successive halving: so many finalists are trained with these seeds, the best of them with those; the best of all.
+
+    Where one fails, the next has its turn. `others` is what may be trained meanwhile.
+    """
+
+    def score(losses: dict, seeds: Sequence[int]) -> float:  # a resumed round may know other seeds, too
+        return state.full_score(losses_text(losses), seeds)
+
+    first = rungs[0][1]
+    for k, (most, seeds) in enumerate(rungs):
+        for number in itertools.count(most):
+            worker.serve(state, [(losses, seed) for seed in seeds for losses in finalists[:number]], others)
+            finalists[:number] = sorted(finalists[:number], key=lambda losses, seeds=seeds: -score(losses, seeds))
+            if number >= len(finalists):
+                break
+            best = score(finalists[0], seeds)
+            if k == 0:  # all that go on must hold beside the best, ...
+                hold = score(finalists[most - 1], seeds) >= HOLDS * best > -math.inf
+            else:  # ... and then the best beside the next one
+                hold = best >= HOLDS * score(finalists[number], first)
+            if hold:
+                break
+        if k == 0:
+            del finalists[number:]
+    return next((losses for losses in finalists if score(losses, seeds) > -math.inf), None)
 
 
 def predictions_of(directory: Path, losses: dict[str, str] | str) -> Path:
@@ -1391,17 +1412,18 @@ def predictions_of(directory: Path, losses: dict[str, str] | str) -> Path:
 
 
 def select_finalists(state: State) -> list[dict[str, str]]:
-    """The best few, no two with nearly the same gradient as long as others beat the baseline [D].
+    """The best few and as many to replace them, no two with nearly the same gradient, all ahead of the baseline [D].
 
-    First come those that have shown it in a re-training, for half of the places, then those that promise it.
+    Where these are too few others join them. First come those that have shown it in a re-training, for half of the
+    places, then those that promise it.
     Near relatives train alike: a few of them would be one candidate, trained a few times. Equal proxy scores are taken
     for those of equivalent losses.
     """
-    number, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
+    most, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, []) or Surrogate()
     proven = [result for result in state.hall_of_fame() if state.full_score(result.text) not in (None, -math.inf)]
     promising = sorted(state.valid(), key=lambda result: -state.merit(result))
-    candidates = [*proven[: number // 2], *promising[: 20 * number]]
+    candidates = [*proven[: most // 2], *promising[: 20 * most]]
     for result in {result.text: result for result in candidates}.values():
         trees = all(isinstance(loss, Expr) for loss in result.losses.values())
         point = [guide.point(state.task, result.losses)] if trees else []
@@ -1414,9 +1436,9 @@ def select_finalists(state: State) -> list[dict[str, str]]:
             chosen.append(texts(result.losses))
             points += point
         last = result.score
-        if len(chosen) == number:
+        if len(chosen) == 2 * most:
             break
-    return (chosen + others)[:number]
+    return chosen if len(chosen) >= most else (chosen + others)[:most]
 
 
 def shorten(task: Task, losses: dict[str, str]) -> dict[str, str]:

@@ -1829,6 +1829,7 @@ def converge(tmp_path, scores, *argv):
 
     trained, task = {}, Given()
     state = begin(task)
+    tmp_path.mkdir(exist_ok=True)
     worker = Worker(tmp_path)
     scored(state, {text: 0.9 - 0.01 * k for k, text in enumerate(scores)})
     args = arguments(tmp_path, *argv)
@@ -1912,6 +1913,20 @@ def test_where_the_best_fail_with_another_seed_the_next_ones_follow(tmp_path, mo
     assert found == {"loss": SIX[3]} and 51 in trained[SIX[3]] and trained[SIX[5]] == [50]
 
 
+@pytest.mark.parametrize("failing", [0.71, None])
+def test_where_a_finalist_fails_the_next_has_its_turn(tmp_path, monkeypatch, failing):
+    monkeypatch.setattr(evolve.Task, "rungs", ((2, 1),))
+    strangers = [SIX[k] for k in (0, 2, 3, 5)]
+    found, trained = converge(tmp_path / "fail", dict(zip(strangers, (0.8, failing, 0.85, 0.9))), "--seeds", "1")
+    assert found == {"loss": strangers[2]} and strangers[3] not in trained, "two that hold are enough"
+    found, trained = converge(tmp_path / "hold", dict(zip(strangers, (0.8, 0.73, 0.85, 0.9))), "--seeds", "1")
+    assert found == {"loss": strangers[0]} and strangers[2] not in trained
+    found, _ = converge(tmp_path / "none", dict(zip(strangers, (None, None, 0.85, 0.9))), "--seeds", "1")
+    assert found == {"loss": strangers[3]}, "until two have learned"
+    found, _ = converge(tmp_path / "all", dict(zip(strangers, (None, None, None, None))), "--seeds", "1")
+    assert found is None
+
+
 def test_what_others_have_trained_meanwhile_changes_no_decision(tmp_path, monkeypatch):
     """All workers compare with the next finalist's first seeds, whichever further ones they have heard of."""
     monkeypatch.setattr(evolve.Task, "rungs", ((3, 1), (1, 2)))
@@ -1990,7 +2005,7 @@ def test_the_short_formula_must_train_as_well(tmp_path, score, kept):
     assert found == {"loss": brief if kept else long}
 
 
-def test_finalists_are_no_relatives():
+def test_finalists_are_no_relatives(monkeypatch):
     task = ToyTask()
     names = ["Neg(Mul(y, Log(p)))", "Neg(Mul(y, Log(Tanh(p))))", "Neg(Mul(y, MaxPool3(p)))", "Mul(y, MinPool3(p))"]
     points = [Surrogate().point(task, {"loss": parse(text)}) for text in names]
@@ -2016,6 +2031,9 @@ def test_finalists_are_no_relatives():
     assert finalists({}, 0.5) == [] == finalists({names[0]: None}, 0.5)
     equal = dict(zip((names[0], names[2], names[3]), (0.9, 0.9, 0.8)))
     assert finalists(equal, 0.0) == [names[k] for k in (0, 3, 2)], "equal scores: equivalent losses"
+    monkeypatch.setattr(evolve.Task, "rungs", ((2, 1),))
+    assert finalists(ranking, 0.5) == [names[k] for k in (0, 2, 3)], "others to replace them, but no relatives"
+    assert finalists(ranking, 0.65) == [names[k] for k in (0, 2)], "nor what is behind"
 
 
 def test_scores_are_means_over_seeds_on_the_search_validation_split():

@@ -11,10 +11,10 @@
 AutoLoss-Zero, arXiv 2103.14026 (marks [P]); published Auto Seg-Loss configs (marks [A]); own choices [D].
 The whole task is in this file but for what data/ reads: arguments, data, networks, metrics, hand-made losses, training.
 
-Measured (the first command, a quarter of an hour of two cores of an AMD EPYC, torch 2.14.1): 49,174 losses explored,
-152 of them trained; after 2,400 steps each mIoU on test .787, cross entropy .773, the difference over three paired
-seeds +.014 (standard error .001). In seventeen such runs it is +.007 to +.024 fourteen times, +.012 (.006), -.003 and
--.000; in eleven of versions before +.009 to +.023 nine times, and twice far worse. tests/RESULTS.md has more.
+Measured (the first command, a quarter of an hour of two cores of an AMD EPYC, torch 2.14.1): 49,872 losses explored,
+146 of them trained; after 2,400 steps each mIoU on test .793, cross entropy .773, the difference over three paired
+seeds +.019 (standard error .004). In twenty such runs it is +.007 to +.024 sixteen times, +.012 (.006), -.003, -.000
+and +.000; in eleven of versions before +.009 to +.023 nine times, and twice far worse. tests/RESULTS.md has more.
 """
 
 import argparse

@@ -1914,8 +1914,9 @@ def test_where_the_best_fail_with_another_seed_the_next_ones_follow(tmp_path, mo
 
 
 @pytest.mark.parametrize("failing", [0.71, None])
-def test_where_a_finalist_fails_the_next_has_its_turn(tmp_path, monkeypatch, failing):
-    monkeypatch.setattr(evolve.Task, "rungs", ((2, 1),))
+@pytest.mark.parametrize("rungs", [((2, 1),), ((2, 1), (2, 2))])
+def test_where_a_finalist_fails_the_next_has_its_turn(tmp_path, monkeypatch, rungs, failing):
+    monkeypatch.setattr(evolve.Task, "rungs", rungs)
     strangers = [SIX[k] for k in (0, 2, 3, 5)]
     found, trained = converge(tmp_path / "fail", dict(zip(strangers, (0.8, failing, 0.85, 0.9))), "--seeds", "1")
     assert found == {"loss": strangers[2]} and strangers[3] not in trained, "two that hold are enough"

@@ -1415,9 +1415,8 @@ def select_finalists(state: State) -> list[dict[str, str]]:
     """The best few and as many to replace them, no two with nearly the same gradient, all ahead of the baseline [D].
 
     Where these are too few others join them. First come those that have shown it in a re-training, for half of the
-    places, then those that promise it.
-    Near relatives train alike: a few of them would be one candidate, trained a few times. Equal proxy scores are taken
-    for those of equivalent losses.
+    places, then those that promise it. Near relatives train alike: a few of them would be one candidate, trained a few
+    times. Equal proxy scores are taken for those of equivalent losses.
     """
     most, chosen, others, points, last = state.task.rungs[0][0], [], [], [], None
     guide = state.surrogate and state.surrogate.fit(state, []) or Surrogate()

@@ -81,7 +81,7 @@ class Schedule(NamedTuple):
     clip: float = math.inf  # norm to which longer gradients are cut
 
 
-# The small network's learning rate is the best for squared error; tests/bench_pose.py says what its base is worth [D].
+# The small network's learning rate is the best for squared error; tests/RESULTS.md ranks bases and steps [D].
 # ResNet-50: crops, Gaussians, ranges of augmentation, batch and 140 epochs as published [S], the proxy a fiftieth [D].
 PROXY = {
     "small": Schedule(200, 16, 64, 1.0, (0.8, 1.25), 10.0, 0.003, base=(100,), base_of=1200),
